@@ -1,0 +1,164 @@
+"""EngramConfig: everything that defines a memory, in one frozen value. Bad combinations are refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+_CHOICES = {
+    "hash": ("multiply_xor", "xxh64", "one_row"),
+    "gate": ("signed_sqrt", "plain", "none"),
+    "inject": ("residual", "values"),
+    "table_init": ("zero", "normal"),
+    "table_dtype": ("float32", "bfloat16"),
+    "conv_init": ("zero", "uniform"),
+}
+
+
+@dataclass(frozen=True)
+class EngramConfig:
+    """Shape and rules of one model's n-gram memory.
+
+    Attributes:
+        layers: 0-based decoder layers that own a table, ascending.
+        orders: n-gram lengths, ascending, each >= 2. (2, 3) are bigrams and trigrams.
+        heads: hash heads per order; each reads one row, so a position reads len(orders) * heads rows.
+        head_dim: values per row (D). The module sees d_mem = len(orders) * heads * head_dim per position.
+        rows_per_head: rows of one head; the true count is the next unused prime above it. An int, or one per order.
+        pad_id: raw token id that stands for positions before the start (mapped through the token map).
+        seed: of the hash multipliers, and of a normal table init.
+        hash: "multiply_xor" (the paper), "xxh64" (another family, to test that the family does not matter) or "one_row"
+            (control: every n-gram reads the same row, so only the module is left).
+        gate: "signed_sqrt" (released code), "plain" (the paper's equation), "none" (gate fixed to 1).
+        conv_kernel: taps of the causal depthwise convolution; 0 leaves it out.
+        conv_dilation: lag between taps; None means the longest order.
+        conv_init: "zero" (paper) or "uniform" (PyTorch's default, as in the released demo).
+        bias: biases on the key and value projections (the released demo has them).
+        inject: "residual" adds to the hidden state before the block; "values" adds to the block's attention values.
+        table_init: "zero", or "normal" rows of standard deviation table_std.
+        table_dtype: "float32" or "bfloat16" storage of rows.
+        train_tables: False freezes the rows (control: a random table).
+        gate_eps: epsilon of the key and query norms; None means the machine epsilon of the dtype.
+        conv_eps: epsilon of the norm before the convolution.
+        compressed_vocab: size that the token map must have, where the format fixes it; None accepts any.
+    """
+
+    layers: tuple[int, ...] = (1,)
+    orders: tuple[int, ...] = (2, 3)
+    heads: int = 8
+    head_dim: int = 64
+    rows_per_head: int | tuple[int, ...] = 65536
+    pad_id: int = 0
+    seed: int = 0
+    hash: str = "multiply_xor"
+    gate: str = "signed_sqrt"
+    conv_kernel: int = 4
+    conv_dilation: int | None = None
+    conv_init: str = "zero"
+    bias: bool = False
+    inject: str = "residual"
+    table_init: str = "zero"
+    table_std: float = 1.0
+    table_dtype: str = "float32"
+    train_tables: bool = True
+    gate_eps: float | None = 1e-6
+    conv_eps: float = 1e-6
+    compressed_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "orders"):
+            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        if not isinstance(self.rows_per_head, int):
+            object.__setattr__(self, "rows_per_head", tuple(int(v) for v in self.rows_per_head))
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"layers must be distinct, ascending and >= 0, not {self.layers}")
+        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
+            raise ValueError(f"orders must be distinct, ascending and >= 2, not {self.orders}")
+        if self.heads < 1 or self.head_dim < 1:
+            raise ValueError(f"heads and head_dim must be >= 1, not {self.heads} and {self.head_dim}")
+        if isinstance(self.rows_per_head, tuple) and len(self.rows_per_head) != len(self.orders):
+            raise ValueError(f"rows_per_head gives {len(self.rows_per_head)} numbers for {len(self.orders)} orders")
+        if min(self.row_counts) < 1:
+            raise ValueError(f"rows_per_head must be >= 1, not {self.rows_per_head}")
+        if self.conv_kernel < 0 or (self.conv_dilation is not None and self.conv_dilation < 1):
+            raise ValueError("conv_kernel must be >= 0 and conv_dilation >= 1")
+        if self.table_init == "zero" and not self.train_tables:
+            raise ValueError("a frozen table of zeros is no memory: use table_init='normal' with train_tables=False")
+        if self.pad_id < 0:
+            raise ValueError(f"pad_id is a raw token id >= 0, not {self.pad_id}")
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """rows_per_head, one number per order."""
+        rows = self.rows_per_head
+        return rows if isinstance(rows, tuple) else (rows,) * len(self.orders)
+
+    @property
+    def columns(self) -> int:
+        """Rows read per position and layer: C = orders x heads."""
+        return len(self.orders) * self.heads
+
+    @property
+    def d_mem(self) -> int:
+        """Width of one position's concatenated rows: C x D."""
+        return self.columns * self.head_dim
+
+    @property
+    def dilation(self) -> int:
+        return self.orders[-1] if self.conv_dilation is None else self.conv_dilation
+
+    def replace(self, **changes: Any) -> EngramConfig:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EngramConfig:
+        """Raises ValueError on an unknown field."""
+        values = json.loads(text)
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown EngramConfig fields: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str) -> EngramConfig:
+        """A published configuration: "demo", "paper-27b" or "paper-40b".
+
+        Raises:
+            ValueError: an unknown name; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+_PAPER = EngramConfig(
+    layers=(1, 14), heads=8, head_dim=80, rows_per_head=2_262_400, pad_id=2, compressed_vocab=98_627
+)  # fmt: skip
+
+PRESETS = {
+    # The released single-file demo, DeepSeek-V3 tokenizer.
+    "demo": EngramConfig(
+        layers=(1, 15),
+        heads=8,
+        head_dim=64,
+        rows_per_head=646_400,
+        pad_id=2,
+        bias=True,
+        table_init="normal",
+        conv_init="uniform",
+        gate_eps=None,
+        conv_eps=1e-5,
+        compressed_vocab=98_627,
+    ),
+    # arXiv 2601.07372: 5.7B and 18.5B table parameters, hidden size 2,560, 4 residual streams.
+    "paper-27b": _PAPER,
+    "paper-40b": _PAPER.replace(rows_per_head=7_239_680),
+}

@@ -1,0 +1,124 @@
+"""The row operations once more, in plain torch: the reference of the tests and the path of machines without a compiler.
+
+Each function equals its twin in kernels.c bit for bit, which is why sums are spelled out in the kernels' order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LANES = 16
+
+
+@cache
+def normal_quantiles() -> Tensor:
+    """float32 [65536]: the quantiles of N(0, 1) at (i + 0.5) / 65536, so that 16 random bits pick a normal value."""
+    return torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().contiguous()
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 read as uint64 (torch shifts arithmetically)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 tensors, wrapping like uint64."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def random_16bit(key: int, ids: Tensor, dim: int) -> Tensor:
+    """int64 [n, dim] in [0, 65536): the bits that row ids[n] draws under `key`."""
+    row_key = splitmix64(splitmix64(ids) ^ _signed(key))[:, None]
+    column = torch.arange(dim)
+    return (splitmix64(row_key + (column >> 2)) >> (16 * (column & 3))) & 0xFFFF
+
+
+def init_rows(ids: Tensor, dim: int, seed: int, std: float, dtype: torch.dtype) -> Tensor:
+    """float32 [n, dim]: what never-written rows of a normal table read as."""
+    values = normal_quantiles()[random_16bit(seed, ids, dim)] * torch.tensor(std, dtype=torch.float32)
+    if dtype == torch.bfloat16:
+        values = round_bfloat16(values, torch.tensor(0x8000)).float()
+    return values
+
+
+def round_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
+    """float32 -> bfloat16, adding `noise` below the kept bits. Random noise in [0, 65536) rounds stochastically."""
+    bits = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    kept = ((bits + noise) >> 16) & 0xFFFF
+    special = (bits & 0x7F800000) == 0x7F800000
+    kept = torch.where(special, (bits >> 16) | torch.where((bits & 0x7FFFFF) != 0, 0x40, 0), kept)
+    return kept.to(torch.uint16).view(torch.bfloat16)
+
+
+def read(stored: Tensor, ids: Tensor, normal: bool, seed: int, std: float) -> Tensor:
+    """float32 [n, dim]: rows ids[n] of `stored` [rows, dim], never-written ones of a normal table as their init."""
+    raw = stored.index_select(0, ids)
+    out = raw.float()
+    if normal:
+        whole = raw.view(torch.int32 if raw.dtype == torch.float32 else torch.int16)
+        fresh = (whole == 0).all(dim=1)
+        if fresh.any():
+            out[fresh] = init_rows(ids[fresh], stored.shape[1], seed, std, stored.dtype)
+    return out
+
+
+def write(stored: Tensor, ids: Tensor, values: Tensor, normal: bool, salt: int | None = None) -> None:
+    """stored[ids] = values (float32), rounded to the table's dtype; `salt` asks for stochastic rounding."""
+    if stored.dtype == torch.bfloat16:
+        if salt is not None:
+            noise = random_16bit(salt, ids, stored.shape[1])
+        else:
+            noise = 0x7FFF + ((values.contiguous().view(torch.int32).to(torch.int64) >> 16) & 1)
+        values = round_bfloat16(values.contiguous(), noise)
+    if normal:
+        whole = values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+        values = values.clone()
+        values[(whole == 0).all(dim=1), 0] = -0.0
+    stored.index_copy_(0, ids, values)
+
+
+def group(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct row ids [U] and their summed gradients [U, dim]; duplicates add up in the order they come."""
+    unique, which = torch.unique(ids, return_inverse=True)
+    if unique.numel() == ids.numel():
+        return ids, grad
+    first = torch.full((unique.numel(),), ids.numel()).scatter_reduce_(0, which, torch.arange(ids.numel()), "amin")
+    summed = grad[first]
+    for i in torch.nonzero(first[which] != torch.arange(ids.numel())).flatten().tolist():
+        summed[which[i]] += grad[i]
+    return unique, summed
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """float32 [n]: mean of x[n, dim]**2, summed over 16 lanes and then by halves."""
+    n, dim = x.shape
+    lanes = torch.zeros(n, LANES)
+    squares = torch.nn.functional.pad(x * x, (0, -dim % LANES))
+    for part in squares.split(LANES, dim=1):
+        lanes = lanes + part
+    half = LANES // 2
+    while half:
+        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
+        half //= 2
+    return lanes[:, 0] / torch.tensor(float(dim))
+
+
+def f32(x: float) -> Tensor:
+    """A float32 scalar: torch would otherwise carry a Python float into the arithmetic in double."""
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded square root. torch 2.13's own differs in the last bit for one float32 in five on AVX-512."""
+    return torch.from_numpy(np.sqrt(x.numpy()))

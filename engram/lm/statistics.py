@@ -1,0 +1,134 @@
+"""How sure a difference is, and where it comes from: paired bootstrap, counts of n-grams in training, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean with the ends of its 95 % interval, in the unit of what was compared."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    a_loss: np.ndarray, b_loss: np.ndarray, weights: np.ndarray, samples: int = 10_000, seed: int = 0
+) -> Interval:
+    """95 % percentile interval of (sum a - sum b) / sum weights; below 0 means arm a is better.
+
+    a_loss, b_loss: [documents] or [seeds, documents], summed nats of each validation document in two arms; row s of
+    both arms shares its seed and data order. weights: [documents], tokens or bytes of each document (> 0).
+    Documents are drawn with replacement, each with both arms' losses (pairing). With several seeds, whole seeds are
+    drawn too, and every drawn seed is judged on the same drawn documents: all seeds were validated on one set, so an
+    own draw for each would average away a variance that is shared. Three seeds tell little about the spread of
+    seeds: in simulation their interval held the truth 93 times in 100 where documents dominate, 84 where seeds do.
+    Raises ValueError on unequal shapes, fewer than two documents, values that are not finite, weights <= 0.
+    """
+    a, b = np.atleast_2d(np.asarray(a_loss, np.float64)), np.atleast_2d(np.asarray(b_loss, np.float64))
+    w = np.asarray(weights, np.float64)
+    if a.shape != b.shape or a.ndim != 2 or w.shape != a.shape[1:]:
+        raise ValueError(f"losses {a.shape} and {b.shape} must be [seeds, documents], weights {w.shape} [documents]")
+    seeds, documents = a.shape
+    if documents < 2 or seeds < 1 or samples < 1:
+        raise ValueError(f"{documents} documents, {seeds} seeds, {samples} samples: an interval needs two documents")
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(w).all() and (w > 0).all()):
+        raise ValueError("losses and weights must be finite and every weight positive")
+    difference = a - b
+    rng = np.random.default_rng(seed)
+    means = np.empty(samples)
+    rows = max(1, 2_000_000 // documents)  # bounds the memory; 16 MB for each array below
+    for first in range(0, samples, rows):
+        n = min(rows, samples - first)
+        drawn = rng.integers(documents, size=(n, documents)) + documents * np.arange(n)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=n * documents).reshape(n, documents).astype(np.float64)
+        per_seed = times @ difference.T  # [n, seeds]
+        if seeds > 1:
+            per_seed = np.take_along_axis(per_seed, rng.integers(seeds, size=(n, seeds)), axis=1)
+        means[first : first + n] = per_seed.mean(axis=1) / (times @ w)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(difference.sum() / (seeds * w.sum())), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often each n-gram occurs in the training ids: `keys` int64 sorted (packed ids), `counts` int64."""
+
+    order: int
+    keys: np.ndarray
+    counts: np.ndarray
+
+    def lookup(self, ids: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """int64 [..., time]: the training count of the n-gram that ends at each position (of the id there and the
+        order - 1 before it), 0 if it never occurred, -1 where it would begin before its document does.
+
+        ids, documents: [..., time]. Raises ValueError on unequal shapes or ids that do not pack.
+        """
+        keys, whole = _pack(ids, documents, self.order)
+        out = np.full(np.shape(ids), -1, np.int64)
+        if not len(self.keys):
+            out[whole] = 0
+            return out
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        out[whole] = np.where(self.keys[place] == keys, self.counts[place], 0)
+        return out
+
+
+def ngram_counts(ids: np.ndarray, documents: np.ndarray, order: int) -> Counts:
+    """Exact counts of all n-grams of `order` ids; none crosses from one document into the next.
+
+    ids: integers [..., time]; documents: document numbers of the same shape (the rows of a batch never touch).
+    An n-gram is packed into 63 // order bits an id: order 2 takes ids below 2**31, order 3 below 2**21.
+    Raises ValueError on larger or negative ids, unequal shapes, an order below 1.
+    """
+    keys, _ = _pack(ids, documents, order)
+    return Counts(order, *np.unique(keys, return_counts=True))
+
+
+def _pack(ids: np.ndarray, documents: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """(packed n-gram int64 of each position that has a whole one, in order; the mask of these positions)."""
+    ids, documents = np.asarray(ids), np.asarray(documents)
+    if ids.shape != documents.shape or ids.ndim < 1:
+        raise ValueError(f"ids {ids.shape} and documents {documents.shape} must have one shape [..., time]")
+    bits = 63 // order if order >= 1 else 0
+    if order < 1 or (ids.size and not (0 <= ids.min() and ids.max() < 2**bits)):
+        raise ValueError(f"n-grams of order {order} need order >= 1 and ids from 0 to {2**bits - 1} to pack exactly")
+    keys = np.zeros(ids.shape, np.int64)
+    whole = np.ones(ids.shape, bool)
+    time = ids.shape[-1]
+    for back in range(order - 1, -1, -1):  # oldest id into the highest bits
+        keys <<= bits
+        keys[..., back:] |= ids[..., : max(0, time - back)].astype(np.int64)
+        whole[..., :back] = False
+    same = documents[..., 1:] == documents[..., :-1]
+    for back in range(order - 1):
+        whole[..., back + 1 :] &= same[..., : max(0, time - 1 - back)]
+    return keys[whole], whole
+
+
+def loss_by_count(losses: np.ndarray, counts: np.ndarray) -> dict[str, tuple[int, float]]:
+    """{"0": (tokens, mean loss), "1": ..., "2-9": ..., "10+": ...}: losses split by how often training saw the n-gram.
+
+    losses: nats of predicting the token after each position, same shape as counts, the answer of Counts.lookup at that
+    position. Positions with count -1 are in no bucket. The mean of an empty bucket is nan.
+    """
+    losses, counts = np.asarray(losses, np.float64), np.asarray(counts)
+    if losses.shape != counts.shape:
+        raise ValueError(f"losses {losses.shape} and counts {counts.shape} must have one shape")
+    split: dict[str, tuple[int, float]] = {}
+    for name, low, high in (("0", 0, 0), ("1", 1, 1), ("2-9", 2, 9), ("10+", 10, math.inf)):
+        chosen = losses[(counts >= low) & (counts <= high)]
+        split[name] = (len(chosen), float(chosen.mean()) if len(chosen) else math.nan)
+    return split
+
+
+def bits_per_byte(nats: float, bytes: int) -> float:
+    """Bits per byte of text: summed nats over the utf-8 length of the same text. Raises ValueError if bytes < 1."""
+    if bytes < 1:
+        raise ValueError(f"bits per byte of {bytes} bytes of text: there is no text")
+    return nats / math.log(2) / bytes

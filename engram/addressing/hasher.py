@@ -1,0 +1,283 @@
+"""N-gram hashing: raw token ids -> row ids of every layer, with the boundary rules.
+
+On the host one pass of C (hash.c) does all layers, orders and heads, on every core; on an accelerator, or without the
+compiled kernels, the same in torch operations. Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..tables import kernels
+from .layout import LAYER_SEED, HashLayout
+from .token_map import TokenMap
+
+Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
+
+
+class _Plan(ctypes.Structure):
+    """hash.c's struct engram_hash_plan."""
+
+    _fields_ = (
+        [("table", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("vocab", "pad", "layers", "orders", "heads")]
+        + [(name, ctypes.c_int64) for name in ("longest", "xxh64", "large_moduli")]
+        + [(name, ctypes.c_void_p) for name in ("order", "multipliers", "seeds", "moduli")]
+        + [(name, ctypes.c_void_p) for name in ("reciprocals", "inverses", "offsets")]
+    )
+
+
+_kernel: Any = None if kernels.native is None else kernels.native.engram_hash
+if _kernel is not None:
+    _kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_void_p]
+    _kernel.restype = ctypes.c_int64
+
+
+class NgramHasher:
+    """Row ids of every n-gram, for all layers of a layout at once. Deterministic; holds no state between calls.
+
+    hasher(ids, lookback=None, documents=None) -> {layer: int64 [B, T, C]}, offsets included, columns order-major.
+
+    ids:       [B, T] raw token ids, int32 or int64.
+    lookback:  [B, <= N-1] the ids just before them (N = the longest order), oldest first, so that a text hashed in
+               pieces equals the whole. They belong to the document of position 0. A negative id stands before the
+               start of the text, and so does everything older.
+    documents: [B, T] document numbers. Looking back into another document is looking before the start.
+    All three are NumPy arrays, or torch tensors on one device; the result is of the same kind, on the same device.
+
+    Before the start of a text stands the layout's pad_id. Once a step back meets the start or another document, every
+    older position of that window is pad as well.
+
+    ValueError: a negative id in ids, wrong shapes, a token map of another size than the layout was built for.
+    IndexError: an id outside the token map. TypeError: other dtypes or kinds.
+    Source: the paper, section 2.2, and the released demo; the dialects are listed in paper_notes/dialects.md.
+    """
+
+    def __init__(self, layout: HashLayout, token_map: TokenMap):
+        if token_map.size != layout.compressed_vocab:
+            raise ValueError(
+                f"the token map has {token_map.size} compressed ids (digest {token_map.digest[:12]}), the layout was "
+                f"built for {layout.compressed_vocab}: it belongs to another tokenizer or version, and every row "
+                "would be another one"
+            )
+        self.layout = layout
+        self.token_map = token_map
+        layers = layout.layers
+        self._moduli = np.array([[p for heads in layout.moduli[layer] for p in heads] for layer in layers], np.int64)
+        self._offsets = np.array([layout.offsets[layer] for layer in layers], np.int64)
+        self._multipliers = np.array([layout.multipliers[layer] for layer in layers], np.int64)
+        self._seeds = [(layout.seed + LAYER_SEED * layer) % 2**64 for layer in layers]
+        self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}  # for the torch path
+        self._plan_arrays = {  # the plan holds bare addresses: these keep the memory alive
+            "table": token_map.table,
+            "order": np.array(layout.orders, np.int64),
+            "multipliers": self._multipliers,
+            "seeds": np.array(self._seeds, np.uint64),
+            "moduli": self._moduli,
+            "reciprocals": np.uint64(2**64 - 1) // self._moduli.astype(np.uint64),
+            "inverses": (1.0 / self._moduli) * (1.0 - 2.0**-50),
+            "offsets": self._offsets,
+        }
+        self._plan = _Plan(
+            vocab=len(token_map.table),
+            pad=layout.pad_id,
+            layers=len(layers),
+            orders=len(layout.orders),
+            heads=layout.heads,
+            longest=layout.orders[-1],
+            xxh64=layout.family == "xxh64",
+            large_moduli=int(self._moduli.min()) >= 2**15,
+            **{name: array.ctypes.data for name, array in self._plan_arrays.items()},
+        )
+        # Handing a piece to another core costs about as much as this many columns.
+        self._smallest = max(1, 2**16 // self._moduli.size)
+
+    def __call__(self, ids: Ids, lookback: Ids | None = None, documents: Ids | None = None) -> dict[int, Ids]:
+        self._check("ids", ids, ids)
+        if lookback is not None:
+            self._check("lookback", lookback, ids)
+            if lookback.shape[0] != ids.shape[0] or lookback.shape[1] > self.layout.orders[-1] - 1:
+                raise ValueError(
+                    f"lookback has shape {list(lookback.shape)}: for ids of shape {list(ids.shape)} and n-grams of up "
+                    f"to {self.layout.orders[-1]} tokens it must be [{ids.shape[0]}, 0..{self.layout.orders[-1] - 1}]"
+                )
+        if documents is not None:
+            self._check("documents", documents, ids)
+            if documents.shape != ids.shape:
+                raise ValueError(f"documents has shape {list(documents.shape)}, ids {list(ids.shape)}: must be equal")
+
+        given: list[Any] = [ids, lookback, documents]
+        out: Any
+        if _kernel is None or (isinstance(ids, torch.Tensor) and ids.device.type != "cpu"):
+            if isinstance(ids, np.ndarray):  # copies: torch cannot share read-only memory
+                given = [a if a is None else torch.from_numpy(a.astype(np.int64)) for a in given]
+            out = self._in_torch(*given)
+            out = out.numpy() if isinstance(ids, np.ndarray) else out
+        else:
+            if isinstance(ids, torch.Tensor):
+                given = [a if a is None else a.numpy() for a in given]
+            out = self._in_c(*given)
+            out = torch.from_numpy(out) if isinstance(ids, torch.Tensor) else out
+        return {layer: out[i] for i, layer in enumerate(self.layout.layers)}
+
+    def _check(self, name: str, array: Any, ids: Any) -> None:
+        """Shapes and kinds are never adjusted in silence."""
+        if not isinstance(array, (np.ndarray, torch.Tensor)) or type(array) is not type(ids):
+            raise TypeError(f"{name} is {type(array).__name__}: all must be NumPy arrays, or all torch tensors")
+        if array.dtype not in ((torch.int64, torch.int32) if isinstance(array, torch.Tensor) else (np.int64, np.int32)):
+            raise TypeError(f"{name} must be int64 or int32, not {array.dtype}")
+        if array.ndim != 2:
+            raise ValueError(f"{name} must be [batch, time], not of shape {list(array.shape)}")
+        if isinstance(array, torch.Tensor) and array.device != ids.device:
+            raise ValueError(f"{name} is on {array.device}, ids are on {ids.device}")
+
+    def _in_c(self, ids: np.ndarray, lookback: np.ndarray | None, documents: np.ndarray | None) -> np.ndarray:
+        batch, time = ids.shape
+        n = batch * time
+        out = np.empty((len(self.layout.layers), batch, time, self.layout.columns), np.int64)
+        if n == 0:
+            return out
+        arrays = [a if a is None else np.ascontiguousarray(a, np.int64) for a in (ids, documents, lookback)]
+        addresses = [None if a is None else a.ctypes.data for a in arrays]
+        back = 0 if lookback is None else lookback.shape[1]
+        plan, target = ctypes.addressof(self._plan), out.ctypes.data
+        refused = []
+
+        def piece(first: int, last: int) -> None:
+            if _kernel(plan, *addresses, back, batch, time, first, last, target):
+                refused.append(first)
+
+        kernels.spread(n, self._smallest, piece)
+        if refused:
+            self._refuse(ids, lookback)
+        return out
+
+    def _in_torch(
+        self, ids: torch.Tensor, lookback: torch.Tensor | None, documents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """int64 [layers, B, T, C]. The same steps, vectorised over batch and time."""
+        layout = self.layout
+        batch, time = ids.shape
+        if ids.numel() == 0:
+            return ids.new_empty((len(layout.layers), batch, time, layout.columns), dtype=torch.int64)
+        if lookback is None:
+            lookback = ids[:, :0]
+        vocab = len(self.token_map.table)
+        if bool(((ids < 0) | (ids >= vocab)).any()) or bool((lookback >= vocab).any()):
+            self._refuse(ids.cpu().numpy(), lookback.cpu().numpy())
+        if ids.device not in self._constants:
+            arrays = (self.token_map.table, self._multipliers, self._moduli, self._offsets)
+            self._constants[ids.device] = tuple(torch.from_numpy(a.copy()).to(ids.device) for a in arrays)
+        table, multipliers, moduli, offsets = self._constants[ids.device]
+
+        steps = layout.orders[-1] - 1
+        missing = ids.new_full((batch, steps - lookback.shape[1]), -1)
+        text = torch.cat([missing, lookback, ids], dim=1).to(torch.int64)  # [B, steps + T], -1 before the start
+        compressed = table[text.clamp(min=0)]
+        if documents is not None:
+            documents = torch.cat([documents[:, :1].expand(-1, steps), documents], dim=1)
+        window = [compressed[:, steps:]]  # [i] is [B, T], i steps back
+        alive = torch.ones_like(ids, dtype=torch.bool)
+        for i in range(1, steps + 1):
+            there = slice(steps - i, steps - i + time)
+            alive = alive & (text[:, there] >= 0)
+            if documents is not None:
+                alive = alive & (documents[:, there] == documents[:, steps:])
+            window.append(torch.where(alive, compressed[:, there], layout.pad_id))
+
+        out = ids.new_empty((len(layout.layers), batch, time, layout.columns), dtype=torch.int64)
+        for layer in range(len(layout.layers)):
+            mix = window[0] * multipliers[layer, 0]
+            column = 0
+            for n in range(2, steps + 2):
+                mix = mix ^ (window[n - 1] * multipliers[layer, n - 1])
+                if n not in layout.orders:
+                    continue
+                columns = slice(column, column + layout.heads)
+                p = moduli[layer, columns]
+                if layout.family == "xxh64":
+                    rest = _unsigned_remainder(_xxh64(window[n - 1 :: -1], self._seeds[layer])[..., None], p)
+                else:
+                    rest = mix[..., None] % p
+                out[layer, ..., columns] = rest + offsets[layer, columns]
+                column += layout.heads
+        return out
+
+    def _refuse(self, ids: np.ndarray, lookback: np.ndarray | None) -> None:
+        """Raises for the first id that cannot be hashed."""
+        vocab = len(self.token_map.table)
+        for name, array, low in (("lookback", lookback, None), ("ids", ids, 0)):
+            if array is None:
+                continue
+            bad = (array >= vocab) if low is None else (array >= vocab) | (array < low)
+            if not bad.any():
+                continue
+            row, t = (int(i) for i in np.argwhere(bad)[0])
+            if array[row, t] < 0:
+                raise ValueError(
+                    f"{name}[{row}, {t}] is {array[row, t]}: placeholder ids (rejected draft tokens, padding, ignored "
+                    "labels) must be removed before hashing"
+                )
+            raise IndexError(
+                f"{name}[{row}, {t}] is {array[row, t]}, outside the token map's vocabulary of {vocab}: "
+                "was the text encoded by another tokenizer?"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NgramHasher, (self.layout, self.token_map)  # the plan holds addresses; a copy makes its own
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits: torch multiplies and adds int64 modulo 2**64, as XXH64 wants."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_P1, _P2, _P3, _P4, _P5 = (
+    0x9E3779B185EBCA87,
+    0xC2B2AE3D27D4EB4F,
+    0x165667B19E3779F9,
+    0x85EBCA77C2B2AE63,
+    0x27D4EB2F165667C5,
+)
+
+
+def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
+    """x >> by as if x were unsigned."""
+    return (x >> by) & (2 ** (64 - by) - 1)
+
+
+def _rotate(x: torch.Tensor, by: int) -> torch.Tensor:
+    return (x << by) | _shift(x, 64 - by)
+
+
+def _round(lane: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    return _rotate(lane + word * _signed(_P2), 31) * _signed(_P1)
+
+
+def _xxh64(words: list[torch.Tensor], seed: int) -> torch.Tensor:
+    """XXH64 of 64-bit words, elementwise over equal int64 tensors, first word first; the bits of the unsigned hash."""
+    zero = torch.zeros_like(words[0])
+    n = len(words)
+    hash = zero + _signed(seed + _P5)
+    if n >= 4:  # blocks of 32 bytes, one word per lane
+        lanes = [zero + _signed(seed + start) for start in (_P1 + _P2, _P2, 0, -_P1)]
+        for i in range(n - n % 4):
+            lanes[i % 4] = _round(lanes[i % 4], words[i])
+        hash = _rotate(lanes[0], 1) + _rotate(lanes[1], 7) + _rotate(lanes[2], 12) + _rotate(lanes[3], 18)
+        for lane in lanes:
+            hash = (hash ^ _round(zero, lane)) * _signed(_P1) + _signed(_P4)
+    hash = hash + 8 * n
+    for word in words[n - n % 4 :]:
+        hash = _rotate(hash ^ _round(zero, word), 27) * _signed(_P1) + _signed(_P4)
+    hash = (hash ^ _shift(hash, 33)) * _signed(_P2)
+    hash = (hash ^ _shift(hash, 29)) * _signed(_P3)
+    return hash ^ _shift(hash, 32)
+
+
+def _unsigned_remainder(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """x mod p where the bits of x are an unsigned number: x = 2*half + last."""
+    return ((_shift(x, 1) % p) * 2 + (x & 1)) % p

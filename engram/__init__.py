@@ -1,0 +1,30 @@
+"""engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer."""
+
+from engram.addressing import HashLayout, NgramHasher, TokenMap
+from engram.bench import bench
+from engram.config import EngramConfig
+from engram.lm.ablate import ablate
+from engram.lm.evaluate import evaluate
+from engram.lm.generate import generate
+from engram.lm.train import train
+from engram.lm.transformer import Transformer, TransformerConfig
+from engram.memory import EngramMemory
+from engram.optimizer import build_optimizer
+from engram.tables import HostTable
+
+__all__ = [
+    "EngramConfig",
+    "EngramMemory",
+    "HashLayout",
+    "HostTable",
+    "NgramHasher",
+    "TokenMap",
+    "Transformer",
+    "TransformerConfig",
+    "ablate",
+    "bench",
+    "build_optimizer",
+    "evaluate",
+    "generate",
+    "train",
+]

@@ -1,0 +1,249 @@
+"""`engram ...`: thin. Every command is a function of the library with the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Conditional memory: hashed n-gram tables in host memory, gated into a transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Corpus = Annotated[
+    str, typer.Option(help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib; or a folder or file of text.")
+]
+Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000, 1.1M, 500k.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def parse_count(text: str) -> int:
+    """ "1.1M" -> 1100000. Raises ValueError for anything else than a positive number with an optional k, M or G."""
+    units = {"k": 1e3, "m": 1e6, "g": 1e9}
+    try:
+        number = float(text[:-1]) * units[text[-1].lower()] if text[-1:].lower() in units else float(text)
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < 1e15:
+        raise ValueError(f"a token budget is a positive number such as 1100000, 1.1M or 500k, not {text!r}")
+    return round(number)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0,1,2" -> [0, 1, 2]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds are integers joined by commas, such as 0,1,2, not {text!r}") from None
+
+
+def _setting(corpus: str, budget: str, lr: float | None, table_lr: float | None) -> Any:
+    from engram.lm.run import Setting
+
+    setting = Setting(corpus=corpus)
+    changes = {"tokens": parse_count(budget), "lr": lr, "table_lr": table_lr}
+    return replace(setting, train=replace(setting.train, **{k: v for k, v in changes.items() if v is not None}))
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:>7,.0f} tok/s  loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _describe(data: Any) -> None:
+    print(
+        f"corpus {data.digest[:12]}: {len(data.train.ids):,} training tokens in {len(data.train.starts) - 1:,} "
+        f"documents, "
+        f"{len(data.validation.ids):,} held out in {len(data.validation.starts) - 1:,}; "
+        f"13-gram overlap {float(data.overlap):.2%}",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def ablate(
+    budget: Budget = "1.1M",
+    seeds: Annotated[str, typer.Option(help="Seeds joined by commas; every arm runs once per seed.")] = "0",
+    corpus: Corpus = "wiki+shakespeare+kjv",
+    arms: Annotated[str, typer.Option(help="Arms joined by commas: plain, one-row, random, engram.")] = (
+        "plain,one-row,engram"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for report.json, curves.png and report.html.")] = Path(
+        "runs/ablation"
+    ),
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,
+    table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
+    held_out: Annotated[str, typer.Option(help="validation; or tune, to choose learning rates on.")] = "validation",
+    as_json: Json = False,
+) -> None:
+    """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them."""
+    from engram.lm import ablate as job
+    from engram.lm.report import print_report
+
+    setting = _setting(corpus, budget, lr, table_lr)
+    if held_out not in ("validation", "tune"):
+        raise ValueError(f"held-out is validation or tune, not {held_out!r}")
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is refused before the work, not after it
+    with _progress() as progress:
+        tasks: dict[tuple[str, int], Any] = {}
+
+        def on_step(arm: str, seed: int, step: int, steps: int, loss: float) -> None:
+            if (arm, seed) not in tasks:
+                tasks[arm, seed] = progress.add_task(f"{arm}, seed {seed}", total=steps, speed=0.0, loss=loss)
+            task = progress.tasks[tasks[arm, seed]]
+            speed = step * setting.train.batch_size * setting.train.context / max(task.elapsed or 0.0, 1e-9)
+            progress.update(tasks[arm, seed], completed=step, loss=loss, speed=speed if step > 1 else 0.0)
+
+        report = job.ablate(
+            setting,
+            arms.split(","),
+            parse_seeds(seeds),
+            held_out=held_out,
+            command=" ".join(["engram", *sys.argv[1:]]),
+            on_step=on_step,
+            on_data=_describe,
+        )
+    job.write_report(report, out)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_report(report)
+        print(f"wrote {out}/report.json, {out}/curves.png and {out}/report.html")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; one with checkpoints of this setting is resumed.")],
+    arm: Annotated[str, typer.Option(help="plain, one-row, random or engram.")] = "engram",
+    budget: Budget = "1.1M",
+    seed: int = 0,
+    corpus: Corpus = "wiki+shakespeare+kjv",
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,
+    table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+) -> None:
+    """Train one small language model, with checkpoints; run it again after an interruption and it goes on."""
+    from engram.lm.run import build_model, prepare, save_run
+    from engram.lm.train import train as run
+
+    setting = _setting(corpus, budget, lr, table_lr)
+    setting = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
+    data = prepare(setting)
+    _describe(data)
+    model = build_model(setting, arm, data.token_map)
+    save_run(out, setting, arm, data)
+    with _progress() as progress:
+        task = progress.add_task(f"{arm}, seed {seed}", total=setting.train.steps, speed=0.0, loss=float("nan"))
+        start: list[int] = []
+
+        def on_step(step: int, loss: float) -> None:
+            start.append(step)
+            done = (step - start[0]) * setting.train.batch_size * setting.train.context
+            speed = done / max(progress.tasks[task].elapsed or 0.0, 1e-9)
+            progress.update(task, completed=step, loss=loss, speed=speed)
+
+        log = run(model, data.train, setting.train, folder=out, checkpoint_every=checkpoint_every, on_step=on_step)
+    print(f"{log.tokens:,} tokens in {log.seconds:.0f} s, last training loss {log.curve[-1][1]:.3f}; saved in {out}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`.")],
+    corpus: Annotated[str | None, typer.Option(help="Text to score; default: the run's own validation part.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a trained model: nats per token and bits per byte, document by document."""
+    from engram.lm.corpus import load_corpus, split
+    from engram.lm.evaluate import evaluate as score
+    from engram.lm.run import load_run
+    from engram.lm.tokenizer import encode
+
+    model, tokenizer, setting, manifest = load_run(folder)
+    documents = split(load_corpus(setting.corpus)).validation if corpus is None else load_corpus(corpus)
+    result = score(model, encode(tokenizer, documents))
+    figures = {
+        "step": manifest["step"],
+        "documents": len(documents),
+        "tokens": int(result.document_tokens.sum()),
+        "loss": result.loss,
+        "bpb": result.bits_per_byte,
+    }
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in figures.items()))
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> None:
+    """Continue a text with a trained model."""
+    import torch
+
+    from engram.lm.generate import generate as sample
+    from engram.lm.run import load_run
+
+    model, tokenizer, _, _ = load_run(folder)
+    ids = torch.tensor([[0, *tokenizer.encode(prompt).ids]])  # 0: <|endoftext|>, which every document starts with
+    tokens = min(tokens, model.config.max_length - ids.shape[1])
+    out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0)
+    print(tokenizer.decode(out[0].tolist()))
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="hash, lookup, update, step; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure hashing, lookup, row updates and a training step beside the stock alternatives."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engram.bench import bench as run
+
+    results = run(tuple(names)) if names else run()
+    if as_json:
+        print(json.dumps(results))
+        return
+    table = Table(title="medians; ratio: alternative's time / ours, above 1 ours is faster", title_justify="left")
+    for heading in ("benchmark", "what", "value", "unit", "ratio"):
+        table.add_column(heading, justify="right" if heading in ("value", "ratio") else "left")
+    for name, rows in results.items():
+        for i, row in enumerate(rows):
+            ratio = "" if i == 0 else f"{row['ratio']:.2f}"
+            table.add_row(name if i == 0 else "", row["what"], f"{row['value']:.3g}", row["unit"], ratio)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: what is wrong with the input is one line on stderr and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, IndexError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,254 @@
+"""The main job: the same small transformer trained without memory, with a one-row memory and with Engram, from the same
+seeds on the same batches, and what the memory bought.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engram.lm.evaluate import Evaluation, evaluate
+from engram.lm.run import ARMS, Data, Setting, build_model, prepare
+from engram.lm.statistics import loss_by_count, ngram_counts, paired_bootstrap
+from engram.lm.tokenizer import Encoded
+from engram.lm.train import Batches, train
+from engram.memory import EngramMemory
+
+DEFAULT_ARMS = ("plain", "one-row", "engram")
+Progress = Callable[[str, int, int, int, float], Any]  # arm, seed, step, steps, loss
+
+
+def ablate(
+    setting: Setting | None = None,
+    arms: Sequence[str] = DEFAULT_ARMS,
+    seeds: Sequence[int] = (0,),
+    *,
+    held_out: str = "validation",
+    command: str = "engram.ablate()",
+    on_step: Progress | None = None,
+    on_data: Callable[[Data], Any] | None = None,
+) -> dict[str, Any]:
+    """Trains every arm with every seed and compares the arms on the held-out documents.
+
+    Args:
+        setting: model, memory, text and budget; the default is the one of the README.
+        arms: names out of engram.lm.run.ARMS. seeds: each arm runs once per seed.
+        held_out: "validation" to report, "tune" to choose learning rates.
+        command: what to write down as the command that makes the report again.
+        on_step: called after each training step. on_data: called once with the prepared corpus.
+
+    Returns:
+        The report, JSON-ready: see engram.lm.report for its keys.
+
+    Raises:
+        ValueError: unknown or repeated arms, no seeds, a corpus that is empty or shorter than a batch.
+    """
+    setting = setting or Setting()
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms or len(set(arms)) != len(arms):
+        raise ValueError(f"arms must be distinct names out of {', '.join(ARMS)}, not {', '.join(arms) or 'none'}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be distinct and at least one, not {list(seeds)}")
+    data = prepare(setting, held_out)
+    Batches(data.train, setting.train.context, setting.train.batch_size)  # a text too short is refused before any work
+    if on_data is not None:
+        on_data(data)
+    runs: list[dict[str, Any]] = []
+    results: dict[tuple[str, int], Evaluation] = {}
+    for seed in seeds:
+        seeded = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
+        counts = {name: _seen(seeded, data, order) for name, order in (("bigram", 2), ("trigram", 3))}
+        for arm in arms:
+            report = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
+            run, result = _run(seeded, arm, data, counts, report)
+            runs.append(run)
+            results[arm, seed] = result
+    return {
+        "command": command,
+        "version": _version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "settings": _flat(asdict(setting)),
+        "machine": {
+            "cpu": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "corpus": {
+            "name": setting.corpus,
+            "digest": data.digest,
+            "train_tokens": len(data.train.ids),
+            "train_documents": len(data.train.starts) - 1,
+            "held_out": held_out,
+            "validation_tokens": len(data.validation.ids),
+            "validation_documents": len(data.validation.starts) - 1,
+            "validation_bytes": int(data.validation.bytes.sum()),
+            "overlap_13gram": float(data.overlap),
+        },
+        "runs": runs,
+        "summary": [_summary(arm, arms, seeds, results, data.validation) for arm in arms],
+    }
+
+
+def _run(
+    setting: Setting, arm: str, data: Data, counts: dict[str, np.ndarray], on_step: Callable[[int, float], Any] | None
+) -> tuple[dict[str, Any], Evaluation]:
+    began = time.perf_counter()
+    model = build_model(setting, arm, data.token_map)
+    sample = _first_documents(data.validation, 20_000)
+    log = train(
+        model,
+        data.train,
+        setting.train,
+        evaluate=lambda: evaluate(model, sample).loss,
+        evaluate_every=max(1, setting.train.steps // 8),
+        on_step=on_step,
+    )
+    result = evaluate(model, data.validation)
+    memory = model.memory
+    state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
+    run = {
+        "arm": arm,
+        "seed": setting.train.seed,
+        "parameters": {"dense": model.dense_parameters(), "table": memory.table_parameters() if memory else 0},
+        "bytes": {
+            "dense": sum(p.nbytes for p in model.parameters()),
+            "table": sum(table.nbytes for table in memory.tables.values()) if memory else 0,
+            "optimizer": state + _row_state_bytes(setting, memory),
+        },
+        "tokens": log.tokens,
+        "seconds": log.seconds,
+        "total_seconds": time.perf_counter() - began,
+        "tokens_per_second": log.tokens / log.seconds,
+        "rows_touched_per_step": log.rows_touched / setting.train.steps,
+        "train_curve": _thin(log.curve, 200),
+        "validation_curve": log.validation,
+        "loss": result.loss,
+        "bpb": result.bits_per_byte,
+        "seen": {name: _seen_losses(result, count) for name, count in counts.items()},
+    }
+    if memory is not None:
+        memory.close()
+    return run, result
+
+
+def _seen_losses(result: Evaluation, counts: np.ndarray) -> dict[str, list[float | None]]:
+    """{"0": [tokens, loss], ...}; the loss of an empty bucket is None, which JSON knows."""
+    buckets = loss_by_count(result.position_nats, counts)
+    return {name: [tokens, loss if tokens else None] for name, (tokens, loss) in buckets.items()}
+
+
+def _row_state_bytes(setting: Setting, memory: EngramMemory | None) -> int:
+    if memory is None or not memory.config.train_tables:
+        return 0
+    per_row = 4 if setting.train.table_optimizer == "rms" else 8 * memory.config.head_dim
+    return sum(table.rows for table in memory.tables.values()) * per_row
+
+
+def _seen(setting: Setting, data: Data, order: int) -> np.ndarray:
+    """How often the n-gram ending at each held-out position stood in the windows that this run trains on."""
+    batches = Batches(data.train, setting.train.context, setting.train.batch_size, setting.train.seed)
+    starts = np.concatenate([batches.order(step) for step in range(setting.train.steps)]) * setting.train.context
+    take = starts[:, None] + np.arange(setting.train.context)
+    counts = ngram_counts(data.train.ids[take], data.train.documents[take], order)
+    return counts.lookup(data.validation.ids, data.validation.documents)
+
+
+def _summary(
+    arm: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    results: dict[tuple[str, int], Evaluation],
+    held_out: Encoded,
+) -> dict[str, Any]:
+    mine = [results[arm, seed] for seed in seeds]
+    summary: dict[str, Any] = {
+        "arm": arm,
+        "seeds": len(seeds),
+        "loss": float(np.mean([r.loss for r in mine])),
+        "bpb": float(np.mean([r.bits_per_byte for r in mine])),
+        "difference": None,
+        "difference_bpb": None,
+    }
+    if "plain" in arms and arm != "plain":
+        ours = np.stack([r.document_nats for r in mine])
+        theirs = np.stack([results["plain", seed].document_nats for seed in seeds])
+        for key, weights, unit in (
+            ("difference", mine[0].document_tokens, 1.0),
+            ("difference_bpb", held_out.bytes, np.log(2)),
+        ):
+            interval = paired_bootstrap(ours / unit, theirs / unit, weights)
+            summary[key] = dict(zip(("mean", "low", "high"), map(float, interval), strict=True))
+    return summary
+
+
+def _first_documents(data: Encoded, tokens: int) -> Encoded:
+    """The first documents of an encoded text, about `tokens` of them: enough for a curve."""
+    count = max(1, int(np.searchsorted(data.starts, tokens, side="right")) - 1)
+    stop = int(data.starts[count])
+    return Encoded(data.ids[:stop], data.documents[:stop], data.starts[: count + 1], data.bytes[:count])
+
+
+def _thin(curve: list[list[float]], points: int) -> list[list[float]]:
+    """At most `points` means of consecutive steps, so that a report stays small and its curve smooth."""
+    if not curve:
+        return []
+    return [
+        np.asarray(part).mean(axis=0).tolist() for part in np.array_split(np.asarray(curve), min(points, len(curve)))
+    ]
+
+
+def _step_reporter(on_step: Progress, arm: str, seed: int, steps: int) -> Callable[[int, float], Any]:
+    return lambda step, loss: on_step(arm, seed, step, steps, loss)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("engram-lm")
+    except PackageNotFoundError:
+        return "source"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Writes report.json, curves.png and report.html into a folder, each whole or not at all."""
+    from engram.lm.report import draw_curves, write_html
+
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    partial = home / ".report.json.partial"
+    partial.write_text(json.dumps(report, indent=1))
+    os.replace(partial, home / "report.json")
+    draw_curves(report, home / "curves.png")
+    write_html(report, home / "report.html")

@@ -1,0 +1,170 @@
+"""Checkpoints that appear whole or not at all, and say what they hold.
+
+    FOLDER/step-00000400/manifest.json          sizes and xxh3-128 digests of the files below, facts of the run
+                        /model.safetensors      dense weights
+                        /optimizer.safetensors  dense optimiser state
+                        /tables.<layer>.rows    raw rows; rows.<memory>.<layer>.<name>.rows: row optimiser state
+
+A checkpoint is written beside its final name and renamed in one step. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from engram.memory import EngramMemory
+from engram.optimizer import EngramOptimizer
+from engram.tables.files import file_digest, read_rows, write_rows
+
+_FORMAT = 1
+
+
+def _split_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict as (dense weights, tables)."""
+    state = model.state_dict()
+    prefixes = [name for name, module in model.named_modules() if isinstance(module, EngramMemory)]
+    table_keys = {k for k in state for p in prefixes if k.startswith(f"{p}.tables." if p else "tables.")}
+    return {k: v for k, v in state.items() if k not in table_keys}, {k: state[k] for k in sorted(table_keys)}
+
+
+def _row_state(optimizer: EngramOptimizer) -> dict[str, Tensor]:
+    return {
+        f"rows.{m}.{layer}.{name}": state.tensor
+        for m, layers in enumerate(optimizer.rows)
+        for layer, row_optimizer in layers.items()
+        for name, state in row_optimizer.state.items()
+    }
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: EngramOptimizer, step: int, facts: dict[str, Any]
+) -> Path:
+    """Writes FOLDER/step-<step> and returns its path.
+
+    Args:
+        folder: home of a run's checkpoints. model, optimizer: what to save. step: of the training run.
+        facts: JSON values kept in the manifest (configuration, curve, position in the data).
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; no half-written checkpoint stays behind.
+    """
+    home = Path(folder)
+    target, partial = home / f"step-{step:08d}", home / f".partial-{os.getpid()}"
+    dense, tables = _split_model(model)
+    state = optimizer.state_dict()
+    manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "facts": facts, "files": {}}
+    manifest["groups"] = [{k: v for k, v in group.items()} for group in state["param_groups"]]
+    manifest["row_steps"] = [{str(k): o.steps for k, o in layers.items()} for layers in optimizer.rows]
+    adam = {f"{i}.{k}": torch.as_tensor(v) for i, values in state["state"].items() for k, v in values.items()}
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, tensors in (("model", dense), ("optimizer", adam)):
+            path = partial / f"{name}.safetensors"
+            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+            _sync(path)
+            manifest["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
+        for name, rows in {**tables, **_row_state(optimizer)}.items():
+            manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(partial / "manifest.json")
+        _sync(partial)
+        if target.exists():  # the same step once more, after a resume
+            shutil.rmtree(target)
+        os.rename(partial, target)
+        _sync(home)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, safetensors.SafetensorError)):
+            raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
+        raise
+    return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the highest step in a folder, or None."""
+    found = sorted(Path(folder).glob("step-*/manifest.json"))
+    return found[-1].parent if found else None
+
+
+def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint's manifest, after checking that every file is there with its size and digest.
+
+    Raises:
+        FileNotFoundError: no checkpoint there. ValueError: a missing, truncated, changed or foreign file, by name.
+    """
+    path = Path(checkpoint)
+    if not (path / "manifest.json").is_file():
+        raise FileNotFoundError(f"{path} is no checkpoint: it has no manifest.json")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = {str(k): (int(v["bytes"]), str(v["xxh3_128"])) for k, v in manifest["files"].items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / 'manifest.json'} is damaged: {error!r}") from error
+    if manifest.get("format") != _FORMAT:
+        raise ValueError(f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {_FORMAT}")
+    for name, (size, digest) in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{path} lacks the file {name!r} that its manifest names")
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} holds {file.stat().st_size:,} bytes where {size:,} are expected: truncated")
+        if name.endswith(".safetensors") and file_digest(file) != digest:
+            raise ValueError(f"{file} does not have the digest its manifest names: it was changed or torn")
+    return manifest  # digests of .rows files are checked as they are read
+
+
+def load_checkpoint(
+    checkpoint: str | os.PathLike[str], model: nn.Module, optimizer: EngramOptimizer | None = None
+) -> dict[str, Any]:
+    """Puts a checkpoint's weights, rows and optimiser state into `model` and `optimizer`; returns its manifest.
+
+    Raises:
+        FileNotFoundError, ValueError: see read_manifest; also tensors that do not fit the model, named one by one.
+    """
+    path = Path(checkpoint)
+    manifest = read_manifest(path)
+    dense = safetensors.torch.load_file(path / "model.safetensors")
+    current, tables = _split_model(model)
+    odd = set(dense) ^ set(current) | {k for k in set(dense) & set(current) if dense[k].shape != current[k].shape}
+    raw = {name: rows for name, rows in tables.items()}
+    if optimizer is not None:
+        raw.update(_row_state(optimizer))
+    odd |= {name for name in raw if f"{name}.rows" not in manifest["files"]}
+    if odd:
+        raise ValueError(f"{path} was saved from another model; these do not fit: {', '.join(sorted(odd))}")
+    try:
+        model.load_state_dict({**dense, **tables})
+    except RuntimeError as error:  # torch's own wording for shapes
+        raise ValueError(f"{path} does not fit this model: {error}") from error
+    for name, rows in raw.items():
+        read_rows(path / f"{name}.rows", rows, manifest["files"][f"{name}.rows"]["xxh3_128"])
+    if optimizer is not None:
+        adam = safetensors.torch.load_file(path / "optimizer.safetensors")
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in adam.items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        saved = {"state": state, "param_groups": manifest["groups"], "rows": optimizer.state_dict()["rows"]}
+        optimizer.load_state_dict(saved)
+        for layers, steps in zip(optimizer.rows, manifest["row_steps"], strict=True):
+            for layer, row_optimizer in layers.items():
+                row_optimizer.steps = int(steps[str(layer)])
+    return manifest

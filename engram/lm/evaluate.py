@@ -1,0 +1,83 @@
+"""Held-out loss by document: nats per token, bits per byte, and where in the text the loss falls."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engram.lm.tokenizer import Encoded
+from engram.lm.transformer import Transformer
+
+
+class Evaluation(NamedTuple):
+    """What evaluate() measured.
+
+    Attributes:
+        loss: nats per token over all documents. bits_per_byte: of the documents' UTF-8 text.
+        document_nats: float64 [documents], summed nats. document_tokens: int64 [documents], tokens predicted.
+        position_nats: float32 [tokens], nats of predicting the token after each position; NaN at a document's last.
+    """
+
+    loss: float
+    bits_per_byte: float
+    document_nats: np.ndarray
+    document_tokens: np.ndarray
+    position_nats: np.ndarray
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, data: Encoded, context: int | None = None, batch_tokens: int = 8192) -> Evaluation:
+    """Scores every document on its own, in windows of `context` tokens that do not overlap.
+
+    A document's first token is predicted from <|endoftext|>; its end is not predicted, so that bits per byte count the
+    text and nothing else. A window after the first starts without context, in every arm alike.
+
+    Raises:
+        ValueError: no document, or a context beyond the model's.
+    """
+    context = context or model.config.max_length
+    if context > model.config.max_length:
+        raise ValueError(f"context {context} is beyond the model's max_length {model.config.max_length}")
+    if len(data.starts) < 2:
+        raise ValueError("there is no document to evaluate on")
+    windows = [
+        (start, min(start + context, stop - 1))
+        for begin, stop in zip(data.starts[:-1].tolist(), data.starts[1:].tolist(), strict=True)
+        for start in range(begin, stop - 1, context)
+    ]
+    windows.sort(key=lambda w: w[0] - w[1])  # of like length together: little padding
+    nats = np.full(len(data.ids), np.nan, dtype=np.float32)
+    device = model.embedding.weight.device
+    was_training = model.training
+    model.eval()
+    while windows:
+        longest = windows[0][1] - windows[0][0]
+        batch, windows = windows[: max(1, batch_tokens // longest)], windows[max(1, batch_tokens // longest) :]
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        targets = torch.full((len(batch), longest), -100)
+        for row, (start, stop) in enumerate(batch):
+            ids[row, : stop - start] = torch.from_numpy(data.ids[start:stop])
+            targets[row, : stop - start] = torch.from_numpy(data.ids[start + 1 : stop + 1])
+        logits = model(ids.to(device))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
+        scored = loss.view_as(targets).cpu().numpy()
+        for row, (start, stop) in enumerate(batch):
+            nats[start:stop] = scored[row, : stop - start]
+    model.train(was_training)
+    document = data.documents - data.documents[0]
+    known = ~np.isnan(nats)
+    count = len(data.starts) - 1
+    document_nats = np.bincount(document[known], weights=nats[known].astype(np.float64), minlength=count)
+    document_tokens = np.bincount(document[known], minlength=count)
+    total = float(document_nats.sum())
+    return Evaluation(
+        total / max(1, int(document_tokens.sum())),
+        total / math.log(2) / max(1, int(data.bytes.sum())),
+        document_nats,
+        document_tokens,
+        nats,
+    )

@@ -1,0 +1,162 @@
+"""From a setting to a trained model: text, tokenizer, arm, weights. What ablate, train and the experiments share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from engram.addressing import TokenMap
+from engram.config import EngramConfig
+from engram.lm.checkpoint import latest_checkpoint, load_checkpoint
+from engram.lm.corpus import DEFAULT_CORPUS, Overlap, corpus_digest, load_corpus, overlap_13gram, split
+from engram.lm.tokenizer import Encoded, encode, train_tokenizer
+from engram.lm.train import TrainConfig
+from engram.lm.transformer import Transformer, TransformerConfig
+from engram.memory import EngramMemory
+
+# The arms of the main job: what each makes of the memory's configuration. None: no memory.
+ARMS: dict[str, Callable[[EngramConfig], EngramConfig | None]] = {
+    "plain": lambda memory: None,
+    "one-row": lambda memory: memory.replace(hash="one_row"),
+    "random": lambda memory: memory.replace(table_init="normal", table_std=0.02, train_tables=False),
+    "engram": lambda memory: memory,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training set-up; an arm and a seed turn it into a run.
+
+    Attributes:
+        corpus: see engram.lm.corpus.load_corpus. vocab_size: of the byte-level BPE trained on the training text.
+        model: the decoder. memory: what the arm "engram" has. train: how it is trained.
+    """
+
+    corpus: str = DEFAULT_CORPUS
+    vocab_size: int = 4096
+    model: TransformerConfig = field(default_factory=lambda: TransformerConfig(vocab_size=4096))
+    memory: EngramConfig = field(
+        default_factory=lambda: EngramConfig(layers=(1,), orders=(2, 3), heads=4, head_dim=32, rows_per_head=65536)
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Setting:
+        values = json.loads(text)
+        return cls(
+            values["corpus"],
+            values["vocab_size"],
+            TransformerConfig(**values["model"]),
+            EngramConfig.from_json(json.dumps(values["memory"])),
+            TrainConfig(**values["train"]),
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """A corpus made ready: tokenizer and token map from the training text, and the encoded parts."""
+
+    tokenizer: tokenizers.Tokenizer
+    token_map: TokenMap
+    train: Encoded
+    validation: Encoded
+    overlap: Overlap
+    digest: str
+
+
+def prepare(setting: Setting, held_out: str = "validation") -> Data:
+    """Loads, splits, tokenizes and encodes the corpus of a setting.
+
+    Args:
+        held_out: "validation", or "tune": a slice of the training text to choose learning rates on, so that nothing
+            is ever tuned on the text that is reported. Both are left out of training either way.
+
+    Raises:
+        FileNotFoundError, ValueError: no such corpus, an empty one, or one without a held-out document.
+    """
+    documents = load_corpus(setting.corpus)
+    parts = split(documents, validation_share=0.05, tune_share=0.03)
+    held = {"validation": parts.validation, "tune": parts.tune}[held_out]
+    if not parts.train or not held:
+        raise ValueError(f"corpus {setting.corpus!r} has {len(documents)} documents, too few to hold any out")
+    tokenizer = train_tokenizer([d.text for d in parts.train], setting.vocab_size)
+    return Data(
+        tokenizer,
+        TokenMap.from_tokenizer(tokenizer),
+        encode(tokenizer, parts.train),
+        encode(tokenizer, held),
+        overlap_13gram(parts.train, held),
+        corpus_digest(documents),
+    )
+
+
+def build_model(setting: Setting, arm: str, token_map: TokenMap) -> Transformer:
+    """The model of one arm. The backbone's weights depend on the seed alone, not on the arm.
+
+    Raises:
+        ValueError: an unknown arm; the message lists the known ones.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS)}")
+    config = ARMS[arm](setting.memory)
+    seed = setting.train.seed
+    memory = None
+    if config is not None:
+        torch.manual_seed(seed + 1_000_003)
+        memory = EngramMemory(config, token_map, setting.model.hidden_size)
+    torch.manual_seed(seed)
+    return Transformer(replace(setting.model, vocab_size=len(token_map.table)), memory)
+
+
+def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: Data) -> None:
+    """Writes what is needed to build the model again: run.json, tokenizer.json, token_map.safetensors."""
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    files = {
+        "run.json": json.dumps({"arm": arm, "setting": asdict(setting)}),
+        "tokenizer.json": data.tokenizer.to_str(),
+    }
+    for name, text in files.items():
+        partial = home / f".{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, home / name)
+    data.token_map.save(home / "token_map.safetensors")
+
+
+def load_run(folder: str | os.PathLike[str]) -> tuple[Transformer, tokenizers.Tokenizer, Setting, dict[str, Any]]:
+    """A trained model, its tokenizer, its setting and its newest checkpoint's manifest.
+
+    Raises:
+        FileNotFoundError: no run there, or none with a checkpoint. ValueError: damaged files, or a tokenizer that is
+        not the one the memory was trained with.
+    """
+    home = Path(folder)
+    if not (home / "run.json").is_file():
+        raise FileNotFoundError(f"{home} holds no run.json: train one with `engram train --out {home}`")
+    newest = latest_checkpoint(home)
+    if newest is None:
+        raise FileNotFoundError(f"{home} holds no checkpoint yet")
+    run = json.loads((home / "run.json").read_text())
+    setting = Setting.from_json(json.dumps(run["setting"]))
+    tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> stays text; the file forgets this
+    token_map = TokenMap.load(home / "token_map.safetensors")
+    derived = TokenMap.from_tokenizer(tokenizer)
+    if derived.digest != token_map.digest:
+        raise ValueError(
+            f"{home}/tokenizer.json gives another token map ({derived.digest[:12]}) than the one the memory was "
+            f"trained with ({token_map.digest[:12]}): every row would be the wrong one"
+        )
+    model = build_model(setting, run["arm"], token_map)
+    manifest = load_checkpoint(newest, model)
+    return model, tokenizer, setting, manifest

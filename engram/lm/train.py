@@ -1,0 +1,196 @@
+"""The training loop: batches in an order that depends on the seed alone, exact resume, one learning-rate schedule."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from engram.lm.tokenizer import Encoded
+from engram.lm.transformer import Transformer
+from engram.optimizer import EngramOptimizer, build_optimizer
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        tokens: budget, rounded up to whole batches. batch_size: windows per step. context: tokens per window.
+        lr: of AdamW on the dense weights. table_lr: of the rows.
+        warmup_steps: linear from 0. decay_share: share of the steps at the end with linear decay to 0.
+        weight_decay: of dense matrices. clip: norm of the dense gradient. table_optimizer: "rms" or "adam".
+        seed: of the weights and of the data order.
+    """
+
+    tokens: int = 1_100_000
+    batch_size: int = 8
+    context: int = 256
+    lr: float = 3e-3
+    table_lr: float = 0.03
+    warmup_steps: int = 50
+    decay_share: float = 0.4
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    table_optimizer: str = "rms"
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return max(1, math.ceil(self.tokens / (self.batch_size * self.context)))
+
+
+class Batches:
+    """Windows of a packed token stream in an order that depends on (seed, epoch) alone, so every arm sees the same.
+
+    Args:
+        data: the encoded training text. context: tokens per window. batch_size: windows per batch.
+
+    Raises:
+        ValueError: a text shorter than one batch.
+    """
+
+    def __init__(self, data: Encoded, context: int, batch_size: int, seed: int = 0):
+        self.data, self.context, self.batch_size, self.seed = data, context, batch_size, seed
+        self.windows = (len(data.ids) - 1) // context
+        if self.windows < batch_size:
+            raise ValueError(
+                f"the training text has {len(data.ids):,} tokens, but one batch needs {batch_size} windows of "
+                f"{context} + 1 tokens: give more text, a smaller batch or a shorter context"
+            )
+        self.per_epoch = self.windows // batch_size
+
+    def order(self, step: int) -> np.ndarray:
+        """Window numbers [batch_size] of a step."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.windows)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, targets, documents) of a step, each int64 [batch_size, context]."""
+        starts = self.order(step)[:, None] * self.context + np.arange(self.context)
+        take = torch.from_numpy(starts)
+        ids, documents = torch.from_numpy(self.data.ids), torch.from_numpy(self.data.documents)
+        return ids[take].long(), ids[take + 1].long(), documents[take].long()
+
+
+@dataclass
+class TrainLog:
+    """What a run measured. curve and validation hold [tokens, nats per token]; seconds are those of training steps."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    rows_touched: int = 0
+    curve: list[list[float]] = field(default_factory=list)
+    validation: list[list[float]] = field(default_factory=list)
+
+
+def learning_rate_scale(step: int, config: TrainConfig) -> float:
+    """Warm-up, plateau, linear decay over the last decay_share of the steps."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = (config.steps - step) / max(1.0, config.decay_share * config.steps)
+    return min(warmup, left, 1.0)
+
+
+def tune_allocator() -> None:
+    """Keeps freed memory in the process (glibc): page faults on fresh tensors cost up to half of CPU training time."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)
+
+
+def train_step(
+    model: Transformer, optimizer: EngramOptimizer, batch: tuple[Tensor, Tensor, Tensor], clip: float
+) -> Tensor:
+    """One update. Returns the mean loss of the batch in nats per token."""
+    ids, targets, documents = batch
+    logits = model(ids, documents)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def train(
+    model: Transformer,
+    data: Encoded,
+    config: TrainConfig,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 0,
+    evaluate: Callable[[], float] | None = None,
+    evaluate_every: int = 0,
+    on_step: Callable[[int, float], Any] | None = None,
+) -> TrainLog:
+    """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
+    with the weights and rows that an undisturbed run ends with, bit for bit.
+
+    Args:
+        model: weights and (maybe) memory to train. data: the training text. config: how.
+        folder: home of the checkpoints; one that holds some is resumed. checkpoint_every: steps between them
+            (0: only at the end).
+        evaluate: returns a held-out loss; called every evaluate_every steps (0: never) outside the timed part.
+        on_step: called with (step, loss) after each step.
+
+    Raises:
+        ValueError: a text shorter than one batch; a folder with checkpoints of another configuration.
+        FloatingPointError: the loss is not finite any more.
+    """
+    tune_allocator()
+    batches = Batches(data, config.context, config.batch_size, config.seed)
+    optimizer = build_optimizer(
+        model,
+        lr=config.lr,
+        table_lr=config.table_lr,
+        weight_decay=config.weight_decay,
+        table_optimizer=config.table_optimizer,
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    log, first = TrainLog(), 0
+    newest = latest_checkpoint(folder) if folder is not None else None
+    if newest is not None:
+        manifest = load_checkpoint(newest, model, optimizer)
+        if manifest["facts"]["config"] != asdict(config):
+            raise ValueError(f"{newest} was trained with {manifest['facts']['config']}, not with {asdict(config)}")
+        log, first = TrainLog(**manifest["facts"]["log"]), int(manifest["step"])
+    model.train()
+    for step in range(first, config.steps):
+        began = time.perf_counter()
+        scale = learning_rate_scale(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        loss = float(train_step(model, optimizer, batches(step), config.clip))
+        log.seconds += time.perf_counter() - began
+        log.tokens += config.batch_size * config.context
+        log.rows_touched += optimizer.touched
+        log.curve.append([log.tokens, loss])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}: lower lr ({config.lr}) or table_lr")
+        done = step + 1
+        if evaluate is not None and evaluate_every and (done % evaluate_every == 0 or done == config.steps):
+            log.validation.append([log.tokens, evaluate()])
+            model.train()
+        if folder is not None and (done == config.steps or (checkpoint_every and done % checkpoint_every == 0)):
+            save_checkpoint(folder, model, optimizer, done, {"config": asdict(config), "log": asdict(log)})
+        if on_step is not None:
+            on_step(done, loss)
+    return log

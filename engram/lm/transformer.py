@@ -1,0 +1,235 @@
+"""A small decoder: RMSNorm, rotary positions, causal attention, SwiGLU or squared ReLU. Plain baseline and host of the
+memory in one: without a memory no line of it changes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram.memory import EngramMemory, MemoryCache
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of the decoder.
+
+    Attributes:
+        vocab_size, hidden_size (d), layers, heads, max_length: as usual; hidden_size / heads must be even.
+        ffn: "swiglu" or "relu2" (squared ReLU).
+        ffn_size: inner width; None gives 8 d^2 weights to either kind.
+        tie_embeddings: output head = input embedding.
+        norm_eps: of every RMSNorm. rope_base: of the rotary positions.
+    """
+
+    vocab_size: int
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    max_length: int = 256
+    ffn: str = "relu2"
+    ffn_size: int | None = None
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "layers", "heads", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, not {getattr(self, name)}")
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 x heads = {2 * self.heads}")
+        if self.ffn not in ("swiglu", "relu2"):
+            raise ValueError(f"ffn is swiglu or relu2, not {self.ffn!r}")
+
+
+class Cache:
+    """Keys, values and memory state of the tokens seen so far, for decoding."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}  # layer -> [B, heads, positions, d/heads]
+        self.values: dict[int, Tensor] = {}
+        self.memory = MemoryCache()
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.keys:
+            k, v = torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+    def rewind(self, positions: int) -> None:
+        """Forgets the last `positions` tokens (rejected drafts, say)."""
+        if not 0 <= positions <= self.length:
+            raise ValueError(f"cannot rewind {positions} positions of {self.length}")
+        self.length -= positions
+        self.keys = {layer: k[:, :, : self.length] for layer, k in self.keys.items()}
+        self.values = {layer: v[:, :, : self.length] for layer, v in self.values.items()}
+        if self.memory.ids is not None:
+            self.memory.rewind(positions)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], extra: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
+        B, T, d = x.shape
+        qkv = self.qkv(x)
+        if extra is not None:  # a memory that speaks through the values
+            qkv = torch.cat([qkv[..., : 2 * d], qkv[..., 2 * d :] + extra], dim=-1)
+        q, k, v = qkv.view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is None or cache.length == 0:
+            if cache is not None:
+                cache.append(layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = cache.append(layer, k, v)
+            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+
+class FeedForward(nn.Module):
+    """Position-wise network, SwiGLU or squared ReLU."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        d, gated = config.hidden_size, config.ffn == "swiglu"
+        inner = config.ffn_size or (8 * d // 3 if gated else 4 * d)
+        self.gated = gated
+        self.up = nn.Linear(d, 2 * inner if gated else inner, bias=False)
+        self.down = nn.Linear(inner, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.relu(x).square())
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], extra: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, extra, cache, self.layer)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder. model(ids) -> logits float [B, T, vocab].
+
+    Its own weights are drawn from torch's global generator after the memory's, which the caller built before: with
+    torch.manual_seed(s) just before this call, the backbone starts the same with and without a memory.
+
+    Args:
+        config: shape. memory: an EngramMemory of the same hidden size, or None for the plain model.
+
+    Raises:
+        ValueError: a memory of another hidden size, or for layers that the model does not have.
+    """
+
+    def __init__(self, config: TransformerConfig, memory: EngramMemory | None = None):
+        super().__init__()
+        if memory is not None:
+            if (memory.hidden_size, memory.streams) != (config.hidden_size, 1):
+                raise ValueError(
+                    f"memory is for {memory.streams} streams x {memory.hidden_size}, "
+                    f"the model is 1 x {config.hidden_size}"
+                )
+            if memory.config.layers[-1] >= config.layers:
+                raise ValueError(f"memory wants layers {memory.config.layers}, the model has 0 .. {config.layers - 1}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init)
+        for block in self.blocks:
+            for weight in (block.attention.out.weight, block.ffn.down.weight):  # type: ignore[union-attr]
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))  # type: ignore[arg-type]
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.memory = memory
+        cos, sin = rotary(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            ids: int64 [B, T]. documents: [B, T] document numbers of a packed batch, for the memory's look-back
+            (attention does see the earlier documents of its window, in every arm alike).
+            cache: decoding state; ids are then the continuation of what it holds.
+
+        Raises:
+            ValueError: more positions than max_length. IndexError: an id outside the vocabulary.
+        """
+        start = 0 if cache is None else cache.length
+        stop = start + ids.shape[1]
+        if stop > self.config.max_length:
+            raise ValueError(f"{stop} positions, but the model was built for max_length {self.config.max_length}")
+        rope = (self.cos[start:stop], self.sin[start:stop])  # type: ignore[index]
+        memory = self.memory
+        if memory is not None:
+            recall = memory.recall(ids, documents, cache=None if cache is None else cache.memory)
+        x = self.embedding(ids)
+        for i, block in enumerate(self.blocks):
+            extra = None
+            if memory is not None and i in memory:
+                if memory.config.inject == "residual":
+                    x = x + memory[i](x, recall)
+                else:
+                    extra = memory[i](x, recall)
+            x = block(x, rope, extra, cache)
+        if cache is not None:
+            cache.length = stop
+        return self.head(self.norm(x))
+
+    def dense_parameters(self) -> int:
+        """Number of dense weights, the memory's fusion modules included, its tables not."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def rotary(config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_length, d / heads / 2] of the rotary positions."""
+    half = config.hidden_size // config.heads // 2
+    frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.arange(config.max_length, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates pairs (i, i + half) of the last dimension of x [B, heads, T, d / heads]."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (r.to(x.dtype) for r in rope)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -1,0 +1,250 @@
+"""EngramMemory: addressing + tables + fusion for all layers of one model. The one object a backbone talks to.
+
+recall = self.memory.recall(ids)                 # hash once for all layers; fetching starts now
+for i, block in enumerate(self.blocks):
+    if i in self.memory:
+        x = x + self.memory[i](x, recall)        # waits only if its rows have not arrived
+    x = block(x)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.addressing import HashLayout, NgramHasher, TokenMap
+from engram.config import EngramConfig
+from engram.fusion import EngramFusion
+from engram.tables import HostTable
+from engram.tables.prefetch import fetch
+
+
+class MemoryCache:
+    """What decoding has to remember: the token ids so far, and the inputs of each layer's convolution.
+
+    Both grow with the text, so `rewind` can drop rejected draft tokens exactly.
+    """
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None  # [B, positions]
+        self.conv: dict[int, Tensor] = {}  # layer -> [B, positions, M*d]
+
+    def rewind(self, positions: int) -> None:
+        """Forgets the last `positions` tokens, as if they had never been seen."""
+        if positions < 0 or self.ids is None or positions > self.ids.shape[1]:
+            held = 0 if self.ids is None else self.ids.shape[1]
+            raise ValueError(f"cannot rewind {positions} positions of {held}")
+        keep = self.ids.shape[1] - positions
+        self.ids = self.ids[:, :keep]
+        self.conv = {layer: inputs[:, :keep] for layer, inputs in self.conv.items()}
+
+
+class Recall:
+    """The rows of one forward pass, on their way. Made by EngramMemory.recall.
+
+    Attributes:
+        row_ids: {layer: int64 [B, T, C]} on the CPU.
+        documents: run number of each position [B, T] on the model's device, or None.
+    """
+
+    def __init__(
+        self, memory: EngramMemory, row_ids: dict[int, Tensor], documents: Tensor | None, device: torch.device
+    ):
+        self.row_ids, self.documents, self.device = row_ids, documents, device
+        self.cache: MemoryCache | None = None
+        self._trains = memory.training and torch.is_grad_enabled() and memory.config.train_tables
+        self._memory = memory
+        self._pending: dict[int, Future[Tensor]] = {}
+        self._rows: dict[int, Tensor] = {}
+        for layer, ids in row_ids.items():
+            out = torch.empty((*ids.shape, memory.config.head_dim), dtype=torch.float32)
+            self._pending[layer] = fetch(memory.tables[layer], ids, out)
+
+    def rows(self, layer: int) -> Tensor:
+        """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
+        if layer not in self._rows:
+            rows = self._pending.pop(layer).result()
+            if self._trains:
+                rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._keep_gradient, layer))
+            self._rows[layer] = rows
+        return self._rows[layer].flatten(2).to(self.device, non_blocking=True)
+
+    def _keep_gradient(self, layer: int, rows: Tensor) -> None:
+        assert rows.grad is not None
+        self._memory.gradients[layer].append((self.row_ids[layer], rows.grad))
+        rows.grad = None
+
+
+class EngramMemory(nn.Module):
+    """The n-gram memory of one model: a table and a fusion module for each of config.layers.
+
+    The tables stay in host memory whatever device the module moves to, and are no nn.Parameters: train them with
+    engram.build_optimizer. state_dict() holds them all the same (as views, not copies), so saving a model the usual way
+    saves its memory, and loading refuses rows that were addressed by another layout or token map.
+
+    Args:
+        config: shape and rules. token_map: of the tokenizer whose ids will come in. hidden_size: d.
+        streams: residual streams M of the backbone.
+        folder: keep the tables in files layer-<i>.rows of this folder instead of RAM.
+
+    Raises:
+        ValueError: a token map that cannot belong to the config (size, or pad_id outside it).
+    """
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        token_map: TokenMap,
+        hidden_size: int,
+        streams: int = 1,
+        folder: Any = None,
+    ):
+        super().__init__()
+        self.config, self.hidden_size, self.streams = config, hidden_size, streams
+        if config.compressed_vocab is not None and token_map.size != config.compressed_vocab:
+            raise ValueError(
+                f"this configuration's rows are addressed with {config.compressed_vocab:,} compressed ids, the token "
+                f"map has {token_map.size:,}: it comes from another tokenizer, and every row would be the wrong one"
+            )
+        if config.pad_id >= len(token_map.table):
+            raise ValueError(
+                f"pad_id {config.pad_id} is outside the token map's vocabulary of {len(token_map.table):,}"
+            )
+        self.layout = HashLayout.build(
+            compressed_vocab=token_map.size,
+            layers=config.layers,
+            orders=config.orders,
+            heads=config.heads,
+            rows_per_head=config.rows_per_head,
+            pad_id=int(token_map.table[config.pad_id]),
+            seed=config.seed,
+            family=config.hash,
+        )
+        self.hasher = NgramHasher(self.layout, token_map)
+        self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
+        self.tables: dict[int, HostTable] = {
+            layer: HostTable(
+                self.layout.rows[layer],
+                config.head_dim,
+                getattr(torch, config.table_dtype),
+                None if folder is None else f"{folder}/layer-{layer}.rows",
+                init=config.table_init,
+                std=config.table_std,
+                seed=config.seed * 1_000_003 + layer,
+            )
+            for layer in config.layers
+        }
+        # (row ids, gradient) of each backward pass since the optimiser's last step
+        self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self.tables
+
+    def __getitem__(self, layer: int) -> Callable[[Tensor, Recall], Tensor]:
+        """memory[i](hidden, recall) -> what to add to the hidden state [B, T, d] (or [B, T, M, d]) before block i."""
+        if layer not in self.tables:
+            raise KeyError(f"layer {layer} has no memory; layers {self.config.layers} have")
+        return partial(self._fuse, layer)
+
+    def recall(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        lookback: Tensor | None = None,
+        cache: MemoryCache | None = None,
+    ) -> Recall:
+        """Hashes the ids for all layers and starts fetching their rows.
+
+        Args:
+            ids: int64 [B, T] token ids, -1 not allowed.
+            documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
+            lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece.
+            cache: decoding state; replaces `lookback`, and is brought up to date.
+
+        Raises:
+            IndexError: an id outside the vocabulary. ValueError: placeholder ids, shapes that do not match, or a cache
+            together with documents or lookback.
+        """
+        if cache is not None:
+            if documents is not None or lookback is not None:
+                raise ValueError("a decoding cache holds one running text: give no documents and no lookback with it")
+            lookback = None if cache.ids is None else cache.ids[:, -(self.config.orders[-1] - 1) :]
+        device = ids.device
+        host = ids.cpu()
+        runs = None
+        if documents is not None:
+            changes = documents[:, 1:] != documents[:, :-1]
+            runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
+        row_ids = self.hasher(
+            host,
+            lookback=None if lookback is None else lookback.cpu(),
+            documents=None if runs is None else runs.cpu(),
+        )
+        if cache is not None:
+            cache.ids = host if cache.ids is None else torch.cat([cache.ids, host], dim=1)
+        recall = Recall(self, row_ids, None if runs is None else runs.to(device), device)
+        recall.cache = cache
+        return recall
+
+    def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
+        history = None if recall.cache is None else recall.cache.conv.get(layer)
+        update, inputs = self.fusions[str(layer)](recall.rows(layer), hidden, recall.documents, history)
+        if recall.cache is not None and inputs is not None:
+            recall.cache.conv[layer] = inputs if history is None else torch.cat([history, inputs], dim=1)
+        return update
+
+    def table_parameters(self) -> int:
+        """Number of values in all tables."""
+        return sum(table.rows * table.dim for table in self.tables.values())
+
+    def close(self) -> None:
+        """Lets go of all tables (mapped files are flushed)."""
+        for table in self.tables.values():
+            table.close()
+
+    # The tables travel in the state dict, with the facts that say which rows they are.
+
+    def get_extra_state(self) -> Tensor:
+        facts = {
+            "layout": self.layout.digest,
+            "token_map": self.hasher.token_map.digest,
+            "init": [self.config.table_init, self.config.table_std, self.config.seed],
+            "dtype": self.config.table_dtype,
+        }
+        return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        saved, mine = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))
+        for name, what in (("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")):
+            if saved.get(name) != mine[name]:
+                raise ValueError(
+                    f"the saved memory has another {what} ({saved.get(name)}) than this model ({mine[name]}): its rows "
+                    f"would be read at the wrong places"
+                )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for layer, table in self.tables.items():
+            destination[f"{prefix}tables.{layer}"] = table.tensor
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        rows = {layer: state_dict.get(f"{prefix}tables.{layer}") for layer in self.tables}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for layer, saved in rows.items():
+            key = f"{prefix}tables.{layer}"
+            if key in unexpected:
+                unexpected.remove(key)
+            if saved is None:
+                missing.append(key)
+            elif saved.shape != self.tables[layer].tensor.shape:
+                errors.append(f"{key} is {tuple(saved.shape)}, the table is {tuple(self.tables[layer].tensor.shape)}")
+            else:
+                self.tables[layer].tensor.copy_(saved)

@@ -1,0 +1,125 @@
+"""build_optimizer: dense weights and table rows in one torch optimiser, so schedulers and training loops just work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from engram.memory import EngramMemory
+from engram.tables.optimizers import RowAdam, RowRMS
+
+
+class EngramOptimizer(torch.optim.AdamW):
+    """AdamW on the dense weights and a row-sparse optimiser on each table. Made by build_optimizer.
+
+    The last of .param_groups is named "tables"; it holds no parameters, but its "lr" is the tables', so a learning rate
+    scheduler moves both. .row_optimizers lists the row optimisers, .touched the distinct rows of the last step.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], memories: list[EngramMemory], rows: list[dict[int, Any]], **kwargs: Any
+    ):
+        super().__init__(groups, **kwargs)
+        self.memories, self.rows = memories, rows
+        self.touched = 0
+
+    @property
+    def row_optimizers(self) -> list[RowRMS | RowAdam]:
+        return [optimizer for layers in self.rows for optimizer in layers.values()]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimiser state, dense and rows."""
+        dense = sum(v.nbytes for s in self.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+        return dense + sum(optimizer.nbytes for optimizer in self.row_optimizers)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Updates the dense weights and the rows that the backward passes since zero_grad() touched."""
+        loss = super().step(closure)
+        lr = self.param_groups[-1]["lr"]
+        self.touched = 0
+        for memory, layers in zip(self.memories, self.rows, strict=True):
+            for layer, optimizer in layers.items():
+                pending = memory.gradients[layer]
+                if not pending:
+                    continue
+                optimizer.lr = lr
+                if len(pending) == 1:
+                    ids, grad = pending[0]
+                else:  # gradient accumulation: duplicates across passes sum like those within one
+                    ids = torch.cat([ids.flatten() for ids, _ in pending])
+                    grad = torch.cat([grad.flatten(0, -2) for _, grad in pending])
+                self.touched += optimizer.step(ids, grad)
+                pending.clear()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for memory in self.memories:
+            for pending in memory.gradients.values():
+                pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, with the row optimisers' state (live tensors) under "rows"."""
+        rows = [{layer: o.state_dict() for layer, o in layers.items()} for layers in self.rows]
+        return {**super().state_dict(), "rows": rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the saved state belongs to other tables or another kind of optimiser."""
+        rows = state_dict.get("rows")
+        if rows is None or [set(layers) for layers in rows] != [set(layers) for layers in self.rows]:
+            raise ValueError("the saved optimiser state belongs to a model with other memory layers")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "rows"})
+        for layers, saved in zip(self.rows, rows, strict=True):
+            for layer, optimizer in layers.items():
+                optimizer.load_state_dict(saved[layer])
+
+
+def build_optimizer(
+    model: nn.Module,
+    lr: float = 3e-3,
+    table_lr: float = 0.03,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    table_optimizer: str = "rms",
+    table_betas: tuple[float, float] | None = None,
+) -> EngramOptimizer:
+    """One optimiser for everything that learns in a model with (or without) engram memory.
+
+    Args:
+        model: any module; the EngramMemory modules in it bring their tables. A memory alone works too.
+        lr, betas, eps, weight_decay: AdamW of the dense weights. Only matrices decay: no gains, biases or convolutions.
+        table_lr: learning rate of the rows, well above the dense one as a rule; rows never decay.
+        table_optimizer: "rms" (4 bytes of state a row) or "adam" (8 bytes a value).
+        table_betas: decays of the row optimiser; default (0, 0.99) for rms, (0.9, 0.999) for adam.
+
+    Raises:
+        ValueError: an unknown table_optimizer.
+    """
+    if table_optimizer not in ("rms", "adam"):
+        raise ValueError(f'table_optimizer is "rms" or "adam", not {table_optimizer!r}')
+    memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
+    rows: list[dict[int, Any]] = []
+    for memory in memories:
+        layers: dict[int, Any] = {}
+        for layer, table in memory.tables.items():
+            if not memory.config.train_tables:
+                continue
+            if table_optimizer == "rms":
+                layers[layer] = RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1])
+            else:
+                layers[layer] = RowAdam(table, table_lr, table_betas or (0.9, 0.999))
+        rows.append(layers)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"name": "matrices", "params": [p for p in weights if p.dim() == 2 and min(p.shape) > 8]},
+        {"name": "other", "params": [p for p in weights if p.dim() != 2 or min(p.shape) <= 8], "weight_decay": 0.0},
+        {"name": "tables", "params": [], "lr": table_lr, "weight_decay": 0.0},
+    ]
+    return EngramOptimizer(groups, memories, rows, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)

@@ -1,0 +1,132 @@
+"""The command line and the main job, end to end on a small text; what is wrong with the input exits with code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from engram.cli import parse_count, parse_seeds
+
+RUN = [sys.executable, "-c", "from engram.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """A folder of small documents with strong bigrams."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), 5)) for _ in range(300)]
+    follows = rng.integers(0, 300, (300, 3))
+    for i in range(240):
+        word, text = int(rng.integers(300)), []
+        for _ in range(150):
+            text.append(words[word])
+            word = int(follows[word, rng.integers(3)])
+        (folder / f"{i:03d}.txt").write_text(" ".join(text) + ".")
+    return folder
+
+
+def engram(*arguments, **env):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=280)
+
+
+def small_report(text_folder, tmp_path, name: str) -> dict:
+    done = engram(
+        "ablate", "--corpus", text_folder, "--budget", "24k", "--out", tmp_path / name, ENGRAM_CACHE=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / name).iterdir()} == {"report.json", "curves.png", "report.html"}
+    return json.loads((tmp_path / name / "report.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, tmp_path):
+    report = small_report(text_folder, tmp_path, "a")
+    assert [run["arm"] for run in report["runs"]] == ["plain", "one-row", "engram"]
+    assert report["corpus"]["validation_documents"] > 0 and report["summary"][0]["difference"] is None
+    for row in report["summary"][1:]:
+        assert row["difference"]["low"] <= row["difference"]["mean"] <= row["difference"]["high"]
+    plain, one_row, full = report["runs"]
+    assert plain["parameters"]["table"] == 0 and one_row["parameters"]["table"] == 8 * 32
+    assert full["parameters"]["table"] > 8 * 32 * 65_536 and full["rows_touched_per_step"] > 0
+    tokens = sum(bucket[0] for bucket in full["seen"]["bigram"].values())
+    assert 0 < tokens < report["corpus"]["validation_tokens"]
+    again = small_report(text_folder, tmp_path, "b")
+    assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in report["runs"]]
+    assert again["summary"] == report["summary"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_run_is_resumed_evaluated_and_continued(text_folder, tmp_path):
+    arguments = ("train", "--corpus", text_folder, "--budget", "8k", "--out", tmp_path / "run")
+    cache = {"ENGRAM_CACHE": str(tmp_path)}
+    assert engram(*arguments, **cache).returncode == 0
+    again = engram(*arguments, **cache)
+    assert again.returncode == 0, again.stderr  # nothing left to do
+    scored = engram("evaluate", tmp_path / "run", "--json", **cache)
+    assert scored.returncode == 0, scored.stderr
+    figures = json.loads(scored.stdout)
+    assert figures["documents"] > 0 and 0 < figures["bpb"] < 10
+    said = engram("generate", tmp_path / "run", "abc", "--tokens", 5, **cache)
+    assert said.returncode == 0 and said.stdout.startswith("abc")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ablate", "--arms", "plain,engrm"), "arms must be distinct names out of plain, one-row, random, engram"),
+        (("ablate", "--budget", "much"), "a token budget is a positive number"),
+        (("ablate", "--seeds", "a"), "seeds are integers"),
+        (("ablate", "--corpus", "/nonexistent/text"), "/nonexistent/text"),
+        (("ablate", "--held-out", "test"), "validation or tune"),
+        (("evaluate", "/nonexistent/run"), "holds no run.json"),
+        (("bench", "fast"), "unknown benchmark fast; there are hash"),
+        (("train",), "unknown arm 'engrm'"),
+        (("ablate", "--no-such-option"), "No such option"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, text_folder, tmp_path):
+    if arguments[0] == "train":
+        arguments = ("train", "--arm", "engrm", "--out", tmp_path / "x", "--corpus", text_folder)
+    done = engram(*arguments, ENGRAM_CACHE=str(tmp_path))
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_empty_corpus_and_one_too_short_exit_with_2_and_write_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    for i in range(60):
+        (tmp_path / "short" / f"{i}.txt").write_text(f"only {i} words")
+    for name in ("empty", "short"):
+        out = tmp_path / f"out-{name}"
+        done = engram("ablate", "--corpus", tmp_path / name, "--out", out, ENGRAM_CACHE=str(tmp_path))
+        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
+        assert not list(out.iterdir())
+
+
+def test_help_is_there_for_every_command():
+    for command in ("ablate", "train", "evaluate", "generate", "bench"):
+        done = engram(command, "--help")
+        assert done.returncode == 0 and "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(("text", "count"), [("1.1M", 1_100_000), ("500k", 500_000), ("42", 42), ("2G", 2_000_000_000)])
+def test_budgets_are_read_with_their_units(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "M", "nan", "1e99"])
+def test_budgets_that_are_no_positive_number_are_refused(text):
+    with pytest.raises(ValueError, match="token budget"):
+        parse_count(text)
+
+
+def test_seeds_are_read():
+    assert parse_seeds("0,1,2") == [0, 1, 2]

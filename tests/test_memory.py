@@ -1,0 +1,251 @@
+"""EngramMemory in a backbone: step 0, decoding, packing, gradients, state dicts."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from engram import EngramConfig, EngramMemory, HashLayout, TokenMap, Transformer, TransformerConfig, build_optimizer
+from engram.lm.transformer import Cache
+from engram.tables import HostTable
+
+VOCAB = 50
+SMALL = EngramConfig(layers=(1, 2), orders=(2, 3), heads=2, head_dim=8, rows_per_head=101, table_init="normal")
+SHAPE = TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=3, heads=2, max_length=64)
+
+
+def make(config: EngramConfig | None = SMALL, shape: TransformerConfig = SHAPE, folder=None) -> Transformer:
+    torch.manual_seed(1)
+    memory = (
+        None if config is None else EngramMemory(config, TokenMap.identity(VOCAB), shape.hidden_size, folder=folder)
+    )
+    torch.manual_seed(0)
+    return Transformer(shape, memory)
+
+
+def text(B: int = 2, T: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "relu2"])
+@pytest.mark.parametrize("inject", ["residual", "values"])
+def test_with_zero_rows_step_0_logits_equal_the_plain_models(ffn, inject):
+    shape = TransformerConfig(**{**vars(SHAPE), "ffn": ffn})
+    plain, memory = make(None, shape), make(SMALL.replace(table_init="zero", inject=inject, conv_init="uniform"), shape)
+    assert torch.equal(plain(text()), memory(text()))
+    assert not torch.equal(plain(text()), make(SMALL.replace(inject=inject), shape)(text()))
+
+
+def test_logits_never_depend_on_later_tokens():
+    model = make(SMALL.replace(conv_init="uniform"))
+    ids, other = text(), text()
+    other[:, 12:] = text(seed=5)[:, 12:]
+    torch.testing.assert_close(model(ids)[:, :12], model(other)[:, :12])
+
+
+@pytest.mark.parametrize("inject", ["residual", "values"])
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [5, 1, 1, 9, 4]])
+def test_cached_decoding_equals_the_full_forward(inject, pieces):
+    model = make(SMALL.replace(conv_init="uniform", inject=inject)).eval()
+    ids, cache = text(), Cache()
+    with torch.no_grad():
+        full = model(ids)
+        steps = [model(piece, cache=cache) for piece in ids.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
+
+
+def test_rejected_draft_tokens_leave_no_trace_in_the_cache():
+    model = make(SMALL.replace(conv_init="uniform")).eval()
+    ids, drafts, cache = text(), text(seed=9), Cache()
+    with torch.no_grad():
+        full = model(ids)
+        model(ids[:, :10], cache=cache)
+        model(drafts[:, :4], cache=cache)
+        cache.rewind(4)
+        rest = model(ids[:, 10:], cache=cache)
+    torch.testing.assert_close(rest, full[:, 10:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot rewind 21 positions of 20"):
+        cache.rewind(21)
+
+
+def test_placeholder_ids_after_speculative_decoding_are_refused():
+    with pytest.raises(ValueError, match="-1"):
+        make().memory.recall(torch.tensor([[3, -1]]))
+
+
+def test_a_packed_batch_gives_each_document_the_memory_it_has_alone():
+    model = make(SMALL.replace(conv_init="uniform"))
+    ids, hidden = text(), torch.randn(2, 20, 32)
+    documents = torch.tensor([[4] * 8 + [7] * 12] * 2)
+    packed = model.memory.recall(ids, documents)
+    for part in (slice(0, 8), slice(8, 20)):
+        alone = model.memory.recall(ids[:, part])
+        for layer in SMALL.layers:
+            assert torch.equal(packed.row_ids[layer][:, part], alone.row_ids[layer])
+            update = model.memory[layer](hidden, packed)[:, part]
+            torch.testing.assert_close(update, model.memory[layer](hidden[:, part], alone))
+
+
+def test_the_pad_id_goes_through_the_token_map():
+    table_size = 10
+    token_map = TokenMap.identity(table_size)
+    shuffled = type(token_map)((token_map.table[::-1]).copy())
+    memory = EngramMemory(SMALL.replace(pad_id=0), shuffled, 32)
+    assert memory.layout.pad_id == shuffled.table[0] == 9
+
+
+def test_a_layout_that_needs_more_rows_than_the_table_has_raises():
+    memory = make().memory
+    memory.tables[1] = HostTable(100, 8)
+    with pytest.raises(IndexError, match="outside this table of 100 rows: the hash layout does not belong"):
+        memory.recall(text())
+
+
+def test_a_missing_table_stops_the_program():
+    model = make()
+    model.memory.tables[2].close()
+    with pytest.raises(ValueError, match="is closed"):
+        model(text())
+
+
+def test_only_the_rows_of_the_step_change():
+    model = make()
+    optimizer = build_optimizer(model, table_lr=0.1)
+    before = {layer: table.gather(torch.arange(table.rows)).clone() for layer, table in model.memory.tables.items()}
+    recall = model.memory.recall(text())
+    loss = model(text()).logsumexp(-1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    for layer, table in model.memory.tables.items():
+        changed = (table.gather(torch.arange(table.rows)) != before[layer]).any(dim=1)
+        assert set(changed.nonzero().flatten().tolist()) == set(recall.row_ids[layer].flatten().tolist())
+
+
+def test_row_gradients_equal_those_of_a_dense_embedding():
+    model = make()
+    ids = text()
+    recall = model.memory.recall(ids)
+    model.train()
+    hidden = torch.randn(2, 20, 32)
+    model.memory[1](hidden, recall).square().sum().backward()
+    [(row_ids, grad)] = model.memory.gradients[1]
+    table = model.memory.tables[1]
+    weight = table.gather(torch.arange(table.rows)).clone().requires_grad_()
+    rows = torch.nn.functional.embedding(recall.row_ids[1], weight).flatten(2)
+    model.memory.fusions["1"](rows, hidden)[0].square().sum().backward()
+    summed = torch.zeros_like(weight).index_add_(0, row_ids.flatten(), grad.flatten(0, -2))
+    torch.testing.assert_close(summed, weight.grad)
+
+
+def test_accumulated_gradients_equal_one_large_batch():
+    def train(parts: int) -> torch.Tensor:
+        model = make()
+        optimizer = build_optimizer(model, lr=0.0, table_lr=0.1)
+        optimizer.zero_grad()
+        for piece in text(B=4).chunk(parts):
+            (model(piece).logsumexp(-1).mean() / parts).backward()
+        optimizer.step()
+        return model.memory.tables[1].tensor.clone()
+
+    torch.testing.assert_close(train(1), train(2), rtol=1e-3, atol=1e-5)
+
+
+def test_no_gradient_is_kept_without_training():
+    model = make().eval()
+    model(text()).sum().backward()
+    with torch.no_grad():
+        make().train()(text())
+    assert not any(model.memory.gradients.values())
+
+
+def test_frozen_tables_do_not_move():
+    model = make(SMALL.replace(train_tables=False))
+    optimizer = build_optimizer(model)
+    before = model.memory.tables[1].gather(torch.arange(50)).clone()
+    model(text()).logsumexp(-1).mean().backward()
+    optimizer.step()
+    assert torch.equal(model.memory.tables[1].gather(torch.arange(50)), before)
+
+
+def test_the_table_sits_in_the_tables_group_with_its_own_learning_rate():
+    model = make()
+    optimizer = build_optimizer(model, lr=1e-3, table_lr=0.5, weight_decay=0.1)
+    group = optimizer.param_groups[-1]
+    assert (group["name"], group["lr"], group["weight_decay"], group["params"]) == ("tables", 0.5, 0.0, [])
+    dense = [p for g in optimizer.param_groups for p in g["params"]]
+    assert len(dense) == len(list(model.parameters()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+    assert not any(word in name for name in decayed for word in ("norm", "conv", "bias"))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    model(text()).logsumexp(-1).mean().backward()
+    optimizer.step()
+    assert optimizer.row_optimizers[0].lr == 0.25
+
+
+def test_state_dict_carries_the_rows_and_refuses_another_layout():
+    model, other = make(), make(SMALL.replace(layers=(1, 2)))
+    model.memory.tables[1].write(torch.tensor([7]), torch.full((1, 8), 3.0))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(model(text()), other(text()))
+    with pytest.raises(ValueError, match="another hash layout"):
+        make(SMALL.replace(seed=3)).load_state_dict(model.state_dict())
+    without = {k: v for k, v in model.state_dict().items() if "tables" not in k}
+    with pytest.raises(RuntimeError, match=r"Missing key.*memory\.tables\.1"):
+        make().load_state_dict(without)
+
+
+def test_tables_in_a_folder_train_like_tables_in_memory(tmp_path):
+    results = []
+    for folder in (None, tmp_path):
+        model = make(folder=folder)
+        optimizer = build_optimizer(model)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(text(seed=step)).logsumexp(-1).mean().backward()
+            optimizer.step()
+        results.append(model.memory.tables[2].tensor.clone())
+    assert torch.equal(*results)
+    assert (tmp_path / "layer-1.rows").exists() and (tmp_path / "layer-2.rows").exists()
+
+
+def test_copying_a_memory_in_passing_is_refused():
+    with pytest.raises(TypeError, match="not copied in passing"):
+        copy.deepcopy(make())
+
+
+def test_a_memory_of_another_shape_is_refused_by_the_backbone():
+    with pytest.raises(ValueError, match="memory wants layers"):
+        make(SMALL.replace(layers=(1, 3)))
+    memory = EngramMemory(SMALL, TokenMap.identity(VOCAB), 16)
+    with pytest.raises(ValueError, match="memory is for 1 streams x 16"):
+        Transformer(SHAPE, memory)
+
+
+def test_a_token_id_outside_the_vocabulary_is_named():
+    with pytest.raises(IndexError, match="50"):
+        make()(torch.tensor([[1, 50]]))
+
+
+def test_more_positions_than_the_model_holds_are_refused():
+    with pytest.raises(ValueError, match="max_length 64"):
+        make()(text(T=65))
+
+
+def test_tied_embeddings_share_one_matrix():
+    shape = TransformerConfig(**{**vars(SHAPE), "tie_embeddings": True})
+    model = make(None, shape)
+    assert model.head.weight is model.embedding.weight
+    build_optimizer(model)
+
+
+def test_layouts_of_two_layers_use_different_rows_for_one_ngram():
+    layout = HashLayout.build(VOCAB, (1, 2), (2, 3), 2, 101, pad_id=0)
+    assert not set(layout.moduli[1][0]) & set(layout.moduli[2][0])

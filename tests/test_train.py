@@ -1,0 +1,277 @@
+"""Training, checkpoints and generation on small synthetic text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, evaluate, generate, train
+from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from engram.lm.tokenizer import Encoded
+from engram.lm.train import Batches, TrainConfig, learning_rate_scale
+from engram.optimizer import build_optimizer
+
+VOCAB = 64
+CONFIG = TrainConfig(tokens=30 * 4 * 16, batch_size=4, context=16, lr=1e-2, table_lr=0.05, warmup_steps=3)
+
+
+def corpus(documents: int = 60, length: int = 40, seed: int = 0) -> Encoded:
+    """Documents in which a token pair mostly decides the next token: food for a bigram memory."""
+    rng = np.random.default_rng(seed)
+    rule = np.random.default_rng(99).integers(1, VOCAB, (VOCAB, VOCAB))
+    texts = []
+    for _ in range(documents):
+        ids = [0, int(rng.integers(1, VOCAB))]
+        while len(ids) < length:
+            ids.append(int(rule[ids[-2], ids[-1]]) if rng.random() < 0.9 else int(rng.integers(1, VOCAB)))
+        texts.append(np.array(ids, dtype=np.int32))
+    starts = np.concatenate([[0], np.cumsum([len(t) for t in texts])])
+    numbers = np.repeat(np.arange(documents, dtype=np.int32), length)
+    return Encoded(np.concatenate(texts), numbers, starts, np.full(documents, 3 * length))
+
+
+def model(memory: bool = True, seed: int = 0) -> Transformer:
+    config = EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=997, table_dtype="bfloat16")
+    torch.manual_seed(seed + 1)
+    engram = EngramMemory(config, TokenMap.identity(VOCAB), 32) if memory else None
+    torch.manual_seed(seed)
+    return Transformer(TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=2, heads=2, max_length=16), engram)
+
+
+def weights(trained: Transformer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in trained.state_dict().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
+
+
+def test_a_fixed_seed_gives_the_same_weights_twice():
+    runs = []
+    for _ in range(2):
+        m = model()
+        log = train(m, corpus(), CONFIG)
+        runs.append((weights(m), [loss for _, loss in log.curve]))
+    assert_same(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+def test_memory_learns_bigrams_that_the_plain_model_cannot_in_the_same_steps():
+    data, held_out = corpus(400), corpus(30, seed=1)
+    config = replace(CONFIG, tokens=150 * 64, table_lr=0.3)
+    losses = []
+    for memory in (False, True):
+        m = model(memory)
+        train(m, data, config)
+        losses.append(evaluate(m, held_out).loss)
+    assert losses[1] < losses[0] - 0.1
+
+
+def test_every_arm_of_a_seed_sees_the_same_batches_and_another_seed_sees_others():
+    data = corpus()
+    a, b, other = (Batches(data, 16, 4, seed) for seed in (0, 0, 1))
+    for step in (0, 7, 100):
+        assert all(torch.equal(x, y) for x, y in zip(a(step), b(step), strict=True))
+    assert not np.array_equal(a.order(0), other.order(0))
+
+
+def test_an_epoch_visits_every_window_once_and_targets_are_the_next_tokens():
+    data = corpus()
+    batches = Batches(data, 16, 4)
+    seen = np.concatenate([batches.order(step) for step in range(batches.per_epoch)])
+    assert len(set(seen.tolist())) == len(seen) and len(seen) > batches.windows - 4
+    ids, targets, documents = batches(3)
+    assert torch.equal(ids[:, 1:], targets[:, :-1]) and documents.shape == ids.shape
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_almost_nothing():
+    config = replace(CONFIG, tokens=100 * 64, warmup_steps=10, decay_share=0.4)
+    scales = [learning_rate_scale(step, config) for step in range(100)]
+    assert scales[0] == 0.1 and scales[10:60] == [1.0] * 50 and 0 < scales[-1] < 0.03
+    assert all(a >= b for a, b in pairwise(scales[60:]))
+
+
+def test_a_text_shorter_than_one_batch_is_refused():
+    with pytest.raises(ValueError, match="one batch needs 4 windows of 16"):
+        train(model(), corpus(1, 20), CONFIG)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    m = model()
+    with torch.no_grad():
+        m.norm.weight[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        train(m, corpus(), CONFIG)
+
+
+def test_an_interrupted_run_resumes_to_bit_identical_weights_and_rows(tmp_path):
+    whole = model()
+    train(whole, corpus(), CONFIG)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), corpus(), CONFIG, folder=tmp_path, checkpoint_every=5, on_step=stop)
+    assert latest_checkpoint(tmp_path).name == "step-00000015"
+    resumed = model(seed=5)  # whatever it starts with, the checkpoint decides
+    log = train(resumed, corpus(), CONFIG, folder=tmp_path, checkpoint_every=5)
+    assert_same(weights(whole), weights(resumed))
+    assert log.tokens == CONFIG.steps * 64 and len(log.curve) == CONFIG.steps
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from test_train import *
+torch.set_num_threads(1)
+m = model()
+train(m, corpus(), replace(CONFIG, tokens=60 * 64), folder={folder!r}, checkpoint_every=4,
+      on_step=lambda step, loss: print(step, flush=True))
+torch.save(m.state_dict(), {folder!r} + "/final.pt")
+"""
+
+
+def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_rows(tmp_path):
+    def run(folder, kill_at: int | None) -> int:
+        code = KILLED.format(here=os.path.dirname(__file__), folder=str(folder))
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if kill_at is not None and int(line) >= kill_at:
+                time.sleep(random.random() * 0.02)  # in the middle of a step or of a save
+                process.send_signal(signal.SIGKILL)
+                break
+        return process.wait()
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert run(tmp_path / "whole", None) == 0
+    for kill_at in sorted(random.sample(range(6, 55), 2)):
+        assert run(tmp_path / "killed", kill_at) == -signal.SIGKILL
+    assert run(tmp_path / "killed", None) == 0
+    whole, killed = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "killed"))
+    assert_same(whole, killed)
+
+
+def saved(tmp_path):
+    m = model()
+    train(m, corpus(), CONFIG, folder=tmp_path)
+    return latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "memory.tables.1.rows"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
+    path = saved(tmp_path) / name
+    if damage == "truncate":
+        os.truncate(path, path.stat().st_size - 7)
+    elif damage == "flip":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0x55
+        path.write_bytes(data)
+    else:
+        path.unlink()
+    m = model()
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        load_checkpoint(path.parent, m, build_optimizer(m))
+
+
+def test_a_damaged_manifest_and_an_empty_folder_are_refused(tmp_path):
+    path = saved(tmp_path)
+    (path / "manifest.json").write_text('{"format": 1, "files"')
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        read_manifest(path)
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        read_manifest(tmp_path / "nothing")
+
+
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
+    path = saved(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = {"bytes": 1, "xxh3_128": "0"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="lacks the file"):
+        read_manifest(path)
+
+
+def test_a_checkpoint_of_another_model_or_configuration_is_refused(tmp_path):
+    path = saved(tmp_path)
+    plain = model(memory=False)
+    with pytest.raises(ValueError, match="saved from another model"):
+        load_checkpoint(path, plain)
+    with pytest.raises(ValueError, match="was trained with"):
+        train(model(), corpus(), replace(CONFIG, lr=0.5), folder=tmp_path)
+
+
+def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path, monkeypatch):
+    m = model()
+    optimizer = build_optimizer(m)
+    before = save_checkpoint(tmp_path, m, optimizer, 1, {})
+
+    def full(path, rows):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engram.lm.checkpoint.write_rows", full)
+    with pytest.raises(OSError, match=r"No space left on device.*Nothing half-written"):
+        save_checkpoint(tmp_path, m, optimizer, 2, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert latest_checkpoint(tmp_path) == before
+
+
+def test_evaluation_scores_every_token_but_the_first_of_each_document_once():
+    m, data = model().eval(), corpus(7)
+    result = evaluate(m, data)
+    assert result.document_tokens.tolist() == [39] * 7
+    assert np.isnan(result.position_nats).sum() == 7
+    with torch.no_grad():  # the second window of the third document, by hand
+        start = int(data.starts[2]) + 16
+        ids = torch.from_numpy(data.ids[start : start + 16].astype(np.int64))[None]
+        log_probs = m(ids).log_softmax(-1)
+    for t in range(15):
+        expected = -log_probs[0, t, int(data.ids[start + t + 1])].item()
+        assert abs(result.position_nats[start + t] - expected) < 1e-4
+    total = result.document_nats.sum()
+    assert abs(result.loss - total / (39 * 7)) < 1e-9
+    assert abs(result.bits_per_byte - total / np.log(2) / (7 * 120)) < 1e-9
+
+
+def test_greedy_generation_equals_taking_the_likeliest_token_without_a_cache():
+    m = model().eval()
+    train(m, corpus(), CONFIG)
+    prompt = torch.tensor([[0, 5], [0, 9]])
+    out = generate(m, prompt, 10, temperature=0)
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, m(ids)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, ids)
+
+
+def test_sampling_repeats_with_its_seed_and_stops_at_the_stop_id():
+    m = model()
+    prompt = torch.tensor([[0, 5]])
+    a, b, c = (generate(m, prompt, 12, seed=seed, top_k=5) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    first = int(a[0, 2])
+    assert generate(m, prompt, 12, seed=1, top_k=5, stop_id=first).shape == (1, 3)
+
+
+def test_generation_beyond_the_models_length_is_refused():
+    with pytest.raises(ValueError, match="max_length 16"):
+        generate(model(), torch.tensor([[0, 5]]), 15)
+    with pytest.raises(ValueError, match="prompt must be"):
+        generate(model(), torch.empty(1, 0, dtype=torch.int64), 3)

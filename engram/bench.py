@@ -173,7 +173,7 @@ def _bench_step() -> list[Row]:
     B, T = 8, 256
     ids = torch.from_numpy(np.minimum(np.random.default_rng(0).zipf(1.2, (64, B, T + 1)) - 1, 4095))
     documents = torch.zeros(B, T, dtype=torch.int64)
-    arms = {}
+    arms: dict[str, Callable[[], Any]] = {}
     for name in ("with engram", "plain"):
         memory = EngramMemory(memory_config, TokenMap.identity(4096), 128) if name == "with engram" else None
         torch.manual_seed(0)

@@ -48,8 +48,9 @@ def _setting(corpus: str, budget: str, lr: float | None, table_lr: float | None)
     from engram.lm.run import Setting
 
     setting = Setting(corpus=corpus)
-    changes = {"tokens": parse_count(budget), "lr": lr, "table_lr": table_lr}
-    return replace(setting, train=replace(setting.train, **{k: v for k, v in changes.items() if v is not None}))
+    train = setting.train
+    train = replace(train, tokens=parse_count(budget), lr=lr or train.lr, table_lr=table_lr or train.table_lr)
+    return replace(setting, train=train)
 
 
 def _progress() -> Any:

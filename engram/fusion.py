@@ -98,8 +98,8 @@ class EngramFusion(nn.Module):
     def _conv(self, x: Tensor, documents_BT: Tensor | None, history: Tensor | None) -> Tensor:
         """Causal depthwise convolution of x [B, T, M*d], taps at lags 0, dilation, 2 dilation, ...
 
-        A few shifted multiply-adds: two to five times faster on a CPU than the general nn.Conv1d for so few taps, and
-        the place where a lag that would cross a document is left out.
+        A few shifted multiply-adds: faster on a CPU than nn.Conv1d for so few taps (paper_notes/decisions.md), and the
+        place where a lag that would cross a document is left out.
         """
         T = x.shape[1]
         taps = self.conv_weight[:, 0].to(x.dtype).unbind(-1)

@@ -10,6 +10,8 @@ for i, block in enumerate(self.blocks):
 from __future__ import annotations
 
 import json
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -22,7 +24,9 @@ from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.config import EngramConfig
 from engram.fusion import EngramFusion
 from engram.tables import HostTable
-from engram.tables.prefetch import fetch
+from engram.tables.prefetch import Fetch, in_background, wait
+
+_WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
 
 
 class MemoryCache:
@@ -46,39 +50,71 @@ class MemoryCache:
 
 
 class Recall:
-    """The rows of one forward pass, on their way. Made by EngramMemory.recall.
+    """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
+    forward pass that uses it: rows that an optimiser step changes in between are renewed.
 
     Attributes:
-        row_ids: {layer: int64 [B, T, C]} on the CPU.
         documents: run number of each position [B, T] on the model's device, or None.
     """
 
     def __init__(
-        self, memory: EngramMemory, row_ids: dict[int, Tensor], documents: Tensor | None, device: torch.device
+        self,
+        memory: EngramMemory,
+        ids: Tensor,
+        lookback: Tensor | None,
+        documents: Tensor | None,
+        device: torch.device,
     ):
-        self.row_ids, self.documents, self.device = row_ids, documents, device
+        self.documents, self.device = documents, device
         self.cache: MemoryCache | None = None
-        self._trains = memory.training and torch.is_grad_enabled() and memory.config.train_tables
         self._memory = memory
-        self._pending: dict[int, Future[Tensor]] = {}
+        self._trains = memory.training and torch.is_grad_enabled() and memory.config.train_tables
         self._rows: dict[int, Tensor] = {}
-        for layer, ids in row_ids.items():
-            out = torch.empty((*ids.shape, memory.config.head_dim), dtype=torch.float32)
-            self._pending[layer] = fetch(memory.tables[layer], ids, out)
+        self._pending: dict[int, Future[Fetch]] = {}
+        host_documents = None if documents is None else documents.cpu()
+        values = ids.numel() * memory.config.d_mem
+        worth_a_thread = values >= _WORTH_A_THREAD
+
+        def hash_ids() -> dict[int, Tensor]:
+            began = time.perf_counter()
+            row_ids = memory.hasher(ids, lookback=lookback, documents=host_documents)
+            memory.clock["hashing"] += time.perf_counter() - began
+            return row_ids
+
+        def fetch(layer: int) -> Fetch:
+            return Fetch(memory.tables[layer], self._hashed.result()[layer], device)
+
+        self._hashed = in_background(hash_ids, worth_a_thread)
+        for layer in memory.config.layers:
+            self._pending[layer] = in_background(partial(fetch, layer), worth_a_thread)
+
+    @property
+    def row_ids(self) -> dict[int, Tensor]:
+        """{layer: int64 [B, T, C]} on the CPU."""
+        return self._hashed.result()
 
     def rows(self, layer: int) -> Tensor:
         """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
         if layer not in self._rows:
-            rows = self._pending.pop(layer).result()
+            fetched, waited = wait(self._pending.pop(layer))
+            self._memory.clock["waiting"] += waited
+            rows = fetched.rows()
             if self._trains:
-                rows.requires_grad_().register_post_accumulate_grad_hook(partial(self._keep_gradient, layer))
+                keep = partial(_keep_gradient, self._memory.gradients[layer], self.row_ids[layer])
+                rows.requires_grad_().register_post_accumulate_grad_hook(keep)
             self._rows[layer] = rows
-        return self._rows[layer].flatten(2).to(self.device, non_blocking=True)
+        return self._rows[layer].flatten(2)
 
-    def _keep_gradient(self, layer: int, rows: Tensor) -> None:
-        assert rows.grad is not None
-        self._memory.gradients[layer].append((self.row_ids[layer], rows.grad))
-        rows.grad = None
+    def patch(self, layer: int, touched: Tensor) -> int:
+        """Renews rows fetched ahead that are in `touched`. Returns how many; 0 where the rows are already in use."""
+        return self._pending[layer].result().patch(touched) if layer in self._pending else 0
+
+
+def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, rows: Tensor) -> None:
+    """Hands the gradient of fetched rows to the optimiser. No method of Recall: a cycle would keep the rows alive."""
+    assert rows.grad is not None
+    gradients.append((row_ids, rows.grad))
+    rows.grad = None
 
 
 class EngramMemory(nn.Module):
@@ -142,6 +178,8 @@ class EngramMemory(nn.Module):
         }
         # (row ids, gradient) of each backward pass since the optimiser's last step
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
+        self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
+        self._recalls: weakref.WeakSet[Recall] = weakref.WeakSet()
 
     def __contains__(self, layer: int) -> bool:
         return layer in self.tables
@@ -175,22 +213,22 @@ class EngramMemory(nn.Module):
             if documents is not None or lookback is not None:
                 raise ValueError("a decoding cache holds one running text: give no documents and no lookback with it")
             lookback = None if cache.ids is None else cache.ids[:, -(self.config.orders[-1] - 1) :]
-        device = ids.device
         host = ids.cpu()
         runs = None
         if documents is not None:
             changes = documents[:, 1:] != documents[:, :-1]
             runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
-        row_ids = self.hasher(
-            host,
-            lookback=None if lookback is None else lookback.cpu(),
-            documents=None if runs is None else runs.cpu(),
-        )
         if cache is not None:
             cache.ids = host if cache.ids is None else torch.cat([cache.ids, host], dim=1)
-        recall = Recall(self, row_ids, None if runs is None else runs.to(device), device)
+        recall = Recall(self, host, None if lookback is None else lookback.cpu(), runs, ids.device)
         recall.cache = cache
+        self._recalls.add(recall)
         return recall
+
+    def patch(self, layer: int, touched: Tensor) -> int:
+        """Tells every recall in flight that rows `touched` (int64) of a layer have changed. Optimisers call this after
+        each update, and so must anyone who writes rows between recall() and the forward pass that uses it."""
+        return sum(recall.patch(layer, touched) for recall in list(self._recalls))
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
         history = None if recall.cache is None else recall.cache.conv.get(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,10 @@ class EngramOptimizer(torch.optim.AdamW):
                 else:  # gradient accumulation: duplicates across passes sum like those within one
                     ids = torch.cat([ids.flatten() for ids, _ in pending])
                     grad = torch.cat([grad.flatten(0, -2) for _, grad in pending])
+                began = time.perf_counter()
                 self.touched += optimizer.step(ids, grad)
+                memory.patch(layer, ids)
+                memory.clock["updating"] += time.perf_counter() - began
                 pending.clear()
         return loss
 

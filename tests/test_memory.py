@@ -249,3 +249,52 @@ def test_tied_embeddings_share_one_matrix():
 def test_layouts_of_two_layers_use_different_rows_for_one_ngram():
     layout = HashLayout.build(VOCAB, (1, 2), (2, 3), 2, 101, pad_id=0)
     assert not set(layout.moduli[1][0]) & set(layout.moduli[2][0])
+
+
+def test_rows_fetched_ahead_of_an_update_are_renewed_bit_for_bit(monkeypatch):
+    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)  # the fetching thread runs even for this small text
+    results = []
+    for ahead in (False, True):
+        model = make()
+        optimizer = build_optimizer(model, table_lr=0.1)
+        texts = [text(seed=step) for step in range(8)]
+        recall = None
+        for step, ids in enumerate(texts):
+            following = model.memory.recall(texts[step + 1]) if ahead and step < 7 else None
+            optimizer.zero_grad()
+            model(ids, recall=recall).logsumexp(-1).mean().backward()
+            optimizer.step()
+            recall = following
+        results.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("path", ["native", "torch"])
+def test_a_written_row_reaches_a_recall_in_flight(path, monkeypatch):
+    from engram.tables import kernels
+
+    if path == "torch":
+        monkeypatch.setattr(kernels, "native", None)
+    memory = make().memory
+    recall = memory.recall(text())
+    row = recall.row_ids[1][0, 3, 2:3]
+    memory.tables[1].write(row, torch.full((1, 8), 9.0))
+    places = (recall.row_ids[1] == row).sum().item()
+    assert memory.patch(1, row) == places >= 1
+    assert torch.equal(recall.rows(1).unflatten(2, (4, 8))[0, 3, 2], torch.full((8,), 9.0))
+
+
+def test_a_recall_and_its_rows_are_freed_without_the_garbage_collector():
+    import gc
+    import weakref
+
+    model = make()
+    gc.disable()
+    try:
+        recall = model.memory.recall(text())
+        model(text(), recall=recall).sum().backward()
+        gone = weakref.ref(recall)
+        del recall
+        assert gone() is None
+    finally:
+        gc.enable()

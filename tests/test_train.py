@@ -68,6 +68,16 @@ def test_a_fixed_seed_gives_the_same_weights_twice():
     assert runs[0][1] == runs[1][1]
 
 
+def test_prefetching_leaves_every_weight_and_row_the_same_bits(monkeypatch):
+    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)
+    runs = []
+    for prefetch in (True, False):
+        m = model()
+        train(m, corpus(), CONFIG, prefetch=prefetch)
+        runs.append(weights(m))
+    assert_same(*runs)
+
+
 def test_memory_learns_bigrams_that_the_plain_model_cannot_in_the_same_steps():
     data, held_out = corpus(400), corpus(30, seed=1)
     config = replace(CONFIG, tokens=150 * 64, table_lr=0.3)
@@ -259,6 +269,15 @@ def test_greedy_generation_equals_taking_the_likeliest_token_without_a_cache():
         for _ in range(10):
             ids = torch.cat([ids, m(ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(out, ids)
+
+
+def test_generation_is_the_same_with_and_without_fetching_ahead(monkeypatch):
+    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)
+    m = model()
+    train(m, corpus(), CONFIG)
+    prompt = torch.from_numpy(corpus().ids[None, :9].astype(np.int64))
+    out = [generate(m, prompt, 6, temperature=0, prefill=4, prefetch=prefetch) for prefetch in (True, False)]
+    assert torch.equal(*out) and torch.equal(out[0], generate(m, prompt, 6, temperature=0))
 
 
 def test_sampling_repeats_with_its_seed_and_stops_at_the_stop_id():

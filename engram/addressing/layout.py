@@ -12,7 +12,7 @@ import json
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ class HashLayout:
             raise ValueError(f"layers must be different numbers >= 0, not {self.layers}")
         if not self.orders:
             raise ValueError("orders is empty: name at least one n-gram length, such as 2")
-        if self.orders[0] < 2 or any(a >= b for a, b in zip(self.orders, self.orders[1:], strict=False)):
+        if self.orders[0] < 2 or any(a >= b for a, b in pairwise(self.orders)):
             raise ValueError(f"orders must ascend without repeats and start at 2 or above, not {self.orders}")
         if self.orders[-1] > LONGEST:
             raise ValueError(f"orders may go up to {LONGEST}, not {self.orders[-1]}")

@@ -18,6 +18,8 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     stop_id: int | None = None,
+    prefill: int = 512,
+    prefetch: bool = True,
 ) -> Tensor:
     """Continues a prompt.
 
@@ -25,6 +27,8 @@ def generate(
         ids: int64 [B, T] prompt, T >= 1. tokens: how many to add at most.
         temperature: 0 takes the likeliest token. top_k: sample among the k likeliest. seed: of the sampling.
         stop_id: end when every sequence has produced this token (later tokens of a finished one repeat it).
+        prefill: the prompt goes through the model in pieces of this many tokens.
+        prefetch: fetch the rows of the next piece while the model works on the current one; the same bits either way.
 
     Returns:
         int64 [B, T + added].
@@ -40,10 +44,10 @@ def generate(
         )
     model.eval()
     generator = torch.Generator(ids.device).manual_seed(seed)
-    cache, piece = Cache(), ids
+    cache = Cache()
+    logits = _prefill(model, ids, cache, prefill, prefetch)
     finished = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
-    for _ in range(tokens):
-        logits = model(piece, cache=cache)[:, -1].float()
+    for step in range(tokens):
         if temperature == 0:
             piece = logits.argmax(-1, keepdim=True)
         else:
@@ -56,6 +60,21 @@ def generate(
             piece = piece.masked_fill(finished, stop_id)
             finished |= piece == stop_id
         ids = torch.cat([ids, piece], dim=1)
-        if stop_id is not None and finished.all():
+        if (stop_id is not None and finished.all()) or step == tokens - 1:
             break
+        logits = model(piece, cache=cache)[:, -1].float()  # its first act is to send for the rows of the new token
     return ids
+
+
+def _prefill(model: Transformer, ids: Tensor, cache: Cache, size: int, prefetch: bool) -> Tensor:
+    """Runs the prompt through the model; logits [B, vocab] of its last position."""
+    pieces, memory = ids.split(size, dim=1), model.memory
+    recall = None
+    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+        if memory is not None and prefetch:
+            current = recall or memory.recall(piece, cache=cache.memory)
+            recall = None if following is None else memory.recall(following, cache=cache.memory)
+            logits = model(piece, cache=cache, recall=current)
+        else:
+            logits = model(piece, cache=cache)
+    return logits[:, -1].float()

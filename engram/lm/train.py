@@ -19,6 +19,7 @@ from torch import Tensor
 from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
+from engram.memory import Recall
 from engram.optimizer import EngramOptimizer, build_optimizer
 
 
@@ -87,11 +88,15 @@ class Batches:
 
 @dataclass
 class TrainLog:
-    """What a run measured. curve and validation hold [tokens, nats per token]; seconds are those of training steps."""
+    """What a run measured. curve and validation hold [tokens, nats per token]; seconds are those of training steps.
+
+    clock: seconds of hashing (in the background), of waiting for rows, and of updating rows.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     rows_touched: int = 0
+    clock: dict[str, float] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
     validation: list[list[float]] = field(default_factory=list)
 
@@ -116,11 +121,15 @@ def tune_allocator() -> None:
 
 
 def train_step(
-    model: Transformer, optimizer: EngramOptimizer, batch: tuple[Tensor, Tensor, Tensor], clip: float
+    model: Transformer,
+    optimizer: EngramOptimizer,
+    batch: tuple[Tensor, Tensor, Tensor],
+    clip: float,
+    recall: Recall | None = None,
 ) -> Tensor:
-    """One update. Returns the mean loss of the batch in nats per token."""
+    """One update. Returns the mean loss of the batch in nats per token. recall: of this batch, if fetched ahead."""
     ids, targets, documents = batch
-    logits = model(ids, documents)
+    logits = model(ids, documents, recall=recall)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     optimizer.zero_grad()
     loss.backward()
@@ -139,6 +148,7 @@ def train(
     evaluate: Callable[[], float] | None = None,
     evaluate_every: int = 0,
     on_step: Callable[[int, float], Any] | None = None,
+    prefetch: bool = True,
 ) -> TrainLog:
     """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
     with the weights and rows that an undisturbed run ends with, bit for bit.
@@ -149,6 +159,7 @@ def train(
             (0: only at the end).
         evaluate: returns a held-out loss; called every evaluate_every steps (0: never) outside the timed part.
         on_step: called with (step, loss) after each step.
+        prefetch: hash and fetch the next batch's rows during the current step. Results are the same bits either way.
 
     Raises:
         ValueError: a text shorter than one batch; a folder with checkpoints of another configuration.
@@ -173,15 +184,26 @@ def train(
             raise ValueError(f"{newest} was trained with {manifest['facts']['config']}, not with {asdict(config)}")
         log, first = TrainLog(**manifest["facts"]["log"]), int(manifest["step"])
     model.train()
+    memory = model.memory
+    ahead: Recall | None = None  # of the batch after the current one
     for step in range(first, config.steps):
         began = time.perf_counter()
+        batch, recall = batches(step), ahead
+        if memory is not None and prefetch:
+            recall = recall or memory.recall(batch[0], batch[2])
+            ids, _, documents = batches(step + 1)
+            ahead = memory.recall(ids, documents)
         scale = learning_rate_scale(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        loss = float(train_step(model, optimizer, batches(step), config.clip))
+        loss = float(train_step(model, optimizer, batch, config.clip, recall))
         log.seconds += time.perf_counter() - began
         log.tokens += config.batch_size * config.context
         log.rows_touched += optimizer.touched
+        if memory is not None:
+            for name, spent in memory.clock.items():
+                log.clock[name] = log.clock.get(name, 0.0) + spent
+                memory.clock[name] = 0.0
         log.curve.append([log.tokens, loss])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}: lower lr ({config.lr}) or table_lr")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.memory import EngramMemory, MemoryCache
+from engram.memory import EngramMemory, MemoryCache, Recall
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,20 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        recall: Recall | None = None,
+    ) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
             ids: int64 [B, T]. documents: [B, T] document numbers of a packed batch, for the memory's look-back
             (attention does see the earlier documents of its window, in every arm alike).
             cache: decoding state; ids are then the continuation of what it holds.
+            recall: of memory.recall(ids, documents, cache=cache.memory), where it was called ahead of time.
 
         Raises:
             ValueError: more positions than max_length. IndexError: an id outside the vocabulary.
@@ -200,12 +207,12 @@ class Transformer(nn.Module):
             raise ValueError(f"{stop} positions, but the model was built for max_length {self.config.max_length}")
         rope = (self.cos[start:stop], self.sin[start:stop])  # type: ignore[index]
         memory = self.memory
-        if memory is not None:
+        if memory is not None and recall is None:
             recall = memory.recall(ids, documents, cache=None if cache is None else cache.memory)
         x = self.embedding(ids)
         for i, block in enumerate(self.blocks):
             extra = None
-            if memory is not None and i in memory:
+            if memory is not None and recall is not None and i in memory:
                 if memory.config.inject == "residual":
                     x = x + memory[i](x, recall)
                 else:

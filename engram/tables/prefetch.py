@@ -1,25 +1,118 @@
-"""Fetching rows ahead of their use: a gather that runs on a thread of its own while the model computes."""
+"""Rows fetched ahead of their use, on a thread of their own, and patched where an update overtook them.
+
+A Fetch reads rows while the model computes, maybe while the optimiser changes some of them. So nothing it has read is
+trusted until `patch` has re-read every row that an update touched since: what a model sees is bit for bit what it would
+have seen without fetching ahead.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from engram.tables import kernels
 from engram.tables.table import HostTable
 
-_SMALLEST = 1 << 18  # bytes below which waking a thread costs more than the copy
+Result = TypeVar("Result")
 _thread = ThreadPoolExecutor(1, thread_name_prefix="engram-fetch")
 
 
-def fetch(table: HostTable, row_ids: Tensor, out: Tensor) -> Future[Tensor]:
-    """Starts table.gather(row_ids, out) and returns at once; .result() waits for the rows, or raises what it raised.
-
-    Small gathers are done before returning.
-    """
-    table.check(row_ids)  # a bad id is the caller's error: raise it here, where the caller's stack is
-    if out.nbytes >= _SMALLEST:
-        return _thread.submit(table.gather, row_ids, out)
-    done: Future[Tensor] = Future()
-    done.set_result(table.gather(row_ids, out))
+def in_background(work: Callable[[], Result], worth_a_thread: bool) -> Future[Result]:
+    """Runs `work` on the fetching thread, or at once where waking a thread costs more than the work."""
+    if worth_a_thread:
+        return _thread.submit(work)
+    done: Future[Result] = Future()
+    done.set_result(work())
     return done
+
+
+class Fetch:
+    """The rows of one table for one batch, in a buffer of its own: host memory, and a copy on the device if it has one.
+
+    Args:
+        table: where the rows live. row_ids: int64 [...] on the CPU. device: where they will be used. On a CUDA device
+        the buffer is pinned and copied on a stream of its own, so neither the copy nor the gather holds up the model.
+    """
+
+    def __init__(self, table: HostTable, row_ids: Tensor, device: torch.device):
+        self.table, self.row_ids, self.device = table, row_ids, device
+        on_gpu = device.type == "cuda"
+        self.host = torch.empty((*row_ids.shape, table.dim), dtype=torch.float32, pin_memory=on_gpu)
+        self.staged: Tensor | None = None
+        self._ready: torch.cuda.Event | None = None
+        table.gather(row_ids, self.host)
+        if on_gpu:
+            self._stage()
+
+    def _stage(self) -> None:
+        side = _side_stream(self.device)
+        with torch.cuda.stream(side):
+            if self.staged is None:
+                self.staged = torch.empty_like(self.host, device=self.device)
+            self.staged.copy_(self.host, non_blocking=True)
+            self._ready = side.record_event()
+
+    def rows(self) -> Tensor:
+        """float32 [..., D] on the device; the current stream waits for the copy, the host does not."""
+        if self.staged is None:
+            return self.host
+        assert self._ready is not None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self._ready)
+        self.staged.record_stream(current)
+        return self.staged
+
+    def patch(self, touched: Tensor) -> int:
+        """Reads again every row that is in `touched` (int64, any shape). Returns how many places were renewed."""
+        places = find(touched.flatten(), self.row_ids.flatten())
+        if places.numel():
+            fresh = self.table.gather(self.row_ids.flatten()[places]).to(torch.float32)
+            if self._ready is not None:
+                self._ready.synchronize()  # the copy out of the pinned buffer must have ended
+            self.host.view(-1, self.table.dim).index_copy_(0, places, fresh)
+            if self.staged is not None:
+                self._stage()
+        return places.numel()
+
+
+def find(touched: Tensor, query: Tensor) -> Tensor:
+    """Places of `query` [m] whose id is in `touched` [n]; both int64 on the CPU. int64, ascending."""
+    if kernels.native is None:
+        return torch.isin(query, touched).nonzero().flatten()
+    capacity = 1 << max(1, 2 * touched.numel() - 1).bit_length()
+    slots, places = torch.full((capacity,), -1, dtype=torch.int64), torch.empty(query.numel(), dtype=torch.int64)
+    search = kernels.native.engram_find
+    search.restype = ctypes.c_int64
+    found = search(
+        kernels.pointer(touched),
+        ctypes.c_int64(touched.numel()),
+        kernels.pointer(slots),
+        ctypes.c_int64(capacity),
+        kernels.pointer(query),
+        ctypes.c_int64(query.numel()),
+        kernels.pointer(places),
+    )
+    return places[:found]
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def wait(future: Future[Result]) -> tuple[Result, float]:
+    """(result, seconds waited for it); raises what the work raised."""
+    if future.done():
+        return future.result(), 0.0
+    began = time.perf_counter()
+    return future.result(), time.perf_counter() - began

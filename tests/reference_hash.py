@@ -1,8 +1,5 @@
-"""Slow, obvious references for the hash: Python integers only, straight from the paper's definition.
-
-`row_ids` is the truth every fast path must equal. `transcription` is what one would first write in NumPy, in the manner
-of the released demo; it is the yardstick of the benchmark.
-"""
+"""Slow, obvious reference of the hash: Python integers, one token, one head at a time, straight from the paper's
+definition. Every fast path must equal it."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from engram.addressing import HashLayout, TokenMap
 
 
 def row_ids(layout: HashLayout, token_map: TokenMap, ids, lookback=None, documents=None) -> dict[int, np.ndarray]:
-    """{layer: int64 [B, T, C]} for ids [B, T]; one token, one order, one head at a time."""
+    """{layer: int64 [B, T, C]} for ids [B, T]."""
     batch, time = np.shape(ids)
     out = {layer: np.zeros((batch, time, layout.columns), np.int64) for layer in layout.layers}
     for b in range(batch):
@@ -57,22 +54,3 @@ def hash_of(layout: HashLayout, layer: int, window: list[int]) -> int:
         assert 0 <= token * multiplier < 2**63
         mix ^= token * multiplier
     return mix
-
-
-def transcription(layout: HashLayout, token_map: TokenMap, ids: np.ndarray) -> dict[int, np.ndarray]:
-    """The same for whole batches in plain NumPy, paper boundary only."""
-    compressed = token_map.table[ids]
-    time = ids.shape[1]
-    shifted = [
-        np.pad(compressed, ((0, 0), (i, 0)), constant_values=layout.pad_id)[:, :time] for i in range(layout.orders[-1])
-    ]
-    out = {}
-    for layer in layout.layers:
-        columns = []
-        mix = shifted[0] * layout.multipliers[layer][0]
-        for n in range(2, layout.orders[-1] + 1):
-            mix = np.bitwise_xor(mix, shifted[n - 1] * layout.multipliers[layer][n - 1])
-            if n in layout.orders:
-                columns += [mix % modulus for modulus in layout.moduli[layer][layout.orders.index(n)]]
-        out[layer] = np.stack(columns, axis=2) + np.array(layout.offsets[layer])
-    return out

@@ -38,7 +38,7 @@ def engram(*arguments, **env):
 
 def small_report(text_folder, tmp_path, name: str) -> dict:
     done = engram(
-        "ablate", "--corpus", text_folder, "--budget", "24k", "--out", tmp_path / name, ENGRAM_CACHE=str(tmp_path)
+        "ablate", "--corpus", text_folder, "--budget", "6k", "--out", tmp_path / name, ENGRAM_CACHE=str(tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / name).iterdir()} == {"report.json", "curves.png", "report.html"}

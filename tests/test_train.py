@@ -259,6 +259,16 @@ def test_evaluation_scores_every_token_but_the_first_of_each_document_once():
     assert abs(result.bits_per_byte - total / np.log(2) / (7 * 120)) < 1e-9
 
 
+def test_scored_probabilities_sum_to_one_over_the_vocabulary():
+    m, data = model().eval(), corpus(1)
+    total = 0.0
+    for token in range(VOCAB):  # the loss of every token that could stand at one place
+        ids = data.ids.copy()
+        ids[16] = token  # the last target of the first window: nothing before it changes
+        total += float(np.exp(-evaluate(m, data._replace(ids=ids)).position_nats[15].astype(np.float64)))
+    assert abs(total - 1) < 1e-4
+
+
 def test_greedy_generation_equals_taking_the_likeliest_token_without_a_cache():
     m = model().eval()
     train(m, corpus(), CONFIG)

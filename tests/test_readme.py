@@ -1,0 +1,24 @@
+"""The README's code runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_library_example_of_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(blocks[0], names)
+    assert "'rows'" in capsys.readouterr().out
+    names.update(i=1, x=names["torch"].zeros(8, 256, 128), ids=names["ids"][:, :-1])
+    exec(blocks[1], names)
+    assert names["x"].shape == (8, 256, 128)
+
+
+def test_the_readme_names_no_file_that_is_not_there():
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (root / target).exists(), target

@@ -89,6 +89,23 @@ def test_memory_learns_bigrams_that_the_plain_model_cannot_in_the_same_steps():
     assert losses[1] < losses[0] - 0.1
 
 
+def test_the_log_accounts_for_every_row_of_the_memory():
+    from engram.lm.train import memory_traffic
+
+    m, data = model(), corpus()
+    log = train(m, data, CONFIG)
+    facts = memory_traffic(log, m.memory, 4)
+    batches = Batches(data, CONFIG.context, CONFIG.batch_size, CONFIG.seed)
+    touched = 0
+    for step in range(CONFIG.steps):
+        ids, _, documents = batches(step)
+        touched += m.memory.recall(ids, documents).row_ids[1].unique().numel()
+    assert facts["rows_read_per_step"] == 4 * 16 * 4 and facts["rows_touched_per_step"] == touched / CONFIG.steps
+    assert facts["bytes_read_per_step"] == pytest.approx(256 * 16 + touched / CONFIG.steps * (16 + 4))
+    assert facts["row_bytes"] == m.memory.tables[1].nbytes and facts["state_bytes"] == m.memory.tables[1].rows * 4
+    assert 0 < facts["seconds"]["updating"] < facts["seconds"]["training"]
+
+
 def test_every_arm_of_a_seed_sees_the_same_batches_and_another_seed_sees_others():
     data = corpus()
     a, b, other = (Batches(data, 16, 4, seed) for seed in (0, 0, 1))

@@ -21,7 +21,7 @@ from engram.lm.evaluate import Evaluation, evaluate
 from engram.lm.run import ARMS, Data, Setting, build_model, prepare
 from engram.lm.statistics import loss_by_count, ngram_counts, paired_bootstrap
 from engram.lm.tokenizer import Encoded
-from engram.lm.train import Batches, train
+from engram.lm.train import Batches, memory_traffic, train
 from engram.memory import EngramMemory
 
 DEFAULT_ARMS = ("plain", "one-row", "engram")
@@ -116,7 +116,8 @@ def _run(
     )
     result = evaluate(model, data.validation)
     memory = model.memory
-    state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
+    dense_state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
+    traffic = memory_traffic(log, memory, _row_state_bytes(setting, memory)) if memory else None
     run = {
         "arm": arm,
         "seed": setting.train.seed,
@@ -124,13 +125,13 @@ def _run(
         "bytes": {
             "dense": sum(p.nbytes for p in model.parameters()),
             "table": sum(table.nbytes for table in memory.tables.values()) if memory else 0,
-            "optimizer": state + _row_state_bytes(setting, memory),
+            "optimizer": dense_state + (traffic["state_bytes"] if traffic else 0),
         },
         "tokens": log.tokens,
         "seconds": log.seconds,
         "total_seconds": time.perf_counter() - began,
         "tokens_per_second": log.tokens / log.seconds,
-        "rows_touched_per_step": log.rows_touched / setting.train.steps,
+        "memory": traffic,
         "train_curve": _thin(log.curve, 200),
         "validation_curve": log.validation,
         "loss": result.loss,
@@ -149,10 +150,10 @@ def _seen_losses(result: Evaluation, counts: np.ndarray) -> dict[str, list[float
 
 
 def _row_state_bytes(setting: Setting, memory: EngramMemory | None) -> int:
+    """Bytes of optimiser state of one row."""
     if memory is None or not memory.config.train_tables:
         return 0
-    per_row = 4 if setting.train.table_optimizer == "rms" else 8 * memory.config.head_dim
-    return sum(table.rows for table in memory.tables.values()) * per_row
+    return 4 if setting.train.table_optimizer == "rms" else 8 * memory.config.head_dim
 
 
 def _seen(setting: Setting, data: Data, order: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
-from engram.memory import Recall
+from engram.memory import EngramMemory, Recall
 from engram.optimizer import EngramOptimizer, build_optimizer
 
 
@@ -90,15 +90,42 @@ class Batches:
 class TrainLog:
     """What a run measured. curve and validation hold [tokens, nats per token]; seconds are those of training steps.
 
+    rows_read, rows_touched: rows gathered, and distinct rows updated, over all steps and layers.
     clock: seconds of hashing (in the background), of waiting for rows, and of updating rows.
     """
 
     tokens: int = 0
     seconds: float = 0.0
+    rows_read: int = 0
     rows_touched: int = 0
     clock: dict[str, float] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
     validation: list[list[float]] = field(default_factory=list)
+
+
+def memory_traffic(log: TrainLog, memory: EngramMemory, optimizer_bytes_per_row: int) -> dict[str, Any]:
+    """What the memory cost per training step: rows and bytes of tables and state, traffic, shares of the time.
+
+    A row is read once per place in the batch that looks it up, and read and written once per step in which it is
+    touched, together with its optimiser state.
+
+    Args:
+        log: of the run. memory: its tables. optimizer_bytes_per_row: state of one row, see RowRMS and RowAdam.
+    """
+    steps = max(1, len(log.curve))
+    row = memory.config.head_dim * next(iter(memory.tables.values())).dtype.itemsize
+    rows = sum(table.rows for table in memory.tables.values())
+    return {
+        "rows": rows,
+        "row_bytes": rows * row,
+        "state_bytes": rows * optimizer_bytes_per_row,
+        "rows_read_per_step": log.rows_read / steps,
+        "rows_touched_per_step": log.rows_touched / steps,
+        "unique_ratio": log.rows_touched / max(1, log.rows_read),
+        "bytes_read_per_step": (log.rows_read * row + log.rows_touched * (row + optimizer_bytes_per_row)) / steps,
+        "bytes_written_per_step": log.rows_touched * (row + optimizer_bytes_per_row) / steps,
+        "seconds": {**log.clock, "training": log.seconds},
+    }
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:
@@ -201,6 +228,7 @@ def train(
         log.tokens += config.batch_size * config.context
         log.rows_touched += optimizer.touched
         if memory is not None:
+            log.rows_read += batch[0].numel() * memory.config.columns * len(memory.tables)
             for name, spent in memory.clock.items():
                 log.clock[name] = log.clock.get(name, 0.0) + spent
                 memory.clock[name] = 0.0

@@ -70,6 +70,7 @@ class EngramFusion(nn.Module):
                 f"hidden state {tuple(hidden.shape)} does not fit a fusion of {self.streams} streams x "
                 f"{self.hidden_size}"
             )
+        rows_BTE = rows_BTE.to(self.value.weight.dtype)  # rows arrive as float32, whatever the model computes in
         value_BT1d = self.value(rows_BTE).unsqueeze(2)
         if self.config.gate == "none":
             u = value_BT1d.expand(-1, -1, self.streams, -1)

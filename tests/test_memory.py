@@ -39,6 +39,14 @@ def test_with_zero_rows_step_0_logits_equal_the_plain_models(ffn, inject):
     assert not torch.equal(plain(text()), make(SMALL.replace(inject=inject), shape)(text()))
 
 
+def test_a_bfloat16_model_reads_float32_rows():
+    model = make(SMALL.replace(conv_init="uniform"))
+    full = model(text())
+    half = model.to(torch.bfloat16)(text())
+    assert half.dtype == torch.bfloat16 and model.memory.tables[1].dtype == torch.float32
+    torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
+
+
 def test_logits_never_depend_on_later_tokens():
     model = make(SMALL.replace(conv_init="uniform"))
     ids, other = text(), text()

@@ -1,0 +1,128 @@
+"""A host table of 40 GiB feeding a decoder of about 1B parameters on a GPU: throughput with the memory over without.
+
+    python experiments/gpu_offload/run.py            # on a machine with a GPU and 48 GiB of free host memory
+    python experiments/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs
+
+Each finished row is appended to results.jsonl; rows that are there already are skipped. Prefill: tokens/s of a prompt
+of 512 tokens. Decode: tokens/s of 64 steps after it. The two models run in turn, and the ratio is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig
+from engram.lm.transformer import Cache
+
+HERE = Path(__file__).parent
+VOCAB = 32_768
+
+
+def build(tiny: bool, device: torch.device) -> tuple[Transformer, Transformer]:
+    """The decoder with and without memory, same backbone weights, bfloat16 on a GPU."""
+    shape = TransformerConfig(
+        VOCAB,
+        hidden_size=256 if tiny else 2048,
+        layers=4 if tiny else 18,
+        heads=4 if tiny else 16,
+        max_length=1024,
+    )
+    memory_config = EngramConfig(
+        layers=(1, 2) if tiny else (1, 9),
+        orders=(2, 3),
+        heads=8,
+        head_dim=80,
+        rows_per_head=2**12 if tiny else 2**23 + 2**19,  # 2 layers x 16 heads x 8.9M rows x 160 B = 42 GiB
+        table_dtype="bfloat16",
+    )
+    models = []
+    for with_memory in (True, False):
+        torch.manual_seed(1)
+        memory = EngramMemory(memory_config, TokenMap.identity(VOCAB), shape.hidden_size) if with_memory else None
+        if memory is not None:
+            fill(memory)
+        torch.manual_seed(0)
+        model = Transformer(shape, memory).eval().to(device)
+        models.append(model.to(torch.bfloat16) if device.type == "cuda" else model)
+    return models[0], models[1]
+
+
+def fill(memory: EngramMemory) -> None:
+    """Real values in every row: a table of untouched pages would be read out of the cache."""
+    for table in memory.tables.values():
+        block = (torch.randn(min(table.rows, 2**20), table.dim) * 0.02).to(table.dtype)
+        for start in range(0, table.rows, len(block)):
+            piece = table.tensor[start : start + len(block)]
+            piece.copy_(block[: len(piece)])
+
+
+@torch.no_grad()
+def run(model: Transformer, ids: torch.Tensor, steps: int) -> tuple[float, float]:
+    """Seconds of the prefill, and of `steps` greedy decoding steps after it."""
+    device, cache = ids.device, Cache()
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began = now()
+    token = model(ids, cache=cache)[:, -1:].argmax(-1)
+    middle = now()
+    for _ in range(steps):
+        token = model(token, cache=cache)[:, -1:].argmax(-1)
+    return middle - began, now() - middle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small model, any device, nothing is saved")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda" and not arguments.tiny:
+        parser.error("no GPU here: run it with --tiny to see that it works, or on a machine with a GPU to measure")
+    with_memory, plain = build(arguments.tiny, device)
+    assert with_memory.memory is not None
+    gib = sum(table.nbytes for table in with_memory.memory.tables.values()) / 2**30
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
+    results = HERE / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    prompt, steps = (64, 8) if arguments.tiny else (512, 64)
+    for batch in (1, 2) if arguments.tiny else (1, 32, 256):
+        if any((row["batch"], row["device"]) == (batch, where) for row in done):
+            continue
+        seconds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        for round_number in range(arguments.rounds + 2):
+            ids = torch.randint(0, VOCAB, (batch, prompt), device=device)
+            for name, model in ((True, with_memory), (False, plain)):
+                spent = run(model, ids, steps)
+                if round_number >= 2:
+                    seconds[name].append(spent)
+        ours, theirs = np.array(seconds[True]), np.array(seconds[False])
+        ratio = np.median(theirs / ours, axis=0)
+        row = {
+            "device": where,
+            "batch": batch,
+            "table_gib": round(gib, 2),
+            "parameters": plain.dense_parameters(),
+            "prefill_tokens_per_second": batch * prompt / float(np.median(ours[:, 0])),
+            "decode_tokens_per_second": batch * steps / float(np.median(ours[:, 1])),
+            "prefill_ratio": float(ratio[0]),
+            "decode_ratio": float(ratio[1]),
+        }
+        print(json.dumps(row))
+        if not arguments.tiny:
+            with open(results, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@
     python experiments/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs
 
 Each finished row is appended to results.jsonl; rows that are there already are skipped. Prefill: tokens/s of a prompt
-of 512 tokens. Decode: tokens/s of 64 steps after it. The two models run in turn, and the ratio is the median over rounds.
+of 512 tokens. Decode: tokens/s of 64 steps after it. The models run in turn; the ratio is the median over rounds.
 """
 
 from __future__ import annotations

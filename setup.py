@@ -10,7 +10,7 @@ setup(
     ext_modules=[
         Extension(
             "engram.tables._native",
-            sources=["engram/tables/kernels.c", "engram/addressing/hash.c"],
+            sources=["engram/tables/kernels.c", "engram/tables/codecs.c", "engram/addressing/hash.c"],
             # contract=off: a fused multiply-add rounds once where two operations round twice, so results
             # would depend on the instruction set. Every path must give the same bits.
             extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],

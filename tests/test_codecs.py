@@ -182,6 +182,15 @@ def test_a_fresh_table_and_written_zeros_decode_to_zeros(path_of, name):
     assert table.tensor.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("name", [*BLOCK_CODECS, "pq4"])
+def test_no_rows_at_all_are_written_and_gathered(path_of, name):
+    table = EncodedTable(10, 64, codec_of(name, 64))
+    none = torch.empty(2, 0, dtype=torch.int64)
+    table.write(none, torch.empty(2, 0, 64))
+    assert table.gather(none).shape == (2, 0, 64)
+    assert table.codec.decode(table.codec.encode(torch.empty(0, 64)), 64).shape == (0, 64)
+
+
 @pytest.mark.skipif(kernels.native is None, reason="no compiled kernels here")
 @pytest.mark.parametrize("name", [*BLOCK_CODECS, "pq4", "pq8"])
 @settings(max_examples=12, deadline=None)
@@ -388,6 +397,14 @@ def test_encoding_a_sparse_table_touches_no_pages_of_rows_never_written():
     assert resident_bytes() - before < 24 << 20
     assert torch.equal(encoded.gather(ids), Fp8().decode(Fp8().encode(table.gather(ids)), 64))
     assert encoded.gather(torch.arange(0, 1000))[6:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", [*BLOCK_CODECS, "pq"])
+def test_a_table_that_was_never_written_encodes_to_one_that_never_was(name):
+    table = HostTable(300, 32)
+    encoded = encode_table(table, name)
+    assert encoded.tensor.count_nonzero() == 0 and encoded.gather(torch.arange(300)).count_nonzero() == 0
+    assert report(table, encoded)["rms_error"] == 0
 
 
 def test_an_encoded_file_appears_whole_or_not_at_all(tmp_path):

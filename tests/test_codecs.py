@@ -174,6 +174,15 @@ def test_rows_that_are_not_finite_are_refused_with_their_place(name, bad):
         codec_of(name, 64).encode(rows)
 
 
+@pytest.mark.parametrize("name", BLOCK_CODECS)
+def test_the_largest_floats_saturate_and_never_become_infinite(name):
+    codec, largest = get_codec(name, 32), torch.finfo(torch.float32).max
+    rows = torch.full((2, 32), largest) * torch.linspace(-1, 1, 32)
+    rows[1] = -largest
+    decoded = codec.decode(codec.encode(rows), 32)
+    assert decoded.isfinite().all() and (decoded.double() - rows.double()).abs().max() < 0.2 * largest
+
+
 @pytest.mark.parametrize("name", [*BLOCK_CODECS, "pq4", "pq8"])
 def test_a_fresh_table_and_written_zeros_decode_to_zeros(path_of, name):
     table = EncodedTable(100, 64, codec_of(name, 64))

@@ -4,13 +4,15 @@ The extension is optional. Where no C compiler is found the install still succee
 slower torch path, saying so once (engram/tables/kernels.py).
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
         Extension(
             "engram.tables._native",
-            sources=["engram/tables/kernels.c", "engram/tables/prefetch.c", "engram/addressing/hash.c"],
+            sources=sorted(glob("engram/*/*.c")),
             # contract=off: a fused multiply-add rounds once where two operations round twice, so results
             # would depend on the instruction set. Every path must give the same bits.
             extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.config import EngramConfig
 from engram.fusion import EngramFusion
-from engram.tables import HostTable
+from engram.tables import EncodedTable, HostTable, encode_table
+from engram.tables.codecs import PQ
 from engram.tables.prefetch import Fetch, in_background, wait
 
 _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
@@ -68,7 +69,7 @@ class Recall:
         self.documents, self.device = documents, device
         self.cache: MemoryCache | None = None
         self._memory = memory
-        self._trains = memory.training and torch.is_grad_enabled() and memory.config.train_tables
+        self._trains = memory.training and torch.is_grad_enabled() and memory.trains_tables
         self._rows: dict[int, Tensor] = {}
         self._pending: dict[int, Future[Fetch]] = {}
         host_documents = None if documents is None else documents.cpu()
@@ -176,6 +177,7 @@ class EngramMemory(nn.Module):
             )
             for layer in config.layers
         }
+        self.codec: str | None = None  # of encode_tables
         # (row ids, gradient) of each backward pass since the optimiser's last step
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
@@ -241,6 +243,33 @@ class EngramMemory(nn.Module):
         """Number of values in all tables."""
         return sum(table.rows * table.dim for table in self.tables.values())
 
+    @property
+    def trains_tables(self) -> bool:
+        """Whether backward passes collect row gradients: config.train_tables, until the tables are encoded."""
+        return self.config.train_tables and self.codec is None
+
+    def encode_tables(self, codec: str, folder: Any = None) -> None:
+        """Replaces the tables by encoded ones (engram.tables.codecs), which are smaller and are not trained any more.
+
+        A saved state of encoded tables loads into a memory that was encoded in the same way.
+
+        Args:
+            codec: "fp8", "int8", "int4", "pq4" or "pq8". folder: keep them in files layer-<i>.<codec> instead of RAM.
+
+        Raises:
+            ValueError: an unknown codec, a head_dim it cannot hold, rows that are not finite, tables already encoded.
+            The tables are then as they were.
+        """
+        if self.codec is not None:
+            raise ValueError(f"the tables are {self.codec} already: encoding twice would lose precision twice")
+        encoded: dict[int, EncodedTable] = {}
+        for layer, table in self.tables.items():
+            encoded[layer] = encode_table(table, codec, None if folder is None else f"{folder}/layer-{layer}.{codec}")
+        self.close()
+        self.tables, self.codec = {**encoded}, encoded[self.config.layers[0]].codec.name
+        for pending in self.gradients.values():
+            pending.clear()
+
     def close(self) -> None:
         """Lets go of all tables (mapped files are flushed)."""
         for table in self.tables.values():
@@ -249,40 +278,53 @@ class EngramMemory(nn.Module):
     # The tables travel in the state dict, with the facts that say which rows they are.
 
     def get_extra_state(self) -> Tensor:
-        facts = {
+        facts: dict[str, Any] = {
             "layout": self.layout.digest,
             "token_map": self.hasher.token_map.digest,
             "init": [self.config.table_init, self.config.table_std, self.config.seed],
             "dtype": self.config.table_dtype,
         }
+        if self.codec is not None:
+            facts["codec"] = self.codec
         return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         saved, mine = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))
-        for name, what in (("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")):
-            if saved.get(name) != mine[name]:
+        names = ("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")
+        for name, what in (*names, ("codec", "row codec")):
+            if saved.get(name) != mine.get(name):
                 raise ValueError(
-                    f"the saved memory has another {what} ({saved.get(name)}) than this model ({mine[name]}): its rows "
-                    f"would be read at the wrong places"
+                    f"the saved memory has another {what} ({saved.get(name)}) than this model ({mine.get(name)}): its "
+                    f"rows would be read wrongly"
                 )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for layer, table in self.tables.items():
             destination[f"{prefix}tables.{layer}"] = table.tensor
+        for layer, books in self._codebooks().items():
+            destination[f"{prefix}codebooks.{layer}"] = books
+
+    def _codebooks(self) -> dict[int, Tensor]:
+        codecs = {layer: table.codec for layer, table in self.tables.items() if isinstance(table, EncodedTable)}
+        return {layer: codec.codebooks for layer, codec in codecs.items() if isinstance(codec, PQ)}
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        rows = {layer: state_dict.get(f"{prefix}tables.{layer}") for layer in self.tables}
+        targets = {f"{prefix}tables.{layer}": table.tensor for layer, table in self.tables.items()}
+        targets |= {f"{prefix}codebooks.{layer}": books for layer, books in self._codebooks().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        for layer, saved in rows.items():
-            key = f"{prefix}tables.{layer}"
+        for key, target in targets.items():
+            saved = state_dict.get(key)
             if key in unexpected:
                 unexpected.remove(key)
             if saved is None:
                 missing.append(key)
-            elif saved.shape != self.tables[layer].tensor.shape:
-                errors.append(f"{key} is {tuple(saved.shape)}, the table is {tuple(self.tables[layer].tensor.shape)}")
+            elif saved.shape != target.shape:
+                errors.append(f"{key} is {tuple(saved.shape)}, the table is {tuple(target.shape)}")
             else:
-                self.tables[layer].tensor.copy_(saved)
+                target.copy_(saved)
+        for table in self.tables.values():
+            if isinstance(table, EncodedTable):
+                table.validate()

@@ -113,7 +113,7 @@ def build_optimizer(
     for memory in memories:
         layers: dict[int, Any] = {}
         for layer, table in memory.tables.items():
-            if not memory.config.train_tables:
+            if not memory.trains_tables:
                 continue
             if table_optimizer == "rms":
                 layers[layer] = RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1])

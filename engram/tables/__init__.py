@@ -1,4 +1,5 @@
+from engram.tables.encoded import EncodedTable, encode_table, report
 from engram.tables.optimizers import RowAdam, RowRMS
 from engram.tables.table import HostTable
 
-__all__ = ["HostTable", "RowAdam", "RowRMS"]
+__all__ = ["EncodedTable", "HostTable", "RowAdam", "RowRMS", "encode_table", "report"]

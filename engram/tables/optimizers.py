@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels, reference
+from engram.tables.encoded import EncodedTable
 from engram.tables.table import HostTable
 
 _SMALLEST = 512  # distinct rows below which one core is faster than two
@@ -56,6 +57,10 @@ class _RowOptimizer:
     """What both optimisers share: checks, the step count, learning rate, state in and out."""
 
     def __init__(self, table: HostTable, lr: float, eps: float, stochastic_rounding: bool):
+        if isinstance(table, EncodedTable):
+            raise ValueError(
+                f"{table} cannot be trained: its rows are stored as {table.codec.name}. Train, then encode"
+            )
         if lr < 0 or eps < 0:
             raise ValueError(f"lr and eps must not be negative, got lr={lr}, eps={eps}")
         self.table, self.lr, self.eps = table, float(lr), float(eps)

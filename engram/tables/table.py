@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels, reference
+from engram.tables.mapping import map_file, map_memory
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _SMALLEST = 2048  # rows below which one core is faster than two
@@ -85,7 +84,11 @@ class HostTable:
         self._meta = torch.get_default_device().type == "meta"
         if self._meta:
             return
-        memory = self._map_memory() if self.path is None else self._map_file(self.path)
+        what = f"{self.rows:,} rows x {self.dim} x {dtype}"
+        if self.path is None:
+            memory, self.huge_pages = map_memory(self.nbytes, what)
+        else:
+            memory, self._file = map_file(self.path, self.nbytes, what)
         values = np.frombuffer(memory, dtype=np.uint8)
         self._tensor = torch.from_numpy(values).view(dtype).view(self.rows, self.dim)
         quantiles = reference.normal_quantiles()
@@ -99,70 +102,6 @@ class HostTable:
             self.std,
             quantiles.data_ptr(),
         )
-
-    def _map_memory(self) -> mmap.mmap:
-        try:
-            if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-                return mmap.mmap(-1, self.nbytes)
-            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # in mmap since 3.13
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-            memory = mmap.mmap(-1, self.nbytes, flags=flags)
-        except (OSError, OverflowError) as error:
-            raise OSError(
-                f"no {self.nbytes:,} bytes of address space for a table of {self.rows:,} x {self.dim}: {error}. "
-                f"Give HostTable a path to keep it in a file, or fewer rows."
-            ) from error
-        try:  # before the first touch; fewer TLB misses on random rows
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            self.huge_pages = True
-        except (AttributeError, OSError):
-            pass
-        return memory
-
-    def _map_file(self, path: Path) -> mmap.mmap:
-        fresh = not path.exists()
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._lock(file, path)
-            if fresh:
-                try:
-                    self._reserve(file)
-                except OSError as error:
-                    path.unlink(missing_ok=True)
-                    raise OSError(
-                        error.errno, f"no room for a table of {self.nbytes:,} bytes at {path}: {error.strerror}"
-                    ) from error
-            found = os.fstat(file).st_size
-            if found != self.nbytes:
-                raise ValueError(
-                    f"{path} holds {found:,} bytes, but {self.rows:,} rows x {self.dim} x {self.dtype} need "
-                    f"{self.nbytes:,}: it belongs to another layout or is torn"
-                )
-            memory = mmap.mmap(file, self.nbytes)
-        except BaseException:
-            os.close(file)
-            raise
-        self._file = file
-        return memory
-
-    @staticmethod
-    def _lock(file: int, path: Path) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                error.errno, f"{path} is already held by another table: two layers must never share one file"
-            ) from None
-
-    def _reserve(self, file: int) -> None:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, self.nbytes)
-        else:
-            os.ftruncate(file, self.nbytes)
 
     @property
     def tensor(self) -> Tensor:

@@ -1,0 +1,292 @@
+"""EncodedTable: rows stored by a codec, decoded while they are gathered; and how a HostTable becomes one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from engram.tables import kernels
+from engram.tables.codecs import PQ, Codec, get_codec
+from engram.tables.mapping import map_file, map_memory
+from engram.tables.table import HostTable
+
+_SMALLEST = 1024  # rows below which one core is faster than two
+_SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on
+
+
+class _Encoded(ctypes.Structure):
+    """Mirror of `Encoded` in codecs.c."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("codebooks", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("codec", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+    ]
+
+
+class EncodedTable(HostTable):
+    """A table that reads as float32 [rows, dim] and stores `codec.row_bytes(dim)` bytes a row. Fresh rows read as 0.
+
+    Everything that reads a HostTable reads this one. It cannot be trained: the row optimisers refuse it.
+
+    Args:
+        rows: number of rows. dim: values per row, one that the codec can hold.
+        codec: "fp8", "int8", "int4", or a trained PQ (engram.tables.codecs).
+        path: file of rows * row_bytes bytes, created or opened as HostTable's. A product quantiser's codebooks lie in
+            `path`.codebooks beside it; to open such a file give "pq4" or "pq8", to create one give the PQ itself.
+
+    Raises:
+        ValueError: a width the codec cannot hold; a file of another size, or with rows that no encoder writes.
+        FileNotFoundError: product-quantised rows without their codebooks. BlockingIOError, OSError: as HostTable.
+    """
+
+    def __init__(self, rows: int, dim: int, codec: str | Codec, path: str | os.PathLike[str] | None = None):
+        if rows < 1:
+            raise ValueError(f"a table needs rows >= 1, not {rows}")
+        self.rows, self.dim, self.dtype = int(rows), int(dim), torch.uint8
+        self.path = None if path is None else Path(path)
+        self._file: int | None = None
+        self._tensor: Tensor | None = None
+        self._struct: Any = None
+        existed = self.path is not None and self.path.exists()
+        self.codec = self._find_codec(codec, existed)
+        self.row_bytes = self.codec.row_bytes(self.dim)
+        self.nbytes = self.rows * self.row_bytes
+        self.init, self.std, self.seed = "zero", 1.0, 0
+        self.huge_pages = False
+        self._meta = torch.get_default_device().type == "meta"
+        if self._meta:
+            return
+        what = f"{self.rows:,} rows x {self.row_bytes} bytes of {self.codec.name}"
+        if self.path is None:
+            memory, self.huge_pages = map_memory(self.nbytes, what)
+        else:
+            memory, self._file = map_file(self.path, self.nbytes, what)
+        self._tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(self.rows, self.row_bytes)
+        books, width = (self.codec.codebooks, self.codec.width) if isinstance(self.codec, PQ) else (None, 0)
+        self._struct = _Encoded(
+            self._tensor.data_ptr(),
+            None if books is None else books.data_ptr(),
+            self.rows,
+            self.dim,
+            self.row_bytes,
+            self.codec.code,
+            width,
+        )
+        try:
+            if existed:
+                self.validate()
+            elif books is not None and self.path is not None:
+                safetensors.torch.save_file({"codebooks": books}, self.codebook_path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def codebook_path(self) -> Path:
+        """Where a mapped table's codebooks lie."""
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.codebooks")
+
+    def _find_codec(self, codec: str | Codec, existed: bool) -> Codec:
+        """The codec itself; for a file of product-quantised rows with the codebooks that lie beside it."""
+        given = get_codec(codec, self.dim) if isinstance(codec, str) else codec
+        if not isinstance(given, PQ) or self.path is None:
+            return given
+        if not existed:
+            if isinstance(codec, str):
+                raise ValueError(f"{self.path} is a new file: give trained codebooks (PQ.train), not {codec!r}")
+            return given
+        if not self.codebook_path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} holds {given.name} rows, but their codebooks {self.codebook_path} are gone"
+            )
+        saved = PQ(safetensors.torch.load_file(self.codebook_path)["codebooks"])
+        if (saved.dim, saved.width) != (self.dim, given.width):
+            raise ValueError(
+                f"{self.codebook_path} has {saved.name} codebooks for rows of {saved.dim} values, not {given.name} "
+                f"ones for {self.dim}"
+            )
+        if not isinstance(codec, str) and not torch.equal(saved.codebooks, given.codebooks):
+            raise ValueError(f"{self.codebook_path} holds other codebooks than those given: its rows mean other values")
+        return saved
+
+    def validate(self) -> None:
+        """Reads every stored row (once through the file, at the speed of the disk).
+
+        Raises:
+            ValueError: the first row that no encoder writes: an fp8 NaN, or an int scale that is negative or not
+            finite. Such bytes mean another codec, another block size or damage.
+        """
+        stored, bad = self.tensor, list[int]()
+        if isinstance(self.codec, PQ):
+            PQ(self.codec.codebooks)  # checks them
+        if kernels.native is not None:
+            check, table = kernels.native.engram_decode_check, self.struct
+            check.restype = ctypes.c_int64
+            kernels.spread(
+                self.rows, _SMALLEST, lambda lo, hi: bad.append(check(table, ctypes.c_int64(lo), ctypes.c_int64(hi)))
+            )
+            bad = [row for row in bad if row >= 0]
+        else:
+            for lo in range(0, self.rows, 65536):
+                bad += [lo + int(i) for i in self.codec.wrong(stored[lo : lo + 65536], self.dim).nonzero()[:1]]
+        if bad:
+            raise ValueError(
+                f"row {min(bad):,} of {self.path or 'this table'} is no {self.codec.name} row: it holds a NaN, or a "
+                f"scale that no encoder writes. Expected {self.row_bytes} bytes a row, one scale per 32 values, for "
+                f"rows of {self.dim}"
+            )
+
+    def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Rows by id, decoded. row_ids int64 [...]; out: contiguous float32 CPU tensor [..., dim] to fill, if given.
+
+        Returns:
+            float32 [..., dim].
+
+        Raises:
+            As HostTable.gather.
+        """
+        stored = self.tensor
+        ids = self.check(row_ids)
+        shape = (*ids.shape, self.dim)
+        if out is None:
+            out = torch.empty(shape, dtype=torch.float32)
+        elif tuple(out.shape) != shape or not out.is_contiguous() or out.device.type != "cpu":
+            raise ValueError(f"out must be a contiguous CPU tensor of shape {shape}, not {tuple(out.shape)}")
+        elif out.dtype != torch.float32:
+            raise ValueError(f"out must be torch.float32, not {out.dtype}")
+        if ids.numel() == 0:
+            return out
+        if kernels.native is not None:
+            decode, table = kernels.native.engram_decode, self.struct
+            source, target = kernels.pointer(ids), kernels.pointer(out)
+            kernels.spread(
+                ids.numel(),
+                _SMALLEST,
+                lambda lo, hi: decode(table, source, ctypes.c_int64(lo), ctypes.c_int64(hi), target),
+            )
+        else:
+            out.copy_(self.codec.decode(stored.index_select(0, ids.flatten()), self.dim).view(shape))
+        return out
+
+    def write(self, row_ids: Tensor | np.ndarray, rows: Tensor) -> None:
+        """Encodes rows [..., dim] and stores them under distinct row ids [...].
+
+        Raises:
+            ValueError: shapes that do not match, a row id given twice, or values that are not finite.
+        """
+        stored = self.tensor
+        ids = self.check(row_ids).flatten()
+        if tuple(rows.shape[:-1]) != tuple(row_ids.shape) or rows.shape[-1] != self.dim:
+            raise ValueError(f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {rows.shape}")
+        if torch.unique(ids).numel() != ids.numel():
+            raise ValueError("a row id occurs twice in one write")
+        stored.index_copy_(0, ids, self.codec.encode(rows.reshape(-1, self.dim)))
+
+    def info(self) -> dict[str, Any]:
+        """HostTable.info, with the codec, the bytes of a row and the bytes of the codebooks."""
+        books = self.codec.codebooks.nbytes if isinstance(self.codec, PQ) else 0
+        return {**super().info(), "codec": self.codec.name, "row_bytes": self.row_bytes, "codebook_bytes": books}
+
+    def __repr__(self) -> str:
+        return f"EncodedTable({self.rows:,} x {self.dim}, {self.codec.name}, {self.info()['where']})"
+
+
+def encode_table(
+    table: HostTable, codec: str | Codec, path: str | os.PathLike[str] | None = None, block: int | None = None
+) -> EncodedTable:
+    """A copy of a table in another codec, `block` rows at a time (default: about 4 MiB of float32).
+
+    Never-written rows of a normal table become their init values; blocks of zeros are not written, so that a sparse
+    table stays sparse. "pq4" and "pq8" are trained first. A file appears under its name when it is complete.
+
+    Raises:
+        ValueError: rows that are not finite, a width the codec cannot hold, an existing file at `path`.
+    """
+    final = None if path is None else Path(path)
+    if final is not None and final.exists():
+        raise ValueError(f"{final} exists already: encoding into it would mix two tables")
+    if isinstance(codec, str):
+        codec = get_codec(codec, table.dim)
+        if isinstance(codec, PQ):
+            codec = PQ.train(table.gather(_written_rows(table, _SAMPLE)).float(), codec.width)
+    partial = None if final is None else final.with_name(f"{final.name}.partial-{os.getpid()}")
+    block = block or max(1, (1 << 20) // table.dim)
+    encoded = EncodedTable(table.rows, table.dim, codec, partial)
+    try:
+        for lo in range(0, table.rows, block):
+            hi = min(lo + block, table.rows)
+            rows = table.gather(torch.arange(lo, hi)).float()
+            if rows.any():
+                try:
+                    encoded.tensor[lo:hi] = encoded.codec.encode(rows)
+                except ValueError as error:
+                    raise ValueError(f"rows {lo:,} to {hi - 1:,} of the table cannot be encoded: {error}") from error
+        if final is not None:
+            encoded.flush()
+            books, encoded.path = encoded.codebook_path, final
+            if isinstance(encoded.codec, PQ):
+                os.replace(books, encoded.codebook_path)
+            assert partial is not None
+            os.replace(partial, final)
+    except BaseException:
+        encoded.close()
+        if partial is not None:
+            for left in (partial, partial.with_name(f"{partial.name}.codebooks")):
+                left.unlink(missing_ok=True)
+        raise
+    return encoded
+
+
+def _written_rows(table: HostTable, count: int, seed: int = 0) -> Tensor:
+    """Ids of up to `count` rows that are not all zero, drawn at random; no more than 2^20 rows are looked at."""
+    look, generator = min(table.rows, 1 << 20), torch.Generator().manual_seed(seed)
+    if table.rows <= look:
+        ids = torch.randperm(table.rows, generator=generator)
+    else:
+        ids = torch.randint(0, table.rows, (look,), generator=generator).unique()
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+    found: list[Tensor] = []
+    for piece in ids.split(65536):
+        found.append(piece[table.gather(piece).any(1)])
+        if sum(len(f) for f in found) >= count:
+            break
+    chosen = torch.cat(found)[:count]
+    if len(chosen) == 0 and table.rows > look:
+        raise ValueError(
+            f"none of {look:,} rows drawn from {table.rows:,} was ever written: there is nothing to measure"
+        )
+    return chosen
+
+
+def report(table: HostTable, encoded: EncodedTable) -> dict[str, Any]:
+    """What a codec costs and saves: bytes (rows and codebooks), their ratio to float32 rows, and the largest and root
+    mean square error on up to 32,768 rows that are not zero, beside the root mean square of those rows' values.
+    """
+    ids = _written_rows(table, _SAMPLE)
+    rows = table.gather(ids).double()
+    error = encoded.gather(ids).double() - rows
+    info = encoded.info()
+    total = encoded.nbytes + info["codebook_bytes"]
+    return {
+        "codec": info["codec"],
+        "row_bytes": info["row_bytes"],
+        "bytes": total,
+        "ratio": total / (4 * table.rows * table.dim),
+        "rows_sampled": len(ids),
+        "max_error": float(error.abs().max()) if len(ids) else 0.0,
+        "rms_error": float(error.square().mean().sqrt()) if len(ids) else 0.0,
+        "rms": float(rows.square().mean().sqrt()) if len(ids) else 0.0,
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,23 +32,30 @@ class _Gradient(ctypes.Structure):
     ]
 
 
-def _group(ids: Tensor, grad: Tensor) -> tuple[_Gradient, int, list[Tensor]]:
-    """Sorts the entries of one step by row: what the fused updates read."""
+_scratch = threading.local()  # of _group: one per thread, kept from step to step, so that no page of it is fresh
+
+
+def _group(table: HostTable, ids: Tensor, grad: Tensor) -> tuple[_Gradient, int, list[Tensor]]:
+    """Sorts the entries of one step by row: what the fused updates read. What it returns lasts until the next call.
+
+    Raises:
+        IndexError: a row outside the table; nothing was changed.
+    """
     n = ids.numel()
+    if n >= 1 << 30:
+        raise ValueError(f"one step updates fewer than 2**30 row ids, not {n:,}")
     capacity = 1 << (2 * n - 1).bit_length()
-    slots = torch.full((capacity,), -1, dtype=torch.int64)
-    which, unique, order = (torch.empty(n, dtype=torch.int64) for _ in range(3))
-    start = torch.empty(n + 1, dtype=torch.int64)
+    if getattr(_scratch, "n", 0) < n:
+        _scratch.n, wide, narrow = n, torch.int64, torch.int32
+        _scratch.arrays = [torch.empty(capacity, dtype=narrow), torch.empty(n, dtype=narrow)]
+        _scratch.arrays += [torch.empty(n, dtype=wide), torch.empty(n + 1, dtype=narrow), torch.empty(n, dtype=narrow)]
+    slots, which, unique, start, order = _scratch.arrays
     assert kernels.native is not None
-    group = kernels.native.engram_group
-    group.restype = ctypes.c_int64
-    distinct = group(
-        kernels.pointer(ids),
-        ctypes.c_int64(n),
-        kernels.pointer(slots),
-        ctypes.c_int64(capacity),
-        *(kernels.pointer(a) for a in (which, unique, start, order)),
+    distinct = kernels.native.engram_group(
+        ids.data_ptr(), n, table.rows, slots.data_ptr(), capacity, *(a.data_ptr() for a in (which, unique, start, order))
     )
+    if distinct < 0:
+        raise table.outside(ids, -1 - distinct)
     keep = [ids, grad, unique, start, order]
     return _Gradient(*(a.data_ptr() for a in (unique, start, order, grad))), distinct, keep
 
@@ -141,7 +149,7 @@ class RowRMS(_RowOptimizer):
         self.steps += 1
         if kernels.native is None:
             return self._step_torch(ids, grad, v, salt)
-        gradient, distinct, keep = _group(ids, grad)
+        gradient, distinct, keep = _group(self.table, ids, grad)
         update, table, c = kernels.native.engram_rms, self.table.struct, ctypes
         floats = (c.c_float(x) for x in (self.lr, self.beta2, 1 - self.beta2, self.eps))
         fixed = (*floats, c.c_int32(salt is not None), c.c_uint64(salt or 0))
@@ -197,7 +205,7 @@ class RowAdam(_RowOptimizer):
         step_size = self.lr * math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
         if kernels.native is None:
             return self._step_torch(ids, grad, m, v, step_size, salt)
-        gradient, distinct, keep = _group(ids, grad)
+        gradient, distinct, keep = _group(self.table, ids, grad)
         update, table, c = kernels.native.engram_adam, self.table.struct, ctypes
         floats = (c.c_float(x) for x in (step_size, b1, 1 - b1, b2, 1 - b2, self.eps))
         fixed = (*floats, c.c_int32(salt is not None), c.c_uint64(salt or 0))

@@ -151,7 +151,8 @@ def _seen_losses(result: Evaluation, counts: np.ndarray) -> dict[str, list[float
 def _row_state_bytes(setting: Setting, memory: EngramMemory | None) -> int:
     if memory is None or not memory.config.train_tables:
         return 0
-    per_row = 4 if setting.train.table_optimizer == "rms" else 8 * memory.config.head_dim
+    dim = memory.config.head_dim
+    per_row = {"rms": 4, "adagrad": 4, "adam": 8 * dim, "sinkhorn": 4 * dim + 4}[setting.train.table_optimizer]
     return sum(table.rows for table in memory.tables.values()) * per_row
 
 

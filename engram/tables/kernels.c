@@ -17,6 +17,8 @@
 #else
 #define CLONES
 #endif
+/* GCC takes a function that only prefetches for one without effect and drops its calls, unless it is inlined early. */
+#define INLINE inline __attribute__((always_inline))
 #define LANES 16
 #define AHEAD 12  /* rows of look-ahead of the update kernels; flat optimum between 8 and 24 */
 #define BLOCK 512 /* row ids that are checked together, just before their rows are read: 4 KiB, still in L1 then */
@@ -56,7 +58,7 @@ static inline uint16_t to_bfloat16(float f, uint32_t noise) {
     return (uint16_t)((bits + noise) >> 16);
 }
 
-static inline void prefetch_row(const char *p, int64_t bytes, int write) {
+static INLINE void prefetch_row(const char *p, int64_t bytes, int write) {
     if (bytes > 2048) bytes = 2048;
     for (int64_t o = 0; o < bytes; o += 64) {
         if (write) __builtin_prefetch(p + o, 1);
@@ -286,15 +288,15 @@ static inline float mean_square(const float *x, int64_t d) {
 }
 
 /* Asks for the row, its state and its gradient a few steps before they are used. */
-static inline void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi) {
+static INLINE void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi) {
     const int64_t size = t->dtype == FLOAT32 ? 4 : 2;
     if (u + AHEAD >= hi) return;
     prefetch_row((const char *)t->data + g->unique[u + AHEAD] * t->dim * size, t->dim * size, 1);
     prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * t->dim), t->dim * 4, 0);
 }
 
-/* One second moment per row: v <- b2 v + (1 - b2) mean(g^2); row <- row - lr g / (sqrt(v) + eps).
- * With dim 1 this is torch.optim.RMSprop(alpha=b2). */
+/* One second moment per row: v <- b2 v + c2 mean(g^2); row <- row - lr g / (sqrt(v) + eps). With dim 1 this is
+ * torch.optim.RMSprop(alpha=b2) where c2 = 1 - b2, and torch.optim.Adagrad where b2 = c2 = 1. */
 CLONES
 void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
                 float eps, int32_t stochastic, uint64_t salt) {
@@ -337,6 +339,91 @@ void engram_adam(const Table *t, float *m, float *v, const Gradient *g, int64_t 
             row[j] -= step_size * (mr[j] / (sqrtf(vr[j]) + eps));
         }
         write_row(t, r, row, stochastic, salt);
+    }
+}
+
+/* base to the power of n >= 0, by squaring, so that every machine rounds alike. */
+static inline double power(double base, int64_t n) {
+    double result = 1;
+    for (; n; n >>= 1, base *= base)
+        if (n & 1) result *= base;
+    return result;
+}
+
+/* Sinkhorn-balanced momentum, first sweep. For touched row u: m <- beta^(now - last) m + grad, last <- now, and
+ * look[u] <- (grad + beta m) / norm[u] with norm[u] its L2 norm; zeros where the norm is 0. last: step of the last touch. */
+CLONES
+void engram_sinkhorn_look(const Table *t, float *m, float *last, const Gradient *g, int64_t lo, int64_t hi, double beta,
+                          int64_t now, float *look, float *norm) {
+    const int64_t d = t->dim;
+    const float b = (float)beta;
+    float sum[d];
+    for (int64_t u = lo; u < hi; u++) {
+        if (u + AHEAD < hi) {
+            prefetch_row((const char *)(m + g->unique[u + AHEAD] * d), d * 4, 1);
+            prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * d), d * 4, 0);
+            __builtin_prefetch(last + g->unique[u + AHEAD], 1);
+        }
+        const int64_t r = g->unique[u];
+        const float *grad = sum_gradient(g, u, d, sum);
+        const float decay = (float)power(beta, now - (int64_t)last[r]);
+        float *mr = m + r * d, *ahead = look + u * d;
+        last[r] = (float)now;
+        for (int64_t j = 0; j < d; j++) {
+            mr[j] = decay * mr[j] + grad[j];
+            ahead[j] = grad[j] + b * mr[j];
+        }
+        norm[u] = sqrtf(mean_square(ahead, d) * (float)d);
+        const float scale = norm[u] > 0 ? 1 / norm[u] : 0;
+        for (int64_t j = 0; j < d; j++) ahead[j] *= scale;
+    }
+}
+
+#define STRIP 64 /* rows whose column sums are added up together; strips add up in order, whoever computes them */
+
+/* weight[j] = columns[j] of the balanced matrix squared. 1 / sum_j x[j]^2 weight[j], in the order of mean_square. */
+static inline float row_factor(const float *x, const float *weight, int64_t d) {
+    float lane[LANES] = {0};
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += x[j + k] * x[j + k] * weight[j + k];
+    for (int k = 0; j + k < d; k++) lane[k] += x[j + k] * x[j + k] * weight[j + k];
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) lane[k] += lane[k + half];
+    return lane[0] > 0 ? 1 / lane[0] : 0;
+}
+
+/* One row normalisation and the sums for the column normalisation after it, of strips [lo, hi) of look [n, d]:
+ * sums[strip][j] = sum over its rows of look^2 times the row's factor. Rows whose norm is <= limit are left out. */
+CLONES
+void engram_sinkhorn_sweep(const float *look, const float *norm, float limit, const float *weight, int64_t n, int64_t d,
+                           int64_t lo, int64_t hi, float *sums) {
+    for (int64_t strip = lo; strip < hi; strip++) {
+        const int64_t end = (strip + 1) * STRIP < n ? (strip + 1) * STRIP : n;
+        float *sum = sums + strip * d;
+        memset(sum, 0, d * 4);
+        for (int64_t u = strip * STRIP; u < end; u++) {
+            if (norm[u] <= limit) continue;
+            const float *x = look + u * d, factor = row_factor(x, weight, d);
+            for (int64_t j = 0; j < d; j++) sum[j] += x[j] * x[j] * factor;
+        }
+    }
+}
+
+/* The last row normalisation and the update: row <- row - rate look root[j] / |look root|, root = sqrt(weight). */
+CLONES
+void engram_sinkhorn_update(const Table *t, const Gradient *g, int64_t lo, int64_t hi, const float *look,
+                            const float *norm, float limit, const float *weight, const float *root, float rate,
+                            int32_t stochastic, uint64_t salt) {
+    const int64_t d = t->dim;
+    float row[d];
+    for (int64_t u = lo; u < hi; u++) {
+        look_ahead(t, g, u, hi);
+        if (norm[u] <= limit) continue;
+        const float *x = look + u * d, scale = rate * sqrtf(row_factor(x, weight, d));
+        read_row(t, g->unique[u], row);
+        for (int64_t j = 0; j < d; j++) row[j] -= scale * (x[j] * root[j]);
+        write_row(t, g->unique[u], row, stochastic, salt);
     }
 }
 

@@ -41,6 +41,9 @@ def _load() -> ctypes.CDLL | None:
         ("group", i64, (p, i64, i64, p, i64, p, p, p, p)),
         ("rms", None, (p, p, p, i64, i64, *[f32] * 4, i32, u64)),
         ("adam", None, (p, p, p, p, i64, i64, *[f32] * 6, i32, u64)),
+        ("sinkhorn_look", None, (p, p, p, p, i64, i64, ctypes.c_double, i64, p, p)),
+        ("sinkhorn_sweep", None, (p, p, f32, p, i64, i64, i64, i64, p)),
+        ("sinkhorn_update", None, (p, p, i64, i64, p, p, f32, p, p, f32, i32, u64)),
     ):
         function = getattr(library, f"engram_{name}")
         function.restype, function.argtypes = result, arguments

@@ -34,7 +34,8 @@ class _Table(ctypes.Structure):
     ]
 
 
-def _as_ids(row_ids: Tensor | np.ndarray) -> Tensor:
+def as_ids(row_ids: Tensor | np.ndarray) -> Tensor:
+    """Row ids as a contiguous int64 CPU tensor, not checked against any table. Raises TypeError where not int64."""
     ids = torch.from_numpy(row_ids) if isinstance(row_ids, np.ndarray) else row_ids
     if ids.dtype != torch.int64:
         raise TypeError(f"row ids must be int64, not {ids.dtype}")
@@ -42,7 +43,7 @@ def _as_ids(row_ids: Tensor | np.ndarray) -> Tensor:
 
 
 def _on_huge_pages(address: int) -> bool | None:
-    """Whether most resident bytes of the mapping around `address` lie on huge pages; None if none are or no one knows."""
+    """Whether most resident bytes of the mapping around `address` lie on huge pages; None if none are resident."""
     resident = huge = 0
     inside = False
     try:
@@ -213,7 +214,7 @@ class HostTable:
             TypeError: not int64 (32-bit row arithmetic overflows on real tables).
             IndexError: a row outside the table. Never clamped: it means that layout and table disagree.
         """
-        ids = _as_ids(row_ids)
+        ids = as_ids(row_ids)
         if ids.numel() == 0:
             return ids
         if kernels.native is not None:
@@ -249,7 +250,7 @@ class HostTable:
             dtype or layout; a closed table.
         """
         stored = self.tensor
-        ids = _as_ids(row_ids)
+        ids = as_ids(row_ids)
         shape = (*ids.shape, self.dim)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype)
@@ -298,10 +299,10 @@ class HostTable:
             reference.write(stored, ids, values, self.init == "normal")
 
     def info(self) -> dict[str, Any]:
-        """Facts for logs: rows, dim, dtype, bytes, where it lives, whether the system granted huge pages, which path runs.
+        """Facts for logs: rows, dim, dtype, bytes, where it lives, whether huge pages were granted, which path runs.
 
-        "huge_pages" is True where most of what is resident now lies on huge pages, None where that cannot be known: before
-        any row was written, after close(), or on a system without /proc/self/smaps.
+        "huge_pages" is True where most of what is resident now lies on huge pages, None where that cannot be known:
+        before any row was written, after close(), or on a system without /proc/self/smaps.
         """
         return {
             "rows": self.rows,

@@ -171,13 +171,18 @@ int64_t engram_gather(const Table *t, const int64_t *ids, int64_t lo, int64_t hi
         end = lo + BLOCK < hi ? lo + BLOCK : hi;
         const int64_t bad = first_outside(ids, lo, end, t->rows);
         if (bad >= 0) return bad;
+        /* the look-ahead may meet an id that is not checked yet: a prefetch of any address is harmless */
+        if (plain) {
+            for (int64_t i = lo; i < end; i++) {
+                if (i + ahead < hi) prefetch_row(data + (uint64_t)ids[i + ahead] * (uint64_t)row, row, 0);
+                copy_row((char *)out + i * row, data + ids[i] * row, row);
+            }
+            continue;
+        }
         for (int64_t i = lo; i < end; i++) {
-            /* the look-ahead may meet an id that is not checked yet: a prefetch of any address is harmless */
             if (i + ahead < hi) prefetch_row(data + (uint64_t)ids[i + ahead] * (uint64_t)row, row, 0);
             const char *from = data + ids[i] * row;
-            if (plain) {
-                copy_row((char *)out + i * row, from, row);
-            } else if (as_float) {
+            if (as_float) {
                 read_row(t, ids[i], (float *)out + i * d);
             } else if (unwritten(from, row)) {
                 float values[d];

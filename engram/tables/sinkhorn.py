@@ -20,7 +20,7 @@ _STRIP = 64  # as STRIP in kernels.c
 
 
 class RowSinkhorn(RowOptimizer):
-    """Sinkhorn-balanced Nesterov momentum, the table optimiser of DeepSeek-V4.1, lazily: only a step's rows are touched.
+    """Sinkhorn-balanced Nesterov momentum, the table optimiser of DeepSeek-V4.1, on touched rows only.
 
         m   <- beta^(steps since the row's last touch) m + grad       exactly the dense momentum of the row
         n    = grad + beta m                                          Nesterov look-ahead

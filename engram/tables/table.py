@@ -261,7 +261,7 @@ class HostTable:
         if ids.numel() == 0:
             return out
         if kernels.native is not None:
-            gather, table, n = kernels.native.engram_gather, ctypes.addressof(self._struct), ids.numel()
+            gather, table, n = kernels.native.engram_gather, self.struct, ids.numel()
             source, target, as_float = ids.data_ptr(), out.data_ptr(), out.dtype == torch.float32
             smallest = _SMALLEST // (self.dim * out.element_size()) + 1
             if n < 2 * smallest:  # a decode step: spare it the thread pool

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from engram.memory import EngramMemory
-from engram.tables.optimizers import RowAdam, RowRMS
+from engram.tables.optimizers import RowAdagrad, RowAdam, RowOptimizer, RowRMS
+from engram.tables.sinkhorn import RowSinkhorn
+from engram.tables.table import HostTable
 
 
 class EngramOptimizer(torch.optim.AdamW):
@@ -28,7 +30,7 @@ class EngramOptimizer(torch.optim.AdamW):
         self.touched = 0
 
     @property
-    def row_optimizers(self) -> list[RowRMS | RowAdam]:
+    def row_optimizers(self) -> list[RowOptimizer]:
         return [optimizer for layers in self.rows for optimizer in layers.values()]
 
     @property
@@ -100,26 +102,27 @@ def build_optimizer(
         model: any module; the EngramMemory modules in it bring their tables. A memory alone works too.
         lr, betas, eps, weight_decay: AdamW of the dense weights. Only matrices decay: no gains, biases or convolutions.
         table_lr: learning rate of the rows, well above the dense one as a rule; rows never decay.
-        table_optimizer: "rms" (4 bytes of state a row) or "adam" (8 bytes a value).
-        table_betas: decays of the row optimiser; default (0, 0.99) for rms, (0.9, 0.999) for adam.
+        table_optimizer: "rms" or "adagrad" (4 bytes of state a row), "adam" (8 bytes a value) or "sinkhorn" (4 bytes a
+            value and 4 a row).
+        table_betas: decays of the row optimiser; default (0, 0.99) for rms, (0.9, 0.999) for adam, (0.95, 0) for
+            sinkhorn, which uses the first alone; adagrad has none.
 
     Raises:
         ValueError: an unknown table_optimizer.
     """
-    if table_optimizer not in ("rms", "adam"):
-        raise ValueError(f'table_optimizer is "rms" or "adam", not {table_optimizer!r}')
+    make: dict[str, Callable[[HostTable], RowOptimizer]] = {
+        "rms": lambda table: RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1]),
+        "adam": lambda table: RowAdam(table, table_lr, table_betas or (0.9, 0.999)),
+        "adagrad": lambda table: RowAdagrad(table, table_lr),
+        "sinkhorn": lambda table: RowSinkhorn(table, table_lr, (table_betas or (0.95, 0.0))[0]),
+    }
+    if table_optimizer not in make:
+        raise ValueError(f"table_optimizer is {', '.join(map(repr, make))}, not {table_optimizer!r}")
     memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
     rows: list[dict[int, Any]] = []
     for memory in memories:
-        layers: dict[int, Any] = {}
-        for layer, table in memory.tables.items():
-            if not memory.trains_tables:
-                continue
-            if table_optimizer == "rms":
-                layers[layer] = RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1])
-            else:
-                layers[layer] = RowAdam(table, table_lr, table_betas or (0.9, 0.999))
-        rows.append(layers)
+        trained = memory.tables.items() if memory.trains_tables else ()
+        rows.append({layer: make[table_optimizer](table) for layer, table in trained})
     weights = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": [p for p in weights if p.dim() == 2 and min(p.shape) > 8]},

@@ -1,19 +1,17 @@
-"""HostTable and the row optimisers: exact against plain torch, and against torch's own optimisers."""
+"""HostTable: rows in, rows out, exact against plain torch."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from engram.tables import kernels, reference
-from engram.tables.optimizers import RowAdam, RowRMS
 from engram.tables.table import HostTable
 
 
@@ -88,6 +86,51 @@ def test_32_bit_row_ids_are_refused():
         HostTable(10, 4).gather(torch.tensor([1], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("place", [0, 511, 512, 70_001, 99_999])
+def test_a_gather_names_the_first_bad_row_wherever_it_stands(path_of, place):
+    ids = torch.zeros(100_000, dtype=torch.int64)
+    ids[place] = 2**45  # reading it would end the process
+    ids[place + 1 :: 7] = -1
+    with pytest.raises(IndexError, match=rf"row {2**45} at position \({place},\)"):
+        HostTable(10, 64).gather(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 3, 16, 33, 64, 100, 256])
+def test_a_gather_on_many_threads_equals_indexing(dtype, dim, monkeypatch):
+    table = HostTable(5000, dim, dtype)
+    table.tensor.copy_(torch.randn(5000, dim))
+    ids = torch.randint(0, 5000, (20_000,))
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(kernels, "CORES", cores)
+        assert torch.equal(table.gather(ids), table.tensor[ids])
+
+
+def test_an_error_in_one_piece_of_spread_work_reaches_the_caller(monkeypatch):
+    monkeypatch.setattr(kernels, "CORES", 3)
+    done = []
+
+    def work(lo, hi):
+        if lo == 0:
+            raise ValueError("a bad piece")
+        done.append((lo, hi))
+
+    with pytest.raises(ValueError, match="a bad piece"):
+        kernels.spread(1000, 10, work)
+    kernels.spread(1000, 2000, lambda lo, hi: done.append((lo, hi)))
+    assert done[-1] == (0, 1000)
+
+
+def test_info_says_whether_huge_pages_were_granted(tmp_path):
+    table = HostTable(2**17, 64)  # 32 MiB
+    table.tensor.fill_(1.0)
+    settings = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    allowed = settings.exists() and "[never]" not in settings.read_text()
+    assert table.info()["huge_pages"] in ((True, False) if allowed else (False, None))
+    table.close()
+    assert table.info()["huge_pages"] is None
+
+
 @pytest.mark.parametrize("bad", [-1, 10, 2**40])
 def test_a_row_outside_the_table_raises_instead_of_clamping(path_of, bad):
     with pytest.raises(IndexError, match=rf"row {bad} at position \(1, 0\) is outside this table of 10 rows"):
@@ -149,142 +192,6 @@ def test_a_meta_table_has_sizes_but_no_rows():
 def test_a_row_id_written_twice_in_one_write_is_refused():
     with pytest.raises(ValueError, match="twice"):
         HostTable(10, 4).write(torch.tensor([3, 3]), torch.ones(2, 4))
-
-
-def touched_step(seed: int, rows: int, dim: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, rows, (n,), generator=generator), torch.randn(n, dim, generator=generator)
-
-
-def make(kind: str, table: HostTable):
-    return RowRMS(table, lr=0.02) if kind == "rms" else RowAdam(table, lr=0.02)
-
-
-@pytest.mark.skipif(kernels.native is None, reason="no compiled kernels here")
-@pytest.mark.parametrize("kind", ["rms", "adam"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("init", ["zero", "normal"])
-@settings(max_examples=15, deadline=None)
-@given(
-    dim=st.sampled_from([1, 2, 15, 16, 17, 32, 100]), n=st.integers(1, 2000), rows=st.sampled_from([7, 200, 100_000])
-)
-def test_the_fused_update_equals_the_torch_reference_bit_for_bit(kind, dtype, init, dim, n, rows):
-    native = kernels.native
-    tables = [HostTable(rows, dim, dtype, init=init, std=0.1, seed=9) for _ in range(2)]
-    optimizers = [make(kind, table) for table in tables]
-    try:
-        for step in range(3):
-            ids, grad = touched_step(step, rows, dim, n)
-            kernels.native = native
-            touched = optimizers[0].step(ids, grad)
-            kernels.native = None
-            assert optimizers[1].step(ids, grad) == touched == ids.unique().numel()
-    finally:
-        kernels.native = native
-    assert torch.equal(tables[0].tensor, tables[1].tensor)
-    for name in optimizers[0].state:
-        assert torch.equal(optimizers[0].state[name].tensor, optimizers[1].state[name].tensor)
-
-
-def test_adam_on_rows_equals_torch_sparse_adam(path_of):
-    table = HostTable(50, 12)
-    weight = torch.nn.Parameter(torch.zeros(50, 12))
-    ours, theirs = RowAdam(table, lr=0.01), torch.optim.SparseAdam([weight], lr=0.01)
-    for step in range(20):
-        ids, grad = touched_step(step, 50, 12, 30)
-        ours.step(ids, grad)
-        with torch.sparse.check_sparse_tensor_invariants(False):
-            weight.grad = torch.sparse_coo_tensor(ids[None], grad, (50, 12), check_invariants=False)
-        theirs.step()
-    torch.testing.assert_close(table.tensor, weight.data, rtol=2e-5, atol=2e-6)
-
-
-def test_adam_on_rows_equals_dense_adam_where_every_row_is_touched(path_of):
-    table = HostTable(20, 6)
-    weight = torch.nn.Parameter(torch.zeros(20, 6))
-    ours, theirs = RowAdam(table, lr=0.01, betas=(0.8, 0.95)), torch.optim.Adam([weight], lr=0.01, betas=(0.8, 0.95))
-    for step in range(20):
-        grad = torch.randn(20, 6, generator=torch.Generator().manual_seed(step))
-        ours.step(torch.arange(20), grad)
-        weight.grad = grad
-        theirs.step()
-    torch.testing.assert_close(table.tensor, weight.data, rtol=1e-4, atol=1e-6)
-
-
-def test_rms_on_rows_of_width_one_equals_torch_rmsprop_on_touched_rows(path_of):
-    table = HostTable(40, 1)
-    ours = RowRMS(table, lr=0.01, beta2=0.9)
-    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(40)]  # one per row: only touched ones step
-    theirs = [torch.optim.RMSprop([w], lr=0.01, alpha=0.9) for w in weights]
-    for step in range(20):
-        ids = torch.randperm(40, generator=torch.Generator().manual_seed(step))[:10]
-        grad = torch.randn(10, 1, generator=torch.Generator().manual_seed(step))
-        ours.step(ids, grad)
-        for row, g in zip(ids.tolist(), grad, strict=True):
-            weights[row].grad = g.clone()
-            theirs[row].step()
-    torch.testing.assert_close(table.tensor[:, 0], torch.cat([w.data for w in weights]), rtol=1e-5, atol=1e-7)
-
-
-def test_untouched_rows_and_their_state_never_change(path_of):
-    table = HostTable(100, 8, init="normal")
-    before = table.gather(torch.arange(100)).clone()
-    optimizer = RowAdam(table, lr=0.1)
-    ids = torch.arange(0, 100, 2)
-    for _ in range(5):
-        optimizer.step(ids, torch.randn(50, 8))
-    odd = torch.arange(1, 100, 2)
-    assert torch.equal(table.gather(odd), before[odd])
-    assert optimizer.state["m"].tensor[odd].count_nonzero() == 0
-    assert not torch.equal(table.gather(ids), before[ids])
-
-
-def test_duplicate_rows_sum_their_gradients(path_of):
-    once, twice = HostTable(5, 4), HostTable(5, 4)
-    grad = torch.randn(3, 4)
-    RowRMS(once).step(torch.tensor([2]), (grad[0] + grad[1] + grad[2])[None])
-    RowRMS(twice).step(torch.tensor([2, 2, 2]), grad)
-    assert torch.equal(once.tensor, twice.tensor)
-
-
-def test_an_update_does_not_depend_on_the_number_of_threads(monkeypatch):
-    results = []
-    for cores in (1, 2, 5):
-        monkeypatch.setattr(kernels, "CORES", cores)
-        table = HostTable(3000, 32)
-        optimizer = RowRMS(table)
-        for step in range(3):
-            optimizer.step(*touched_step(step, 3000, 32, 9000))
-        results.append(table.tensor.clone())
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_stochastic_rounding_lets_small_updates_reach_a_bfloat16_row():
-    def train(stochastic: bool) -> float:
-        table = HostTable(512, 64, torch.bfloat16)
-        table.write(torch.arange(512), torch.ones(512, 64))
-        optimizer = RowRMS(table, lr=1e-4, stochastic_rounding=stochastic)  # far below bfloat16's step of 0.0078
-        optimizer.state["v"].tensor.fill_(1.0)
-        for _ in range(50):
-            optimizer.step(torch.arange(512), torch.ones(512, 64))
-        return table.gather(torch.arange(512)).float().mean().item()
-
-    assert train(False) == 1.0
-    assert abs(train(True) - 0.995) < 5e-4
-
-
-def test_optimizer_state_survives_saving_and_refuses_another_table():
-    table = HostTable(30, 4)
-    optimizer = RowAdam(table)
-    optimizer.step(*touched_step(0, 30, 4, 10))
-    saved = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()}
-    other = RowAdam(HostTable(30, 4))
-    other.load_state_dict(saved)
-    assert other.steps == 1 and torch.equal(other.state["m"].tensor, optimizer.state["m"].tensor)
-    with pytest.raises(ValueError, match="optimiser state"):
-        RowAdam(HostTable(31, 4)).load_state_dict(saved)
-    with pytest.raises(ValueError, match="has state"):
-        RowRMS(HostTable(30, 4)).load_state_dict(saved)
 
 
 def test_without_a_compiled_library_a_warning_says_so():

@@ -153,7 +153,8 @@ def _row_state_bytes(setting: Setting, memory: EngramMemory | None) -> int:
     """Bytes of optimiser state of one row."""
     if memory is None or not memory.config.train_tables:
         return 0
-    return 4 if setting.train.table_optimizer == "rms" else 8 * memory.config.head_dim
+    dim = memory.config.head_dim
+    return {"rms": 4, "adagrad": 4, "adam": 8 * dim, "sinkhorn": 4 * dim + 4}[setting.train.table_optimizer]
 
 
 def _seen(setting: Setting, data: Data, order: int) -> np.ndarray:

@@ -31,7 +31,8 @@ class TrainConfig:
         tokens: budget, rounded up to whole batches. batch_size: windows per step. context: tokens per window.
         lr: of AdamW on the dense weights. table_lr: of the rows.
         warmup_steps: linear from 0. decay_share: share of the steps at the end with linear decay to 0.
-        weight_decay: of dense matrices. clip: norm of the dense gradient. table_optimizer: "rms" or "adam".
+        weight_decay: of dense matrices. clip: norm of the dense gradient.
+        table_optimizer: "rms", "adagrad", "adam" or "sinkhorn", see build_optimizer.
         seed: of the weights and of the data order.
     """
 

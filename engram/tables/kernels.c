@@ -17,8 +17,11 @@
 #else
 #define CLONES
 #endif
+/* GCC takes a function that only prefetches for one without effect and drops its calls, unless it is inlined early. */
+#define INLINE inline __attribute__((always_inline))
 #define LANES 16
-#define AHEAD 12 /* rows of look-ahead for the software prefetch; flat optimum between 8 and 24 */
+#define AHEAD 12  /* rows of look-ahead of the update kernels; flat optimum between 8 and 24 */
+#define BLOCK 512 /* row ids that are checked together, just before their rows are read: 4 KiB, still in L1 then */
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
@@ -55,12 +58,31 @@ static inline uint16_t to_bfloat16(float f, uint32_t noise) {
     return (uint16_t)((bits + noise) >> 16);
 }
 
-static inline void prefetch_row(const char *p, int64_t bytes, int write) {
+static INLINE void prefetch_row(const char *p, int64_t bytes, int write) {
     if (bytes > 2048) bytes = 2048;
     for (int64_t o = 0; o < bytes; o += 64) {
         if (write) __builtin_prefetch(p + o, 1);
         else __builtin_prefetch(p + o, 0);
     }
+}
+
+/* Look-ahead of a gather: 4 KiB of rows are under way, but no more rows than a core has outstanding misses. */
+static inline int64_t gather_ahead(int64_t bytes) {
+    const int64_t ahead = 4096 / bytes;
+    return ahead < 2 ? 2 : ahead > 24 ? 24 : ahead;
+}
+
+typedef uint8_t Line __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint8_t Quarter __attribute__((vector_size(16), aligned(1), may_alias));
+
+/* memcpy for rows: inlined, because a call per row of 64 or 256 bytes costs a third of the copy. */
+static inline void copy_row(void *to, const void *from, int64_t bytes) {
+    char *d = to;
+    const char *s = from;
+    int64_t o = 0;
+    for (; o + 64 <= bytes; o += 64) *(Line *)(d + o) = *(const Line *)(s + o);
+    for (; o + 16 <= bytes; o += 16) *(Quarter *)(d + o) = *(const Quarter *)(s + o);
+    for (; o + 2 <= bytes; o += 2) memcpy(d + o, s + o, 2);
 }
 
 static inline int unwritten(const void *row, int64_t bytes) {
@@ -89,7 +111,7 @@ static inline void read_row(const Table *t, int64_t row, float *out) {
     if (t->dtype == FLOAT32) {
         const float *r = (const float *)t->data + row * d;
         if (t->normal && unwritten(r, d * 4)) init_row(t, row, out);
-        else memcpy(out, r, d * 4);
+        else copy_row(out, r, d * 4);
     } else {
         const uint16_t *r = (const uint16_t *)t->data + row * d;
         if (t->normal && unwritten(r, d * 2)) {
@@ -105,7 +127,7 @@ static inline void write_row(const Table *t, int64_t row, const float *in, int s
     int64_t d = t->dim;
     if (t->dtype == FLOAT32) {
         float *r = (float *)t->data + row * d;
-        memcpy(r, in, d * 4);
+        copy_row(r, in, d * 4);
         if (t->normal && unwritten(r, d * 4)) r[0] = -0.0f;
     } else {
         uint16_t *r = (uint16_t *)t->data + row * d;
@@ -126,40 +148,70 @@ static inline void write_row(const Table *t, int64_t row, const float *in, int s
     }
 }
 
-/* First index whose row id is outside [0, rows), or -1. */
-int64_t engram_check(const int64_t *ids, int64_t n, int64_t rows) {
-    uint64_t bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= (uint64_t)ids[i] >= (uint64_t)rows;
+static inline int64_t first_outside(const int64_t *ids, int64_t lo, int64_t hi, int64_t rows) {
+    int bad = 0;
+    for (int64_t i = lo; i < hi; i++) bad |= (uint64_t)ids[i] >= (uint64_t)rows;
     if (!bad) return -1;
-    for (int64_t i = 0; i < n; i++)
-        if ((uint64_t)ids[i] >= (uint64_t)rows) return i;
+    while ((uint64_t)ids[lo] < (uint64_t)rows) lo++;
+    return lo;
+}
+
+/* First index whose row id is outside [0, rows), or -1. */
+CLONES
+int64_t engram_check(const int64_t *ids, int64_t n, int64_t rows) { return first_outside(ids, 0, n, rows); }
+
+/* out[i] = row ids[i] for i in [lo, hi). out is float32 if as_float, else the table's own dtype. Returns -1, or the
+ * first index whose row id is outside the table; no row is read there or after it, so the rest of out is undefined. */
+CLONES
+int64_t engram_gather(const Table *t, const int64_t *ids, int64_t lo, int64_t hi, void *out, int32_t as_float) {
+    const int64_t d = t->dim, size = t->dtype == FLOAT32 ? 4 : 2, row = d * size, ahead = gather_ahead(row);
+    const char *data = t->data;
+    const int plain = !t->normal && (size == 4 || !as_float);
+    for (int64_t end; lo < hi; lo = end) {
+        end = lo + BLOCK < hi ? lo + BLOCK : hi;
+        const int64_t bad = first_outside(ids, lo, end, t->rows);
+        if (bad >= 0) return bad;
+        /* the look-ahead may meet an id that is not checked yet: a prefetch of any address is harmless */
+        if (plain) {
+            for (int64_t i = lo; i < end; i++) {
+                if (i + ahead < hi) prefetch_row(data + (uint64_t)ids[i + ahead] * (uint64_t)row, row, 0);
+                copy_row((char *)out + i * row, data + ids[i] * row, row);
+            }
+            continue;
+        }
+        for (int64_t i = lo; i < end; i++) {
+            if (i + ahead < hi) prefetch_row(data + (uint64_t)ids[i + ahead] * (uint64_t)row, row, 0);
+            const char *from = data + ids[i] * row;
+            if (as_float) {
+                read_row(t, ids[i], (float *)out + i * d);
+            } else if (unwritten(from, row)) {
+                float values[d];
+                init_row(t, ids[i], values);
+                for (int64_t j = 0; j < d; j++) ((uint16_t *)out)[i * d + j] = to_bfloat16(values[j], 0x8000);
+            } else {
+                copy_row((char *)out + i * row, from, row);
+            }
+        }
+    }
     return -1;
 }
 
-/* out[i] = row ids[i]. out is float32 if as_float, else the table's own dtype. Ids were checked. */
+/* What a gather can cost at best here, for `engram bench`: prefetch and copy, nothing else. bytes: of one row. */
 CLONES
-void engram_gather(const Table *t, const int64_t *ids, int64_t lo, int64_t hi, void *out, int32_t as_float) {
-    const int64_t d = t->dim, size = t->dtype == FLOAT32 ? 4 : 2, row = d * size;
-    const char *data = t->data;
-    if (!t->normal && (size == 4 || !as_float)) { /* plain bytes */
-        for (int64_t i = lo; i < hi; i++) {
-            if (i + AHEAD < hi) prefetch_row(data + ids[i + AHEAD] * row, row, 0);
-            memcpy((char *)out + i * row, data + ids[i] * row, row);
-        }
-        return;
-    }
+void engram_copy_rows(const char *data, const int64_t *ids, int64_t lo, int64_t hi, char *out, int64_t bytes) {
+    const int64_t ahead = gather_ahead(bytes);
     for (int64_t i = lo; i < hi; i++) {
-        if (i + AHEAD < hi) prefetch_row(data + ids[i + AHEAD] * row, row, 0);
-        if (as_float) {
-            read_row(t, ids[i], (float *)out + i * d);
-        } else if (unwritten(data + ids[i] * row, row)) {
-            float values[d];
-            init_row(t, ids[i], values);
-            for (int64_t j = 0; j < d; j++) ((uint16_t *)out)[i * d + j] = to_bfloat16(values[j], 0x8000);
-        } else {
-            memcpy((char *)out + i * row, data + ids[i] * row, row);
-        }
+        if (i + ahead < hi) prefetch_row(data + ids[i + ahead] * bytes, bytes, 0);
+        copy_row(out + i * bytes, data + ids[i] * bytes, bytes);
     }
+}
+
+/* Reads [lo, hi) in order: the memory's sequential bandwidth, for `engram bench`. */
+CLONES
+uint64_t engram_read_words(const uint64_t *data, int64_t lo, int64_t hi) {
+    uint64_t sum = 0;
+    for (int64_t i = lo; i < hi; i++) sum += data[i];
+    return sum;
 }
 
 /* Stores float32 rows under ids (distinct). */
@@ -169,47 +221,64 @@ void engram_scatter(const Table *t, const int64_t *ids, int64_t lo, int64_t hi, 
 
 /* Groups equal row ids. Fills unique[U] (in order of first appearance), start[U + 1] and order[n] so that the entries
  * of unique row u are order[start[u]] < ... < order[start[u + 1] - 1]. slots: scratch of `capacity` (a power of two
- * >= 2 n) int64, filled with -1. Returns U. Serial: one pass over n keys that stay in cache. */
-int64_t engram_group(const int64_t *ids, int64_t n, int64_t *slots, int64_t capacity, int64_t *which, int64_t *unique,
-                     int64_t *start, int64_t *order) {
+ * >= 2 n). Returns U, or -1 - i where ids[i] is the first one outside [0, rows). Serial: its scratch stays in cache. */
+CLONES
+int64_t engram_group(const int64_t *ids, int64_t n, int64_t rows, int32_t *slots, int64_t capacity, int32_t *which,
+                     int64_t *unique, int32_t *start, int32_t *order) {
+    const int64_t bad = first_outside(ids, 0, n, rows);
+    if (bad >= 0) return -1 - bad;
+    const int shift = 64 - __builtin_ctzll((uint64_t)capacity); /* the high bits of the product are the mixed ones */
     const uint64_t mask = (uint64_t)capacity - 1;
-    int64_t count = 0;
+    int32_t count = 0;
+    memset(slots, 0xFF, (size_t)capacity * sizeof *slots);
     for (int64_t i = 0; i < n; i++) {
-        uint64_t h = ((uint64_t)ids[i] * 0x9E3779B97F4A7C15ull >> 20) & mask;
-        while (slots[h] >= 0 && unique[slots[h]] != ids[i]) h = (h + 1) & mask;
-        if (slots[h] < 0) {
-            slots[h] = count;
-            unique[count] = ids[i];
-            start[count] = 0;
-            count++;
+        if (i + AHEAD < n) __builtin_prefetch(slots + (((uint64_t)ids[i + AHEAD] * 0x9E3779B97F4A7C15ull) >> shift), 1);
+        uint64_t h = ((uint64_t)ids[i] * 0x9E3779B97F4A7C15ull) >> shift;
+        int32_t u;
+        while ((u = slots[h]) >= 0 && unique[u] != ids[i]) h = (h + 1) & mask;
+        if (u < 0) {
+            u = slots[h] = count++;
+            unique[u] = ids[i];
+            start[u] = 0;
         }
-        which[i] = slots[h];
-        start[slots[h]]++;
+        which[i] = u;
+        start[u]++;
     }
-    int64_t sum = 0;
-    for (int64_t u = 0; u < count; u++) {
-        int64_t here = start[u];
+    if (count == n) { /* no row twice */
+        for (int32_t i = 0; i < n; i++) order[i] = start[i] = i;
+        start[n] = count;
+        return count;
+    }
+    int32_t sum = 0;
+    for (int32_t u = 0; u < count; u++) {
+        const int32_t here = start[u];
         start[u] = sum;
         sum += here;
     }
-    for (int64_t i = 0; i < n; i++) order[start[which[i]]++] = i;
-    for (int64_t u = count; u > 0; u--) start[u] = start[u - 1];
+    for (int32_t i = 0; i < n; i++) order[start[which[i]]++] = i;
+    for (int32_t u = count; u > 0; u--) start[u] = start[u - 1];
     start[0] = 0;
     return count;
 }
 
 typedef struct {
-    const int64_t *unique, *start, *order; /* from engram_group */
-    const float *grad;                     /* [n, dim] */
+    const int64_t *unique; /* from engram_group */
+    const int32_t *start, *order;
+    const float *grad; /* [n, dim] */
 } Gradient;
 
-static inline void sum_gradient(const Gradient *g, int64_t u, int64_t d, float *out) {
-    const int64_t first = g->start[u], last = g->start[u + 1];
-    memcpy(out, g->grad + g->order[first] * d, d * 4);
-    for (int64_t k = first + 1; k < last; k++) {
+/* The summed gradient of distinct row u: where it lies, if the row came once, else added up in `sum`. */
+static inline const float *sum_gradient(const Gradient *g, int64_t u, int64_t d, float *sum) {
+    const int32_t first = g->start[u], last = g->start[u + 1];
+    const float *once = g->grad + g->order[first] * d;
+    if (last == first + 1) return once;
+    memcpy(sum, once, d * 4);
+    for (int32_t k = first + 1; k < last; k++) {
+        if (k + 2 < last) prefetch_row((const char *)(g->grad + g->order[k + 2] * d), d * 4, 0);
         const float *from = g->grad + g->order[k] * d;
-        for (int64_t j = 0; j < d; j++) out[j] += from[j];
+        for (int64_t j = 0; j < d; j++) sum[j] += from[j];
     }
+    return sum;
 }
 
 static inline float mean_square(const float *x, int64_t d) {
@@ -224,25 +293,25 @@ static inline float mean_square(const float *x, int64_t d) {
 }
 
 /* Asks for the row, its state and its gradient a few steps before they are used. */
-static inline void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi) {
+static INLINE void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi) {
     const int64_t size = t->dtype == FLOAT32 ? 4 : 2;
     if (u + AHEAD >= hi) return;
     prefetch_row((const char *)t->data + g->unique[u + AHEAD] * t->dim * size, t->dim * size, 1);
     prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * t->dim), t->dim * 4, 0);
 }
 
-/* One second moment per row: v <- b2 v + (1 - b2) mean(g^2); row <- row - lr g / (sqrt(v) + eps).
- * With dim 1 this is torch.optim.RMSprop(alpha=b2). */
+/* One second moment per row: v <- b2 v + c2 mean(g^2); row <- row - lr g / (sqrt(v) + eps). With dim 1 this is
+ * torch.optim.RMSprop(alpha=b2) where c2 = 1 - b2, and torch.optim.Adagrad where b2 = c2 = 1. */
 CLONES
 void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
                 float eps, int32_t stochastic, uint64_t salt) {
     const int64_t d = t->dim;
-    float grad[d], row[d];
+    float sum[d], row[d];
     for (int64_t u = lo; u < hi; u++) {
         look_ahead(t, g, u, hi);
         if (u + AHEAD < hi) __builtin_prefetch(v + g->unique[u + AHEAD], 1);
         const int64_t r = g->unique[u];
-        sum_gradient(g, u, d, grad);
+        const float *grad = sum_gradient(g, u, d, sum);
         const float moment = b2 * v[r] + c2 * mean_square(grad, d);
         v[r] = moment;
         const float scale = lr / (sqrtf(moment) + eps);
@@ -258,7 +327,7 @@ CLONES
 void engram_adam(const Table *t, float *m, float *v, const Gradient *g, int64_t lo, int64_t hi, float step_size, float b1,
                  float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt) {
     const int64_t d = t->dim;
-    float grad[d], row[d];
+    float sum[d], row[d];
     for (int64_t u = lo; u < hi; u++) {
         look_ahead(t, g, u, hi);
         if (u + AHEAD < hi) {
@@ -267,7 +336,7 @@ void engram_adam(const Table *t, float *m, float *v, const Gradient *g, int64_t 
         }
         const int64_t r = g->unique[u];
         float *mr = m + r * d, *vr = v + r * d;
-        sum_gradient(g, u, d, grad);
+        const float *grad = sum_gradient(g, u, d, sum);
         read_row(t, r, row);
         for (int64_t j = 0; j < d; j++) {
             mr[j] = b1 * mr[j] + c1 * grad[j];
@@ -275,6 +344,91 @@ void engram_adam(const Table *t, float *m, float *v, const Gradient *g, int64_t 
             row[j] -= step_size * (mr[j] / (sqrtf(vr[j]) + eps));
         }
         write_row(t, r, row, stochastic, salt);
+    }
+}
+
+/* base to the power of n >= 0, by squaring, so that every machine rounds alike. */
+static inline double power(double base, int64_t n) {
+    double result = 1;
+    for (; n; n >>= 1, base *= base)
+        if (n & 1) result *= base;
+    return result;
+}
+
+/* Sinkhorn-balanced momentum, first sweep. For touched row u: m <- beta^(now - last) m + grad, last <- now, and
+ * look[u] <- (grad + beta m) / norm[u] with norm[u] its L2 norm; zeros where the norm is 0. last: step of the last touch. */
+CLONES
+void engram_sinkhorn_look(const Table *t, float *m, float *last, const Gradient *g, int64_t lo, int64_t hi, double beta,
+                          int64_t now, float *look, float *norm) {
+    const int64_t d = t->dim;
+    const float b = (float)beta;
+    float sum[d];
+    for (int64_t u = lo; u < hi; u++) {
+        if (u + AHEAD < hi) {
+            prefetch_row((const char *)(m + g->unique[u + AHEAD] * d), d * 4, 1);
+            prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * d), d * 4, 0);
+            __builtin_prefetch(last + g->unique[u + AHEAD], 1);
+        }
+        const int64_t r = g->unique[u];
+        const float *grad = sum_gradient(g, u, d, sum);
+        const float decay = (float)power(beta, now - (int64_t)last[r]);
+        float *mr = m + r * d, *ahead = look + u * d;
+        last[r] = (float)now;
+        for (int64_t j = 0; j < d; j++) {
+            mr[j] = decay * mr[j] + grad[j];
+            ahead[j] = grad[j] + b * mr[j];
+        }
+        norm[u] = sqrtf(mean_square(ahead, d) * (float)d);
+        const float scale = norm[u] > 0 ? 1 / norm[u] : 0;
+        for (int64_t j = 0; j < d; j++) ahead[j] *= scale;
+    }
+}
+
+#define STRIP 64 /* rows whose column sums are added up together; strips add up in order, whoever computes them */
+
+/* weight[j] = columns[j] of the balanced matrix squared. 1 / sum_j x[j]^2 weight[j], in the order of mean_square. */
+static inline float row_factor(const float *x, const float *weight, int64_t d) {
+    float lane[LANES] = {0};
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += x[j + k] * x[j + k] * weight[j + k];
+    for (int k = 0; j + k < d; k++) lane[k] += x[j + k] * x[j + k] * weight[j + k];
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) lane[k] += lane[k + half];
+    return lane[0] > 0 ? 1 / lane[0] : 0;
+}
+
+/* One row normalisation and the sums for the column normalisation after it, of strips [lo, hi) of look [n, d]:
+ * sums[strip][j] = sum over its rows of look^2 times the row's factor. Rows whose norm is <= limit are left out. */
+CLONES
+void engram_sinkhorn_sweep(const float *look, const float *norm, float limit, const float *weight, int64_t n, int64_t d,
+                           int64_t lo, int64_t hi, float *sums) {
+    for (int64_t strip = lo; strip < hi; strip++) {
+        const int64_t end = (strip + 1) * STRIP < n ? (strip + 1) * STRIP : n;
+        float *sum = sums + strip * d;
+        memset(sum, 0, d * 4);
+        for (int64_t u = strip * STRIP; u < end; u++) {
+            if (norm[u] <= limit) continue;
+            const float *x = look + u * d, factor = row_factor(x, weight, d);
+            for (int64_t j = 0; j < d; j++) sum[j] += x[j] * x[j] * factor;
+        }
+    }
+}
+
+/* The last row normalisation and the update: row <- row - rate look root[j] / |look root|, root = sqrt(weight). */
+CLONES
+void engram_sinkhorn_update(const Table *t, const Gradient *g, int64_t lo, int64_t hi, const float *look,
+                            const float *norm, float limit, const float *weight, const float *root, float rate,
+                            int32_t stochastic, uint64_t salt) {
+    const int64_t d = t->dim;
+    float row[d];
+    for (int64_t u = lo; u < hi; u++) {
+        look_ahead(t, g, u, hi);
+        if (norm[u] <= limit) continue;
+        const float *x = look + u * d, scale = rate * sqrtf(row_factor(x, weight, d));
+        read_row(t, g->unique[u], row);
+        for (int64_t j = 0; j < d; j++) row[j] -= scale * (x[j] * root[j]);
+        write_row(t, g->unique[u], row, stochastic, salt);
     }
 }
 

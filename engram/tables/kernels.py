@@ -14,7 +14,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
@@ -30,26 +30,59 @@ def _load() -> ctypes.CDLL | None:
             stacklevel=3,
         )
         return None
-    return ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(spec.origin)
+    p, i32, i64, u64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+    for name, result, arguments in (
+        ("check", i64, (p, i64, i64)),
+        ("gather", i64, (p, p, i64, i64, p, i32)),
+        ("copy_rows", None, (p, p, i64, i64, p, i64)),
+        ("read_words", u64, (p, i64, i64)),
+        ("scatter", None, (p, p, i64, i64, p)),
+        ("group", i64, (p, i64, i64, p, i64, p, p, p, p)),
+        ("rms", None, (p, p, p, i64, i64, *[f32] * 4, i32, u64)),
+        ("adam", None, (p, p, p, p, i64, i64, *[f32] * 6, i32, u64)),
+        ("sinkhorn_look", None, (p, p, p, p, i64, i64, ctypes.c_double, i64, p, p)),
+        ("sinkhorn_sweep", None, (p, p, f32, p, i64, i64, i64, i64, p)),
+        ("sinkhorn_update", None, (p, p, i64, i64, p, p, f32, p, p, f32, i32, u64)),
+    ):
+        function = getattr(library, f"engram_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 native: ctypes.CDLL | None = _load()
 _pool = ThreadPoolExecutor(max(CORES - 1, 1), thread_name_prefix="engram-kernel")
+_SHARE = 4  # pieces per core: a core that others keep busy takes fewer of them
 
 
 def spread(n: int, smallest: int, work: Callable[[int, int], None]) -> None:
-    """Calls work(lo, hi) over pieces of range(n) on all cores; the calling thread takes the last piece.
+    """Calls work(lo, hi) over pieces of range(n) on all cores; returns when all are done, raises what a piece raised.
 
-    Pieces are never smaller than `smallest`, below which handing work to a thread costs more than it saves.
+    The calling thread starts at once and whoever is free takes the next piece, so neither a slow wake-up nor a busy
+    core holds up the rest. Pieces are never smaller than `smallest`, below which handing work to a thread costs more
+    than it saves. `work` must not care how range(n) is cut.
     """
-    pieces = max(1, min(CORES, n // smallest))
-    if pieces == 1:
+    pieces = min(CORES * _SHARE, n // smallest) if CORES > 1 else 1
+    if pieces <= 1:
         work(0, n)
         return
-    bounds = [n * i // pieces for i in range(pieces + 1)]
-    futures = [_pool.submit(work, bounds[i], bounds[i + 1]) for i in range(pieces - 1)]
-    work(bounds[-2], n)
-    for future in futures:
+    waiting = list(range(pieces))
+
+    def run() -> None:
+        while True:
+            try:
+                piece = waiting.pop()  # atomic
+            except IndexError:
+                return
+            work(n * piece // pieces, n * (piece + 1) // pieces)
+
+    futures = [_pool.submit(run) for _ in range(min(CORES, pieces) - 1)]
+    try:
+        run()
+    finally:
+        started = [future for future in futures if not future.cancel()]
+        wait(started)
+    for future in started:
         future.result()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from engram.tables import kernels, reference
 from engram.tables.encoded import EncodedTable
-from engram.tables.table import HostTable
+from engram.tables.table import HostTable, as_ids
 
-_SMALLEST = 512  # distinct rows below which one core is faster than two
+SMALLEST = 512  # distinct rows below which one core is faster than two
 
 
-class _Gradient(ctypes.Structure):
+class Gradient(ctypes.Structure):
     """Mirror of `Gradient` in kernels.c, with the tensors it points into."""
 
     _fields_ = [
@@ -32,29 +33,41 @@ class _Gradient(ctypes.Structure):
     ]
 
 
-def _group(ids: Tensor, grad: Tensor) -> tuple[_Gradient, int, list[Tensor]]:
-    """Sorts the entries of one step by row: what the fused updates read."""
+_scratch = threading.local()  # of group(): one per thread, kept from step to step, so that no page of it is fresh
+
+
+def group(table: HostTable, ids: Tensor, grad: Tensor) -> tuple[Gradient, int, list[Tensor]]:
+    """Sorts the entries of one step by row: what the fused updates read. What it returns lasts until the next call.
+
+    Raises:
+        IndexError: a row outside the table; nothing was changed.
+    """
     n = ids.numel()
+    if n >= 1 << 30:
+        raise ValueError(f"one step updates fewer than 2**30 row ids, not {n:,}")
     capacity = 1 << (2 * n - 1).bit_length()
-    slots = torch.full((capacity,), -1, dtype=torch.int64)
-    which, unique, order = (torch.empty(n, dtype=torch.int64) for _ in range(3))
-    start = torch.empty(n + 1, dtype=torch.int64)
+    if getattr(_scratch, "n", 0) < n:
+        _scratch.n, wide, narrow = n, torch.int64, torch.int32
+        _scratch.arrays = [torch.empty(capacity, dtype=narrow), torch.empty(n, dtype=narrow)]
+        _scratch.arrays += [torch.empty(n, dtype=wide), torch.empty(n + 1, dtype=narrow), torch.empty(n, dtype=narrow)]
+    slots, which, unique, start, order = _scratch.arrays
     assert kernels.native is not None
-    group = kernels.native.engram_group
-    group.restype = ctypes.c_int64
-    distinct = group(
-        kernels.pointer(ids),
-        ctypes.c_int64(n),
-        kernels.pointer(slots),
-        ctypes.c_int64(capacity),
-        *(kernels.pointer(a) for a in (which, unique, start, order)),
+    distinct = kernels.native.engram_group(
+        ids.data_ptr(),
+        n,
+        table.rows,
+        slots.data_ptr(),
+        capacity,
+        *(a.data_ptr() for a in (which, unique, start, order)),
     )
+    if distinct < 0:
+        raise table.outside(ids, -1 - distinct)
     keep = [ids, grad, unique, start, order]
-    return _Gradient(*(a.data_ptr() for a in (unique, start, order, grad))), distinct, keep
+    return Gradient(*(a.data_ptr() for a in (unique, start, order, grad))), distinct, keep
 
 
-class _RowOptimizer:
-    """What both optimisers share: checks, the step count, learning rate, state in and out."""
+class RowOptimizer:
+    """What the row optimisers share: checks, the step count, learning rate, state in and out."""
 
     def __init__(self, table: HostTable, lr: float, eps: float, stochastic_rounding: bool):
         if isinstance(table, EncodedTable):
@@ -73,13 +86,18 @@ class _RowOptimizer:
         return HostTable(self.table.rows, dim, torch.float32, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        ids = self.table.check(row_ids).flatten()
+        """Ids as they will be read (their range is checked with the grouping) and the gradient as float32 [n, dim]."""
+        ids = as_ids(row_ids)
         if grad.numel() != ids.numel() * self.table.dim:
             raise ValueError(
                 f"row ids {tuple(row_ids.shape)} need a gradient {(*row_ids.shape, self.table.dim)}, "
                 f"not {tuple(grad.shape)}"
             )
         return ids, grad.detach().to("cpu", torch.float32).reshape(-1, self.table.dim).contiguous()
+
+    def step(self, row_ids: Tensor, grad: Tensor) -> int:
+        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        raise NotImplementedError
 
     def _salt(self) -> int | None:
         """Seed of this step's stochastic rounding: a function of (table seed, step), so resuming repeats it."""
@@ -112,7 +130,47 @@ class _RowOptimizer:
             state.close()
 
 
-class RowRMS(_RowOptimizer):
+class _RowMoment(RowOptimizer):
+    """One second moment per row, kept * moment + added * mean(grad^2): what RowRMS and RowAdagrad share."""
+
+    def __init__(self, table: HostTable, lr: float, eps: float, stochastic_rounding: bool, name: str):
+        super().__init__(table, lr, eps, stochastic_rounding)
+        self._name = name
+        self.state[name] = self._state_table(name, 1)
+
+    def _factors(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def step(self, row_ids: Tensor, grad: Tensor) -> int:
+        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        ids, grad = self._prepare(row_ids, grad)
+        if ids.numel() == 0:
+            return 0
+        salt, moment = self._salt(), self.state[self._name].tensor
+        if kernels.native is None:
+            return self._step_torch(ids, grad, moment, salt)
+        gradient, distinct, keep = group(self.table, ids, grad)
+        self.steps += 1
+        update, table, entries = kernels.native.engram_rms, self.table.struct, ctypes.byref(gradient)
+        fixed = (self.lr, *self._factors(), self.eps, salt is not None, salt or 0)
+        kernels.spread(distinct, SMALLEST, lambda lo, hi: update(table, moment.data_ptr(), entries, lo, hi, *fixed))
+        del keep
+        return distinct
+
+    def _step_torch(self, ids: Tensor, grad: Tensor, moment: Tensor, salt: int | None) -> int:
+        f32, t = reference.f32, self.table
+        unique, summed = reference.group(t.check(ids).flatten(), grad)
+        self.steps += 1
+        kept, added = self._factors()
+        new = f32(kept) * moment[unique, 0] + f32(added) * reference.mean_square(summed)
+        moment[unique, 0] = new
+        scale = f32(self.lr) / (reference.sqrt(new) + f32(self.eps))
+        rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std) - scale[:, None] * summed
+        reference.write(t.tensor, unique, rows, t.init == "normal", salt)
+        return unique.numel()
+
+
+class RowRMS(_RowMoment):
     """RMSprop with one second moment per row and no first moment (Adam with beta1 = 0, without bias correction).
 
         v   <- beta2 v + (1 - beta2) mean(grad^2)
@@ -133,44 +191,30 @@ class RowRMS(_RowOptimizer):
         eps: float = 1e-8,
         stochastic_rounding: bool = True,
     ):
-        super().__init__(table, lr, eps, stochastic_rounding)
+        super().__init__(table, lr, eps, stochastic_rounding, "v")
         self.beta2 = float(beta2)
-        self.state["v"] = self._state_table("v", 1)
 
-    def step(self, row_ids: Tensor, grad: Tensor) -> int:
-        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
-        ids, grad = self._prepare(row_ids, grad)
-        if ids.numel() == 0:
-            return 0
-        salt, v = self._salt(), self.state["v"].tensor
-        self.steps += 1
-        if kernels.native is None:
-            return self._step_torch(ids, grad, v, salt)
-        gradient, distinct, keep = _group(ids, grad)
-        update, table, c = kernels.native.engram_rms, self.table.struct, ctypes
-        floats = (c.c_float(x) for x in (self.lr, self.beta2, 1 - self.beta2, self.eps))
-        fixed = (*floats, c.c_int32(salt is not None), c.c_uint64(salt or 0))
-        moment, entries = kernels.pointer(v), c.byref(gradient)
-        kernels.spread(
-            distinct,
-            _SMALLEST,
-            lambda lo, hi: update(table, moment, entries, c.c_int64(lo), c.c_int64(hi), *fixed),
-        )
-        del keep
-        return distinct
-
-    def _step_torch(self, ids: Tensor, grad: Tensor, v: Tensor, salt: int | None) -> int:
-        f32, t = reference.f32, self.table
-        unique, summed = reference.group(ids, grad)
-        moment = f32(self.beta2) * v[unique, 0] + f32(1 - self.beta2) * reference.mean_square(summed)
-        v[unique, 0] = moment
-        scale = f32(self.lr) / (reference.sqrt(moment) + f32(self.eps))
-        rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std) - scale[:, None] * summed
-        reference.write(t.tensor, unique, rows, t.init == "normal", salt)
-        return unique.numel()
+    def _factors(self) -> tuple[float, float]:
+        return self.beta2, 1 - self.beta2
 
 
-class RowAdam(_RowOptimizer):
+class RowAdagrad(_RowMoment):
+    """Adagrad with one accumulator per row.
+
+        sum <- sum + mean(grad^2)
+        row <- row - lr grad / (sqrt(sum) + eps)
+
+    4 bytes of state per row. On rows of width 1 it is torch.optim.Adagrad. Arguments: see RowRMS.
+    """
+
+    def __init__(self, table: HostTable, lr: float = 0.01, eps: float = 1e-10, stochastic_rounding: bool = True):
+        super().__init__(table, lr, eps, stochastic_rounding, "sum")
+
+    def _factors(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class RowAdam(RowOptimizer):
     """Adam on the touched rows, as torch.optim.SparseAdam defines it: untouched moments do not decay, and the bias
     correction counts the steps of the whole table. 8 bytes of state per element.
 
@@ -197,32 +241,31 @@ class RowAdam(_RowOptimizer):
         if ids.numel() == 0:
             return 0
         salt, m, v = self._salt(), self.state["m"].tensor, self.state["v"].tensor
+        if kernels.native is None:
+            return self._step_torch(ids, grad, m, v, salt)
+        gradient, distinct, keep = group(self.table, ids, grad)
         self.steps += 1
         b1, b2 = self.betas
-        step_size = self.lr * math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
-        if kernels.native is None:
-            return self._step_torch(ids, grad, m, v, step_size, salt)
-        gradient, distinct, keep = _group(ids, grad)
-        update, table, c = kernels.native.engram_adam, self.table.struct, ctypes
-        floats = (c.c_float(x) for x in (step_size, b1, 1 - b1, b2, 1 - b2, self.eps))
-        fixed = (*floats, c.c_int32(salt is not None), c.c_uint64(salt or 0))
-        first, second, entries = kernels.pointer(m), kernels.pointer(v), c.byref(gradient)
-        kernels.spread(
-            distinct,
-            _SMALLEST,
-            lambda lo, hi: update(table, first, second, entries, c.c_int64(lo), c.c_int64(hi), *fixed),
-        )
+        update, table, entries = kernels.native.engram_adam, self.table.struct, ctypes.byref(gradient)
+        fixed = (self._step_size(), b1, 1 - b1, b2, 1 - b2, self.eps, salt is not None, salt or 0)
+        first, second = m.data_ptr(), v.data_ptr()
+        kernels.spread(distinct, SMALLEST, lambda lo, hi: update(table, first, second, entries, lo, hi, *fixed))
         del keep
         return distinct
 
-    def _step_torch(self, ids: Tensor, grad: Tensor, m: Tensor, v: Tensor, step_size: float, salt: int | None) -> int:
-        f32, t = reference.f32, self.table
+    def _step_size(self) -> float:
         b1, b2 = self.betas
-        unique, summed = reference.group(ids, grad)
+        return self.lr * math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
+
+    def _step_torch(self, ids: Tensor, grad: Tensor, m: Tensor, v: Tensor, salt: int | None) -> int:
+        f32, t = reference.f32, self.table
+        unique, summed = reference.group(t.check(ids).flatten(), grad)
+        self.steps += 1
+        b1, b2 = self.betas
         first = f32(b1) * m[unique] + f32(1 - b1) * summed
         second = f32(b2) * v[unique] + f32(1 - b2) * (summed * summed)
         m[unique], v[unique] = first, second
         rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std)
-        rows = rows - f32(step_size) * (first / (reference.sqrt(second) + f32(self.eps)))
+        rows = rows - f32(self._step_size()) * (first / (reference.sqrt(second) + f32(self.eps)))
         reference.write(t.tensor, unique, rows, t.init == "normal", salt)
         return unique.numel()

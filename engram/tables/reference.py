@@ -88,8 +88,11 @@ def write(stored: Tensor, ids: Tensor, values: Tensor, normal: bool, salt: int |
     stored.index_copy_(0, ids, values)
 
 
-def group(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct row ids [U] and their summed gradients [U, dim]; duplicates add up in the order they come."""
+def group(ids: Tensor, grad: Tensor, in_order: bool = False) -> tuple[Tensor, Tensor]:
+    """Distinct row ids [U] and their summed gradients [U, dim]; duplicates add up in the order they come.
+
+    in_order: in the order of first appearance, as the kernel has them, for those whose result depends on it.
+    """
     unique, which = torch.unique(ids, return_inverse=True)
     if unique.numel() == ids.numel():
         return ids, grad
@@ -97,21 +100,50 @@ def group(ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     summed = grad[first]
     for i in torch.nonzero(first[which] != torch.arange(ids.numel())).flatten().tolist():
         summed[which[i]] += grad[i]
+    if in_order:
+        appearance = first.argsort()
+        return unique[appearance], summed[appearance]
     return unique, summed
 
 
-def mean_square(x: Tensor) -> Tensor:
-    """float32 [n]: mean of x[n, dim]**2, summed over 16 lanes and then by halves."""
-    n, dim = x.shape
-    lanes = torch.zeros(n, LANES)
-    squares = torch.nn.functional.pad(x * x, (0, -dim % LANES))
-    for part in squares.split(LANES, dim=1):
+def _sum_lanes(x: Tensor) -> Tensor:
+    """float32 [n]: row sums of x [n, dim], over 16 lanes and then by halves."""
+    lanes = torch.zeros(len(x), LANES)
+    for part in torch.nn.functional.pad(x, (0, -x.shape[1] % LANES)).split(LANES, dim=1):
         lanes = lanes + part
     half = LANES // 2
     while half:
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]
         half //= 2
-    return lanes[:, 0] / torch.tensor(float(dim))
+    return lanes[:, 0]
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """float32 [n]: mean of x[n, dim]**2, summed over 16 lanes and then by halves."""
+    return _sum_lanes(x * x) / torch.tensor(float(x.shape[1]))
+
+
+def row_factor(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [n]: 1 / sum of x[n, dim]**2 weight[dim]; 0 where the sum is."""
+    total = _sum_lanes(x * x * weight)
+    return torch.where(total > 0, 1 / total, 0.0)
+
+
+def sum_in_order(x: Tensor) -> Tensor:
+    """[a, dim]: sum of x [a, b, dim] over b, one after the other."""
+    total = torch.zeros(len(x), x.shape[2])
+    for part in x.unbind(1):
+        total = total + part
+    return total
+
+
+def power(base: float, n: Tensor) -> Tensor:
+    """float32: base ** n for int64 n >= 0, by squaring in float64."""
+    result = torch.ones(n.shape, dtype=torch.float64)
+    while n.any():
+        result = torch.where((n & 1).bool(), result * base, result)
+        n, base = n >> 1, base * base
+    return result.float()
 
 
 def f32(x: float) -> Tensor:

@@ -15,7 +15,7 @@ from engram.tables import kernels, reference
 from engram.tables.mapping import map_file, map_memory
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
-_SMALLEST = 2048  # rows below which one core is faster than two
+_SMALLEST = 1 << 17  # bytes of rows below which one core is faster than two
 
 
 class _Table(ctypes.Structure):
@@ -31,6 +31,36 @@ class _Table(ctypes.Structure):
         ("std", ctypes.c_float),
         ("quantiles", ctypes.c_void_p),
     ]
+
+
+def as_ids(row_ids: Tensor | np.ndarray) -> Tensor:
+    """Row ids as a contiguous int64 CPU tensor, not checked against any table. Raises TypeError where not int64."""
+    ids = torch.from_numpy(row_ids) if isinstance(row_ids, np.ndarray) else row_ids
+    if ids.dtype != torch.int64:
+        raise TypeError(f"row ids must be int64, not {ids.dtype}")
+    return ids.contiguous() if ids.device.type == "cpu" else ids.cpu().contiguous()
+
+
+def _on_huge_pages(address: int) -> bool | None:
+    """Whether most resident bytes of the mapping around `address` lie on huge pages; None if none are resident."""
+    resident = huge = 0
+    inside = False
+    try:
+        with open("/proc/self/smaps") as lines:
+            for line in lines:
+                key, _, rest = line.partition(" ")
+                if not key.endswith(":"):  # "7f00-7f80 rw-p ...": the next mapping
+                    if inside:
+                        break
+                    low, _, high = key.partition("-")
+                    inside = int(low, 16) <= address < int(high, 16)
+                elif inside and key == "Rss:":
+                    resident = int(rest.split()[0])
+                elif inside and key in ("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:"):
+                    huge += int(rest.split()[0])
+    except (OSError, ValueError):
+        return None
+    return 2 * huge >= resident if resident else None
 
 
 class HostTable:
@@ -123,26 +153,25 @@ class HostTable:
             TypeError: not int64 (32-bit row arithmetic overflows on real tables).
             IndexError: a row outside the table. Never clamped: it means that layout and table disagree.
         """
-        ids = torch.from_numpy(row_ids) if isinstance(row_ids, np.ndarray) else row_ids
-        if ids.dtype != torch.int64:
-            raise TypeError(f"row ids must be int64, not {ids.dtype}")
-        ids = ids.contiguous() if ids.device.type == "cpu" else ids.cpu().contiguous()
+        ids = as_ids(row_ids)
         if ids.numel() == 0:
             return ids
         if kernels.native is not None:
-            check = kernels.native.engram_check
-            check.restype = ctypes.c_int64
-            bad = check(kernels.pointer(ids), ctypes.c_int64(ids.numel()), ctypes.c_int64(self.rows))
+            bad = kernels.native.engram_check(ids.data_ptr(), ids.numel(), self.rows)
         else:
             outside = ((ids < 0) | (ids >= self.rows)).flatten()
             bad = int(outside.nonzero()[0]) if outside.any() else -1
         if bad >= 0:
-            place = tuple(int(i) for i in np.unravel_index(bad, tuple(ids.shape)))
-            raise IndexError(
-                f"row {int(ids.flatten()[bad])} at position {place} is outside this table of {self.rows:,} rows: "
-                f"the hash layout does not belong to this table"
-            )
+            raise self.outside(ids, bad)
         return ids
+
+    def outside(self, ids: Tensor, position: int) -> IndexError:
+        """The error for ids.flatten()[position], which is no row of this table."""
+        place = tuple(int(i) for i in np.unravel_index(position, tuple(ids.shape)))
+        return IndexError(
+            f"row {int(ids.flatten()[position])} at position {place} is outside this table of {self.rows:,} rows: "
+            f"the hash layout does not belong to this table"
+        )
 
     def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
         """Rows by id.
@@ -156,10 +185,11 @@ class HostTable:
             [..., dim], `out` if it was given, else a new tensor of the table's dtype.
 
         Raises:
-            IndexError, TypeError: see `check`. ValueError: `out` of another shape, dtype or layout; a closed table.
+            IndexError, TypeError: see `check`; `out` may then be partly filled. ValueError: `out` of another shape,
+            dtype or layout; a closed table.
         """
         stored = self.tensor
-        ids = self.check(row_ids)
+        ids = as_ids(row_ids)
         shape = (*ids.shape, self.dim)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype)
@@ -170,15 +200,21 @@ class HostTable:
         if ids.numel() == 0:
             return out
         if kernels.native is not None:
-            gather, table = kernels.native.engram_gather, self.struct
-            source, target = kernels.pointer(ids), kernels.pointer(out)
-            as_float = ctypes.c_int32(out.dtype == torch.float32)
-            kernels.spread(
-                ids.numel(),
-                _SMALLEST,
-                lambda lo, hi: gather(table, source, ctypes.c_int64(lo), ctypes.c_int64(hi), target, as_float),
-            )
+            gather, table, n = kernels.native.engram_gather, self.struct, ids.numel()
+            source, target, as_float = ids.data_ptr(), out.data_ptr(), out.dtype == torch.float32
+            smallest = _SMALLEST // (self.dim * out.element_size()) + 1
+            if n < 2 * smallest:  # a decode step: spare it the thread pool
+                bad = gather(table, source, 0, n, target, as_float)
+            else:
+                firsts: list[int] = []
+                kernels.spread(
+                    n, smallest, lambda lo, hi: firsts.append(gather(table, source, lo, hi, target, as_float))
+                )
+                bad = min((first for first in firsts if first >= 0), default=-1)
+            if bad >= 0:
+                raise self.outside(ids, bad)
         else:
+            self.check(ids)
             rows = reference.read(stored, ids.flatten(), self.init == "normal", self.seed, self.std)
             out.copy_(rows.view(shape))
         return out
@@ -197,27 +233,29 @@ class HostTable:
         if torch.unique(ids).numel() != ids.numel():
             raise ValueError("a row id occurs twice in one write")
         if kernels.native is not None:
-            kernels.native.engram_scatter(
-                self.struct,
-                kernels.pointer(ids),
-                ctypes.c_int64(0),
-                ctypes.c_int64(ids.numel()),
-                kernels.pointer(values),
-            )
+            kernels.native.engram_scatter(self.struct, ids.data_ptr(), 0, ids.numel(), values.data_ptr())
         else:
             reference.write(stored, ids, values, self.init == "normal")
 
     def info(self) -> dict[str, Any]:
-        """Facts for logs: rows, dim, dtype, bytes, where it lives, whether huge pages were granted, which path runs."""
+        """Facts for logs: rows, dim, dtype, bytes, where it lives, whether huge pages were granted, which path runs.
+
+        "huge_pages" is True where most of what is resident now lies on huge pages, None where that cannot be known:
+        before any row was written, after close(), or on a system without /proc/self/smaps.
+        """
         return {
             "rows": self.rows,
             "dim": self.dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             "bytes": self.nbytes,
-            "where": str(self.path) if self.path else ("meta" if self._meta else "memory"),
-            "huge_pages": self.huge_pages,
+            "where": self._where,
+            "huge_pages": None if self._tensor is None else _on_huge_pages(self._tensor.data_ptr()),
             "kernels": "native" if kernels.native is not None else "torch",
         }
+
+    @property
+    def _where(self) -> str:
+        return str(self.path) if self.path else ("meta" if self._meta else "memory")
 
     def flush(self) -> None:
         """Forces a mapped file's rows to disk; nothing to do in memory."""
@@ -241,4 +279,4 @@ class HostTable:
         raise TypeError("a HostTable is never pickled: save its rows with state_dict() or a checkpoint")
 
     def __repr__(self) -> str:
-        return f"HostTable({self.rows:,} x {self.dim}, {self.dtype}, {self.info()['where']}, init={self.init})"
+        return f"HostTable({self.rows:,} x {self.dim}, {self.dtype}, {self._where}, init={self.init})"

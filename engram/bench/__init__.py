@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from engram.addressing import HashLayout, NgramHasher, TokenMap
+from engram.bench.compare import Row, compare
+from engram.bench.rows import bench_lookup, bench_update
 from engram.config import EngramConfig
 from engram.lm.train import train_step, tune_allocator
 from engram.lm.transformer import Transformer, TransformerConfig
 from engram.memory import EngramMemory
 from engram.optimizer import build_optimizer
-from engram.tables import HostTable, RowAdam, RowRMS
-
-Row = dict[str, Any]  # {"what", "value", "unit", "ratio"}; ratio: ours over this line (> 1: ours is faster)
 
 
 def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[str, list[Row]]:
@@ -28,7 +25,8 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
 
     Returns:
         {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a
-        median, "ratio" the median over the rounds of (alternative time / our time): above 1, ours is faster.
+        median, "ratio" the median over the rounds of (alternative time / our time): above 1, ours is faster. Where the
+        machine's ceiling was measured in the same rounds, "of_ceiling" is the share of it that the line reaches.
 
     Raises:
         ValueError: an unknown name.
@@ -38,26 +36,6 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
         raise ValueError(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(_BENCHES)}")
     tune_allocator()
     return {name: _BENCHES[name]() for name in names}
-
-
-def _compare(
-    arms: dict[str, Callable[[], Any]], per_round: float, unit: str, rounds: int, times: bool = False
-) -> list[Row]:
-    """Times the arms in turn, round after round. value = per_round / seconds, or seconds / per_round if `times`."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in range(rounds + 2):
-        for name, work in arms.items():
-            began = time.perf_counter()
-            work()
-            if round_number >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - began)
-    ours = np.array(next(iter(seconds.values())))
-    rows = []
-    for name, spent in seconds.items():
-        middle = float(np.median(spent))
-        value = middle / per_round if times else per_round / middle
-        rows.append({"what": name, "value": value, "unit": unit, "ratio": float(np.median(np.array(spent) / ours))})
-    return rows
 
 
 def transcription(ids: np.ndarray, layout: HashLayout, table: np.ndarray) -> dict[int, np.ndarray]:
@@ -106,7 +84,7 @@ def _bench_hash() -> list[Row]:
     ours, theirs = hasher(ids), transcription(ids, layout, table)
     for layer in layout.layers:
         assert np.array_equal(ours[layer], theirs[layer]), "the benchmark compares two different functions"
-    return _compare(
+    return compare(
         {
             "engram": lambda: hasher(ids),
             "NumPy transcription": lambda: transcription(ids, layout, table),
@@ -116,54 +94,6 @@ def _bench_hash() -> list[Row]:
         unit="us/token",
         rounds=25,
         times=True,
-    )
-
-
-def _bench_lookup() -> list[Row]:
-    rows, dim, n = 2**23, 32, 131_072  # 1 GiB of 128-byte rows
-    table = HostTable(rows, dim)
-    table.tensor.fill_(1.0)
-    rng, out = np.random.default_rng(0), torch.empty(n, dim)
-    draws = [torch.from_numpy(rng.integers(0, rows, n)) for _ in range(8)]
-    turn = iter(range(1 << 30))
-    return _compare(
-        {
-            "engram gather(out=)": lambda: table.gather(draws[next(turn) % 8], out),
-            "index_select(out=)": lambda: torch.index_select(table.tensor, 0, draws[next(turn) % 8], out=out),
-            "F.embedding": lambda: torch.nn.functional.embedding(draws[next(turn) % 8], table.tensor),
-            "indexing": lambda: table.tensor[draws[next(turn) % 8]],
-        },
-        per_round=n / 1e6,
-        unit="Mrows/s",
-        rounds=15,
-    )
-
-
-def _bench_update() -> list[Row]:
-    rows, dim, n = 2**21, 64, 32_768  # 512 MiB of 256-byte rows
-    rng = np.random.default_rng(0)
-    draws = [torch.from_numpy(rng.choice(rows, n, replace=False)) for _ in range(8)]
-    grad, turn = torch.randn(n, dim) * 1e-3, iter(range(1 << 30))
-    rms, adam = RowRMS(HostTable(rows, dim)), RowAdam(HostTable(rows, dim))
-    weight = torch.nn.Parameter(torch.zeros(rows, dim))
-    sparse = torch.optim.SparseAdam([weight], lr=1e-3)
-    for table in (rms.table, adam.table, adam.state["m"], adam.state["v"]):
-        table.tensor.fill_(0.5)  # every page is there: no page faults in the measurement
-
-    def sparse_adam() -> None:
-        ids = draws[next(turn) % 8][None]
-        weight.grad = torch.sparse_coo_tensor(ids, grad, weight.shape, check_invariants=False)
-        sparse.step()
-
-    return _compare(
-        {
-            "engram RowRMS": lambda: rms.step(draws[next(turn) % 8], grad),
-            "engram RowAdam": lambda: adam.step(draws[next(turn) % 8], grad),
-            "torch SparseAdam": sparse_adam,
-        },
-        per_round=n / 1e6,
-        unit="Mrows/s",
-        rounds=9,
     )
 
 
@@ -185,13 +115,13 @@ def _bench_step() -> list[Row]:
             float(train_step(model, optimizer, (text[:, :-1], text[:, 1:], documents), 1.0))
 
         arms[name] = step
-    rows = _compare(arms, per_round=1e-3, unit="ms/step", rounds=25, times=True)
+    rows = compare(arms, per_round=1e-3, unit="ms/step", rounds=25, times=True)
     return rows
 
 
 _BENCHES: dict[str, Callable[[], list[Row]]] = {
     "hash": _bench_hash,
-    "lookup": _bench_lookup,
-    "update": _bench_update,
+    "lookup": bench_lookup,
+    "update": bench_update,
     "step": _bench_step,
 }

@@ -1,0 +1,129 @@
+"""Rows out of a table and gradients into it, beside torch's own ways and what the memory of this machine allows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram.bench.compare import Row, compare
+from engram.tables import HostTable, RowAdagrad, RowAdam, RowRMS, RowSinkhorn, kernels
+
+
+def _affordable(wanted: int, copies: int) -> int:
+    """Bytes for a table of which `copies` must fit in three quarters of the free memory: `wanted`, halved as needed."""
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    while wanted > 1 << 26 and copies * wanted > free * 3 // 4:
+        wanted //= 2
+    return wanted
+
+
+def _in_turn(items: list[Any]) -> Iterator[Any]:
+    while True:
+        yield from items
+
+
+def bench_lookup() -> list[Row]:
+    """131,072 random rows of 64, 256 and 1,024 B from 2 GiB into a reused buffer; for each width ours comes first."""
+    nbytes = _affordable(2 << 30, 1)
+    return [row for width in (64, 256, 1024) for row in _lookup(nbytes, width)]
+
+
+def _lookup(nbytes: int, width: int) -> list[Row]:
+    n, rows, dim = 131_072, nbytes // width, width // 4
+    table, rng = HostTable(rows, dim), np.random.default_rng(0)
+    table.tensor.fill_(1.0)  # every page is there: no page faults in the measurement
+    draws = _in_turn([torch.from_numpy(rng.integers(0, rows, n)) for _ in range(8)])
+    out, bags, words = torch.zeros(n, dim), torch.arange(n), nbytes // 8 // 8  # an eighth of the table
+    ceiling = "ceiling: C loop, prefetch and copy"
+    arms: dict[str, Callable[[], Any]] = {
+        "engram gather(out=)": lambda: table.gather(next(draws), out),
+        "index_select(out=)": lambda: torch.index_select(table.tensor, 0, next(draws), out=out),
+        "F.embedding": lambda: F.embedding(next(draws), table.tensor),
+        "F.embedding_bag": lambda: F.embedding_bag(next(draws), table.tensor, bags, mode="sum"),
+        "indexing": lambda: table.tensor[next(draws)],
+    }
+    if kernels.native is not None:
+        arms[ceiling] = lambda: _copy_rows(table, next(draws), out)
+        arms["sequential read"] = lambda: _read(table, words)
+    found = compare(arms, n / 1e6, "Mrows/s", rounds=21, ceiling=ceiling if ceiling in arms else None)
+    if kernels.native is not None:
+        sequential = found[-1]
+        rate = words * 8 * sequential["value"] / n / 1e3  # its value counts n rows a call
+        share = found[0]["value"] * width / 1e3 / rate
+        found[-1] = {"what": sequential["what"], "value": rate, "unit": "GB/s", "ratio": share}
+    huge = "" if table.info()["huge_pages"] else " (no huge pages)"
+    table.close()
+    return [{**row, "what": f"{width} B{huge}: {row['what']}"} for row in found]
+
+
+def _copy_rows(table: HostTable, ids: Tensor, out: Tensor) -> None:
+    """The ceiling: one call per thread, no checks, nothing but prefetch and copy."""
+    assert kernels.native is not None
+    copy = kernels.native.engram_copy_rows
+    data, source, target = table.tensor.data_ptr(), ids.data_ptr(), out.data_ptr()
+    width = table.dim * 4
+    _halves(len(ids), lambda lo, hi: copy(data, source, lo, hi, target, width))
+
+
+def _read(table: HostTable, words: int) -> None:
+    assert kernels.native is not None
+    read, data = kernels.native.engram_read_words, table.tensor.data_ptr()
+    _halves(words, lambda lo, hi: read(data, lo, hi))
+
+
+def _halves(n: int, work: Callable[[int, int], None]) -> None:
+    """One piece per core, on the kernels' own threads."""
+    kernels.spread(n, -(-n // kernels.CORES), work)
+
+
+def bench_update() -> list[Row]:
+    """32,768 distinct random rows of 256 bytes in 4 GiB (less where memory is short), gradients given.
+
+    All optimisers train the same table and share their moments, so that three times the table is all that is needed.
+    """
+    dim, n = 64, 32_768
+    rows = _affordable(4 << 30, 3) // (4 * dim)
+    rng = np.random.default_rng(0)
+    draws = _in_turn([torch.from_numpy(rng.choice(rows, n, replace=False)) for _ in range(8)])
+    grad, table = torch.randn(n, dim) * 1e-3, HostTable(rows, dim)
+    rms, adagrad, adam, sinkhorn = (kind(table) for kind in (RowRMS, RowAdagrad, RowAdam, RowSinkhorn))
+    sinkhorn.state["m"] = adam.state["m"]
+    for each in (table, *(state for o in (rms, adagrad, adam) for state in o.state.values())):
+        each.tensor.fill_(0.5)  # every page is there: no page faults in the measurement
+    sinkhorn.state["last"].tensor.fill_(0.0)
+    weight = torch.nn.Parameter(table.tensor)
+    sparse, sgd = torch.optim.SparseAdam([weight], lr=1e-3), torch.optim.SGD([weight], lr=1e-3)
+    sparse.state[weight] = {"step": 0, "exp_avg": adam.state["m"].tensor, "exp_avg_sq": adam.state["v"].tensor}
+    small = torch.nn.Parameter(torch.zeros(2**17, dim))
+    small.grad = torch.zeros_like(small)
+    dense = torch.optim.Adam([small], lr=1e-3, fused=True)
+
+    def stock(optimizer: torch.optim.Optimizer) -> None:
+        weight.grad = torch.sparse_coo_tensor(next(draws)[None], grad, weight.shape, check_invariants=False)
+        optimizer.step()
+
+    arms: dict[str, Callable[[], Any]] = {
+        "engram RowRMS": lambda: rms.step(next(draws), grad),
+        "engram RowAdagrad": lambda: adagrad.step(next(draws), grad),
+        "engram RowAdam": lambda: adam.step(next(draws), grad),
+        "engram RowSinkhorn": lambda: sinkhorn.step(next(draws), grad),
+        "torch SparseAdam": lambda: stock(sparse),
+        "torch SGD, sparse gradient": lambda: stock(sgd),
+        f"torch Adam, dense, a table of {len(small):,} rows": dense.step,
+    }
+    found = compare(arms, n / 1e6, "Mrows/s", rounds=9)
+    theirs = next(row for row in found if row["what"] == "torch SparseAdam")["value"]
+    for row in found:
+        row["of_sparse_adam"] = row["value"] / theirs
+        row["table_bytes"] = table.nbytes
+    return found

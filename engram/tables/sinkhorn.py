@@ -1,0 +1,123 @@
+"""RowSinkhorn: momentum balanced over rows and columns, on the rows of a step only (paper_notes/sinkhorn.md)."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram.tables import kernels, reference
+from engram.tables.optimizers import SMALLEST, RowOptimizer, group
+from engram.tables.table import HostTable
+
+_SWEEPS = 5  # K = 11 normalisations: rows, then five times (columns, rows)
+_RATE = 0.18  # the root mean square of a step's elements, in units of lr
+_STRIP = 64  # as STRIP in kernels.c
+
+
+class RowSinkhorn(RowOptimizer):
+    """Sinkhorn-balanced Nesterov momentum, the table optimiser of DeepSeek-V4.1, on touched rows only.
+
+        m   <- beta^(steps since the row's last touch) m + grad       exactly the dense momentum of the row
+        n    = grad + beta m                                          Nesterov look-ahead
+        n    = 0 where |n| <= tau * mean |n| over the touched rows
+        u    = n, normalised 11 times to unit L2 norm: rows, columns, ..., rows (columns over the touched rows)
+        row <- row - 0.18 lr sqrt(dim) u
+
+    State: 4 bytes per value and 4 per row. The step counter per row is a float32, exact for 16.7 million steps. Unlike
+    the other row optimisers, one step couples its rows: a gradient that is not finite spoils all of them.
+
+    Args:
+        table: the rows to train. lr: learning rate; a step's elements have a root mean square of 0.18 lr.
+        beta: decay of the momentum per step. tau: mask. stochastic_rounding: see RowRMS.
+    """
+
+    def __init__(
+        self,
+        table: HostTable,
+        lr: float = 0.01,
+        beta: float = 0.95,
+        tau: float = 1e-3,
+        stochastic_rounding: bool = True,
+    ):
+        super().__init__(table, lr, 0.0, stochastic_rounding)
+        if not 0 <= beta < 1 or tau < 0:
+            raise ValueError(f"beta must lie in [0, 1) and tau must not be negative, got beta={beta}, tau={tau}")
+        self.beta, self.tau = float(beta), float(tau)
+        self.state["m"] = self._state_table("m", table.dim)
+        self.state["last"] = self._state_table("last", 1)
+        self._buffer = torch.empty(0)
+
+    def step(self, row_ids: Tensor, grad: Tensor) -> int:
+        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        ids, grad = self._prepare(row_ids, grad)
+        if ids.numel() == 0:
+            return 0
+        salt, rate = self._salt(), _RATE * self.lr * math.sqrt(self.table.dim)
+        if kernels.native is None:
+            return self._step_torch(ids, grad, rate, salt)
+        m, last, dim, native = self.state["m"].tensor, self.state["last"].tensor, self.table.dim, kernels.native
+        gradient, n, keep = group(self.table, ids, grad)
+        self.steps += 1
+        strips = -(-n // _STRIP)
+        if self._buffer.numel() < n * (dim + 1):
+            self._buffer = torch.empty(n * (dim + 1))  # kept from step to step: no page of it is fresh
+        norm, look = self._buffer[:n], self._buffer[n : n * (dim + 1)]
+        sums, weight = torch.empty(strips, dim), torch.ones(dim)
+        table, entries = self.table.struct, ctypes.byref(gradient)
+        moved = (m.data_ptr(), last.data_ptr(), entries)
+        prepared = (self.beta, self.steps, look.data_ptr(), norm.data_ptr())
+        kernels.spread(n, SMALLEST, lambda lo, hi: native.engram_sinkhorn_look(table, *moved, lo, hi, *prepared))
+        limit = _limit(norm, self.tau)
+        seen: tuple[Any, ...] = (look.data_ptr(), norm.data_ptr(), limit, weight.data_ptr())
+        for _ in range(_SWEEPS):
+            kernels.spread(
+                strips,
+                SMALLEST // _STRIP,
+                lambda lo, hi: native.engram_sinkhorn_sweep(*seen, n, dim, lo, hi, sums.data_ptr()),
+            )
+            weight.copy_(_column_weight(sums))
+        root = reference.sqrt(weight)
+        fixed = (*seen, root.data_ptr(), rate, salt is not None, salt or 0)
+        kernels.spread(n, SMALLEST, lambda lo, hi: native.engram_sinkhorn_update(table, entries, lo, hi, *fixed))
+        del keep
+        return n
+
+    def _step_torch(self, ids: Tensor, grad: Tensor, rate: float, salt: int | None) -> int:
+        f32, t = reference.f32, self.table
+        m, last = self.state["m"].tensor, self.state["last"].tensor
+        unique, summed = reference.group(t.check(ids).flatten(), grad, in_order=True)
+        self.steps += 1
+        decay = reference.power(self.beta, self.steps - last[unique, 0].long())
+        moment = decay[:, None] * m[unique] + summed
+        m[unique], last[unique, 0] = moment, float(self.steps)
+        look = summed + f32(self.beta) * moment
+        norm = reference.sqrt(reference.mean_square(look) * f32(t.dim))
+        look = look * torch.where(norm > 0, 1 / norm, 0.0)[:, None]
+        keep = ~(norm <= _limit(norm, self.tau))
+        weight = torch.ones(t.dim)
+        for _ in range(_SWEEPS):
+            factor = reference.row_factor(look, weight)
+            terms = torch.where(keep[:, None], look * look * factor[:, None], 0.0)
+            pad = torch.zeros(-len(terms) % _STRIP, t.dim)
+            weight = _column_weight(reference.sum_in_order(torch.cat([terms, pad]).view(-1, _STRIP, t.dim)))
+        scale = f32(rate) * reference.sqrt(reference.row_factor(look, weight))
+        rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std)
+        rows = rows - scale[:, None] * (look * reference.sqrt(weight))
+        reference.write(t.tensor, unique[keep], rows[keep], t.init == "normal", salt)
+        return unique.numel()
+
+
+def _limit(norm: Tensor, tau: float) -> float:
+    """Rows up to this norm are masked. NumPy's sum, because its order does not depend on the number of threads."""
+    return float(np.float32(tau * norm.numpy().mean(dtype=np.float64)))
+
+
+def _column_weight(sums: Tensor) -> Tensor:
+    """1 / column sums [dim] of the strips' sums [strips, dim]; 0 for a column that is zero throughout."""
+    total = torch.from_numpy(np.add.reduce(sums.numpy(), axis=0))
+    return torch.where(total > 0, 1 / total, 0.0)

@@ -1,4 +1,5 @@
+from engram.tables.hot_rows import HotRows
 from engram.tables.optimizers import RowAdam, RowRMS
 from engram.tables.table import HostTable
 
-__all__ = ["HostTable", "RowAdam", "RowRMS"]
+__all__ = ["HostTable", "HotRows", "RowAdam", "RowRMS"]

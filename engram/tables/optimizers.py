@@ -58,6 +58,7 @@ class _RowOptimizer:
     def __init__(self, table: HostTable, lr: float, eps: float, stochastic_rounding: bool):
         if lr < 0 or eps < 0:
             raise ValueError(f"lr and eps must not be negative, got lr={lr}, eps={eps}")
+        table.check_writable()
         self.table, self.lr, self.eps = table, float(lr), float(eps)
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
@@ -74,6 +75,7 @@ class _RowOptimizer:
                 f"row ids {tuple(row_ids.shape)} need a gradient {(*row_ids.shape, self.table.dim)}, "
                 f"not {tuple(grad.shape)}"
             )
+        self.table.changed(ids)
         return ids, grad.detach().to("cpu", torch.float32).reshape(-1, self.table.dim).contiguous()
 
     def _salt(self) -> int | None:

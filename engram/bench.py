@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engram.addressing import HashLayout, NgramHasher, TokenMap
+from engram.bench_disk import bench_disk
 from engram.config import EngramConfig
 from engram.lm.train import train_step, tune_allocator
 from engram.lm.transformer import Transformer, TransformerConfig
@@ -24,7 +25,7 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
     """Runs the named benchmarks.
 
     Args:
-        names: out of "hash", "lookup", "update", "step".
+        names: out of "hash", "lookup", "update", "step", "disk" (writes a file of 4 GiB in the temporary folder).
 
     Returns:
         {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a
@@ -194,4 +195,5 @@ _BENCHES: dict[str, Callable[[], list[Row]]] = {
     "lookup": _bench_lookup,
     "update": _bench_update,
     "step": _bench_step,
+    "disk": bench_disk,
 }

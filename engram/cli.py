@@ -214,7 +214,9 @@ def generate(
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="hash, lookup, update, step; default: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="hash, lookup, update, step, disk; default: all but disk.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure hashing, lookup, row updates and a training step beside the stock alternatives."""

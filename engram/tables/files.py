@@ -26,6 +26,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from engram.tables import readahead
+
 BLOCK = 16 << 20  # bytes
 
 
@@ -43,6 +45,7 @@ def write_rows(path: Path, rows: Tensor) -> dict[str, Any]:
     with open(path, "wb") as file:
         for start in range(0, len(data), BLOCK):
             block = data[start : start + BLOCK]
+            readahead.will_read(data[start + BLOCK : start + 2 * BLOCK])  # of a mapped table
             digest.update(block.data)
             blocks.append(xxhash.xxh3_128_hexdigest(block.data))
             if block.any():

@@ -13,7 +13,7 @@ import numpy as np
 _MERGE = 4  # pages: ranges nearer than this become one request
 _BATCH = 1024  # ranges per system call (IOV_MAX)
 _PROCESS_MADVISE = 440  # the same number on every Linux architecture
-_WILLNEED, _DONTNEED = 3, 4
+NORMAL, RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4  # of madvise
 
 
 def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mmap.PAGESIZE) -> np.ndarray:
@@ -74,9 +74,22 @@ def _advise_batches(ranges: np.ndarray, address: int) -> int:
     return len(vectors)
 
 
+def advise(address: int, nbytes: int, advice: int) -> None:
+    """madvise on whole pages; a system that does not know the advice ignores it."""
+    if hasattr(mmap, "MADV_RANDOM"):
+        start = address - address % mmap.PAGESIZE
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), ctypes.c_int(advice))
+
+
+def will_read(data: np.ndarray) -> None:
+    """Starts reading a contiguous array that may be mapped from a file; costs nothing for memory."""
+    if data.nbytes:
+        advise(data.ctypes.data, data.nbytes, _WILLNEED)
+
+
 def drop(file: int, address: int, nbytes: int) -> None:
     """Unmaps the pages of a mapped file and lets the page cache forget them; the file must be synced."""
     if hasattr(os, "posix_fadvise"):
-        libc = ctypes.CDLL(None, use_errno=True)  # pages that are still mapped stay in the cache
-        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(_DONTNEED))
+        advise(address, nbytes, _DONTNEED)  # pages that are still mapped stay in the cache
         os.posix_fadvise(file, 0, nbytes, os.POSIX_FADV_DONTNEED)

@@ -168,6 +168,8 @@ class HostTable:
                     f"{self.nbytes:,}: it belongs to another layout or is torn"
                 )
             memory = mmap.mmap(file, self.nbytes, access=mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_RANDOM"):  # else every cold row reads megabytes around it
+                memory.madvise(mmap.MADV_RANDOM)
         except BaseException:
             os.close(file)
             raise

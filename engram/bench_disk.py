@@ -55,11 +55,11 @@ def _measure(table: HostTable, path: Path, rng: np.random.Generator, out: torch.
     n, row = len(out), _DIM * 4
     file, buffer = os.open(path, os.O_RDONLY), bytearray(8 << 20)
     pool = ThreadPoolExecutor(32)
-    target = out.view(-1).numpy().view(np.uint8)
+    target = out.view(-1).numpy().view(np.uint8).data
 
     def read(ids: np.ndarray, first: int) -> None:
         for i, place in enumerate((ids * row).tolist(), first):
-            os.preadv(file, [memoryview(target)[i * row : (i + 1) * row]], place)
+            os.preadv(file, [target[i * row : (i + 1) * row]], place)
 
     def pread(ids: torch.Tensor) -> None:
         pieces = np.array_split(ids.numpy(), 32)

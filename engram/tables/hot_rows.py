@@ -42,7 +42,7 @@ class HotRows:
         self._sets = sets
         self._tags = np.full((sets, _WAYS), -1, np.int64)
         self._used = np.zeros((sets, _WAYS), np.int64)
-        self._data = torch.empty((sets * _WAYS, table.dim), dtype=table.dtype)
+        self._data = np.empty(sets * _WAYS, dtype=f"V{row}")  # NumPy: its copies need no thread pool
         self._clock = 0
         self._lock = threading.Lock()  # prefetching gathers on a thread of its own
         self.lookups = self.hits = 0
@@ -87,16 +87,22 @@ class HotRows:
         self._used.reshape(-1)[place[hit]] = self._clock
         self.lookups += len(flat)
         self.hits += int(hit.sum())
-        target = out.view(-1, self.dim)
+        raw = out if out.dtype == self.dtype else torch.empty(out.shape, dtype=self.dtype)
+        target = self._raw(raw)
         if hit.all():
-            target.copy_(torch.index_select(self._data, 0, torch.from_numpy(place)))
-            return
-        missing, back = np.unique(flat[~hit], return_inverse=True)
-        fetched = self.table.gather(missing)
-        here, there = torch.from_numpy(np.flatnonzero(hit)), torch.from_numpy(np.flatnonzero(~hit))
-        target[here] = self._data[torch.from_numpy(place[hit])].to(out.dtype)
-        target[there] = fetched[torch.from_numpy(back.reshape(-1))].to(out.dtype)
-        self._keep(missing, fetched)
+            np.take(self._data, place, out=target, mode="clip")  # clip: straight into target, all are in range
+        else:
+            missing, back = np.unique(flat[~hit], return_inverse=True)
+            fetched = self._raw(self.table.gather(missing))
+            target[hit] = self._data[place[hit]]
+            target[~hit] = fetched[back.reshape(-1)]
+            self._keep(missing, fetched)
+        if raw is not out:
+            out.copy_(raw)
+
+    def _raw(self, rows: Tensor) -> np.ndarray:
+        """Rows as opaque bytes [n], no copy."""
+        return rows.view(-1, self.dim).view(torch.uint8).numpy().view(self._data.dtype).reshape(-1)
 
     def _find(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(slot of each id, whether it is there); the slot means nothing where it is not."""
@@ -104,7 +110,7 @@ class HotRows:
         match = self._tags[sets] == flat[:, None]
         return sets * _WAYS + match.argmax(1), match.any(1)
 
-    def _keep(self, ids: np.ndarray, rows: Tensor) -> None:
+    def _keep(self, ids: np.ndarray, rows: np.ndarray) -> None:
         """Takes distinct rows in, in place of those of their sets that were used longest ago, never of this gather."""
         sets = self._set_of(ids)
         order = np.argsort(sets, kind="stable")
@@ -119,7 +125,7 @@ class HotRows:
         order, slot = order[free], slot[free]
         self._tags.reshape(-1)[slot] = ids[order]
         self._used.reshape(-1)[slot] = self._clock
-        self._data[torch.from_numpy(slot)] = rows[torch.from_numpy(order)]
+        self._data[slot] = rows[order]
 
     def invalidate(self, row_ids: Tensor) -> None:
         """Forgets rows; the next gather reads them from the table."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite:
         "layout": json.loads(layout.to_json()),  # multipliers are strings there
         "layout_digest": layout.digest,
         "token_map": {"size": token_map.size, "digest": token_map.digest},
-        "byte_order": "little",
+        "byte_order": sys.byteorder,
         "tables": {},
         "files": {},
     }
@@ -120,8 +121,10 @@ def read_facts(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], HashLayo
         bindings = {int(k): v["binding"] for k, v in manifest["tables"].items()}
         rows = {int(k): int(v["rows"]) for k, v in manifest["tables"].items()}
         entries = {layer: manifest["files"][file] for layer, (file, _) in tables.items()}
-        if layout.digest != manifest["layout_digest"] or rows != layout.rows or manifest["byte_order"] != "little":
+        if layout.digest != manifest["layout_digest"] or rows != layout.rows:
             raise ValueError("layout, layout digest and rows of the tables do not belong together")
+        if manifest["byte_order"] != sys.byteorder:
+            raise ValueError(f"rows are {manifest['byte_order']}-endian, this machine is {sys.byteorder}-endian")
         _ = manifest["token_map"]["digest"], [manifest["files"][name] for name in _SMALL]
     except KeyError as error:
         raise ValueError(f"{path} is damaged: it lacks {error}") from error

@@ -184,7 +184,9 @@ def load_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     home = Path(folder)
     path = home / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no manifest.json")
+        old = [str(p) for p in home.parent.glob(f".{home.name}.old-*/{home.name}")]
+        hint = f"; a save was cut short, rename {old[0]} to {home}" if old and not home.exists() else ""
+        raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no manifest.json{hint}")
     try:
         manifest = json.loads(path.read_text())
         files = {str(k): (int(v["bytes"]), v["xxh3_128"], v.get("blocks", [])) for k, v in manifest["files"].items()}

@@ -215,7 +215,9 @@ def generate(
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="hash, lookup, update, step; default: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="hash, lookup, update, step, disk; default: all but disk.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure hashing, lookup, row updates and a training step beside the stock alternatives."""
@@ -236,6 +238,36 @@ def bench(
             ratio = "" if i == 0 else f"{row['ratio']:.2f}"
             table.add_row(name if i == 0 else "", row["what"], f"{row['value']:.3g}", row["unit"], ratio)
     Console().print(table)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A saved memory, a checkpoint, or the folder of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Read every byte of a saved memory or checkpoint and compare its digests; exit code 2 if anything is wrong."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from engram.tables.files import verify as run
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+
+        def on_bytes(file: str, count: int, total: int) -> None:
+            progress.update(task, description=Path(file).name, total=total, advance=count)
+
+        results = run(folder, on_bytes)
+    problems = [result["problem"] for result in results if result["problem"]]
+    if as_json:
+        print(json.dumps({"folder": str(folder), "whole": not problems, "files": results}))
+    elif not problems:
+        print(f"{folder} is whole: {len(results)} files, {sum(result['bytes'] for result in results):,} bytes")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
 
 
 def main() -> None:

@@ -10,11 +10,13 @@ for i, block in enumerate(self.blocks):
 from __future__ import annotations
 
 import json
+import os
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,9 @@ class Recall:
         self.cache: MemoryCache | None = None
         self._memory = memory
         self._trains = memory.training and torch.is_grad_enabled() and memory.trains_tables
+        if self._trains:
+            for table in memory.tables.values():  # no gradient is gathered for rows that cannot learn
+                table.check_writable()
         self._rows: dict[int, Tensor] = {}
         self._pending: dict[int, Future[Fetch]] = {}
         host_documents = None if documents is None else documents.cpu()
@@ -129,9 +134,11 @@ class EngramMemory(nn.Module):
         config: shape and rules. token_map: of the tokenizer whose ids will come in. hidden_size: d.
         streams: residual streams M of the backbone.
         folder: keep the tables in files layer-<i>.rows of this folder instead of RAM.
+        mode: "r+", or "r": the tables are mapped read-only. Use EngramMemory.load for that, which checks them first.
 
     Raises:
-        ValueError: a token map that cannot belong to the config (size, or pad_id outside it).
+        ValueError: a token map that cannot belong to the config (size, or pad_id outside it); a folder that is a saved
+        memory, whose rows would no longer have the digests of its manifest once they were trained in place.
     """
 
     def __init__(
@@ -141,6 +148,7 @@ class EngramMemory(nn.Module):
         hidden_size: int,
         streams: int = 1,
         folder: Any = None,
+        mode: str = "r+",
     ):
         super().__init__()
         self.config, self.hidden_size, self.streams = config, hidden_size, streams
@@ -152,6 +160,11 @@ class EngramMemory(nn.Module):
         if config.pad_id >= len(token_map.table):
             raise ValueError(
                 f"pad_id {config.pad_id} is outside the token map's vocabulary of {len(token_map.table):,}"
+            )
+        if folder is not None and mode == "r+" and (Path(folder) / "manifest.json").exists():
+            raise ValueError(
+                f"{folder} is a saved memory, which is not trained in place: EngramMemory.load it, with rows_in= where "
+                f"the rows should stay in files, and save it again"
             )
         self.layout = HashLayout.build(
             compressed_vocab=token_map.size,
@@ -171,6 +184,7 @@ class EngramMemory(nn.Module):
                 config.head_dim,
                 getattr(torch, config.table_dtype),
                 None if folder is None else f"{folder}/layer-{layer}.rows",
+                mode=mode,
                 init=config.table_init,
                 std=config.table_std,
                 seed=config.seed * 1_000_003 + layer,
@@ -270,6 +284,53 @@ class EngramMemory(nn.Module):
         for pending in self.gradients.values():
             pending.clear()
 
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Writes the whole memory (addresses, rows, fusion weights; no optimiser state) as one folder, and returns it.
+
+        The folder appears whole or not at all, also after a kill at any moment. Rows never written take no disk space.
+        No training step may run meanwhile.
+
+        Args:
+            overwrite: replace a saved memory that is there; until the new one is whole, the old one stays. Readers who
+                have the old one open keep it.
+
+        Raises:
+            FileExistsError: the folder exists, without overwrite=True or as something else than a saved memory.
+            OSError: the disk is full or the folder cannot be written; nothing half-written stays behind.
+        """
+        from engram.saved import save_memory
+
+        return save_memory(self, folder, overwrite)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        mode: str = "copy",
+        token_map: TokenMap | None = None,
+        rows_in: str | os.PathLike[str] | None = None,
+    ) -> EngramMemory:
+        """A memory that `save` wrote.
+
+        Args:
+            mode: "copy" reads the rows into tables of this process, after which the folder is no longer needed, and
+                checks every digest. "shared" maps the rows read-only: nothing is read before it is used, all processes
+                that do so share one copy in the page cache, and tables may be larger than memory. Their rows cannot be
+                trained: the memory comes in eval() mode, forward passes in train() mode and optimisers raise
+                PermissionError; the fusion weights can be trained in eval() mode. Some blocks of every table are
+                checked, all of them by `engram verify`.
+            token_map: of the tokenizer in use; one that the rows were not written with is refused. Default: the saved.
+            rows_in: with "copy", a folder that keeps the new tables in files instead of RAM, for training
+                tables larger than memory.
+
+        Raises:
+            FileNotFoundError: no memory there. ValueError: a torn, truncated, swapped, altered or foreign file, by
+            name; another token map. BlockingIOError: a row file that is held for writing.
+        """
+        from engram.saved import load_memory
+
+        return load_memory(folder, mode, token_map, rows_in)
+
     def close(self) -> None:
         """Lets go of all tables (mapped files are flushed)."""
         for table in self.tables.values():
@@ -312,6 +373,8 @@ class EngramMemory(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
+        for table in self.tables.values():
+            table.check_writable()
         targets = {f"{prefix}tables.{layer}": table.tensor for layer, table in self.tables.items()}
         targets |= {f"{prefix}codebooks.{layer}": books for layer, books in self._codebooks().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

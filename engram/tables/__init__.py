@@ -1,6 +1,17 @@
 from engram.tables.encoded import EncodedTable, encode_table, report
+from engram.tables.hot_rows import HotRows
 from engram.tables.optimizers import RowAdagrad, RowAdam, RowRMS
 from engram.tables.sinkhorn import RowSinkhorn
 from engram.tables.table import HostTable
 
-__all__ = ["EncodedTable", "HostTable", "RowAdagrad", "RowAdam", "RowRMS", "RowSinkhorn", "encode_table", "report"]
+__all__ = [
+    "EncodedTable",
+    "HostTable",
+    "HotRows",
+    "RowAdagrad",
+    "RowAdam",
+    "RowRMS",
+    "RowSinkhorn",
+    "encode_table",
+    "report",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class EncodedTable(HostTable):
         self.nbytes = self.rows * self.row_bytes
         self.init, self.std, self.seed = "zero", 1.0, 0
         self.huge_pages = False
+        self.writable, self.watchers = True, weakref.WeakSet()
         self._meta = torch.get_default_device().type == "meta"
         if self._meta:
             return

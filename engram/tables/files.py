@@ -1,16 +1,34 @@
-"""Raw rows on disk: streamed in blocks, never a second copy in memory, with a digest over every byte."""
+"""Rows on disk: raw bytes with a digest over every block, and folders that appear whole or not at all.
+
+    FOLDER/manifest.json      "files": {name: {"bytes", "xxh3_128", "blocks": [xxh3-128 of each 16 MiB]}} and facts
+          /layer-<i>.rows     raw rows of one table; blocks that were never written are holes
+
+Blocks are streamed, so no table is ever held in memory a second time. What the facts of a memory's folder mean is
+engram/saved.py's matter; digests and `verify` are the same for memories and for training checkpoints.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-_BLOCK = 16 << 20  # bytes
+from engram.tables import readahead
+
+BLOCK = 16 << 20  # bytes
 
 
 def _bytes_of(rows: Tensor) -> np.ndarray:
@@ -18,13 +36,18 @@ def _bytes_of(rows: Tensor) -> np.ndarray:
     return rows.detach().flatten().view(torch.uint8).numpy()
 
 
-def write_rows(path: Path, rows: Tensor) -> dict[str, int | str]:
-    """Writes a tensor's bytes; all-zero blocks (rows never written) become holes. Returns {"bytes", "xxh3_128"}."""
-    digest, data = xxhash.xxh3_128(), _bytes_of(rows)
+def write_rows(path: Path, rows: Tensor) -> dict[str, Any]:
+    """Writes a tensor's bytes, synced to the disk; all-zero blocks (rows never written) become holes.
+
+    Nobody may write the rows meanwhile. Returns the file's entry of a manifest: {"bytes", "xxh3_128", "blocks"}.
+    """
+    digest, data, blocks = xxhash.xxh3_128(), _bytes_of(rows), []
     with open(path, "wb") as file:
-        for start in range(0, len(data), _BLOCK):
-            block = data[start : start + _BLOCK]
+        for start in range(0, len(data), BLOCK):
+            block = data[start : start + BLOCK]
+            readahead.will_read(data[start + BLOCK : start + 2 * BLOCK])  # of a mapped table
             digest.update(block.data)
+            blocks.append(xxhash.xxh3_128_hexdigest(block.data))
             if block.any():
                 file.write(block.data)
             else:
@@ -32,7 +55,7 @@ def write_rows(path: Path, rows: Tensor) -> dict[str, int | str]:
         file.truncate(len(data))
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(data), "xxh3_128": digest.hexdigest()}
+    return {"bytes": len(data), "xxh3_128": digest.hexdigest(), "blocks": blocks}
 
 
 def read_rows(path: Path, rows: Tensor, expected: str) -> None:
@@ -47,20 +70,210 @@ def read_rows(path: Path, rows: Tensor, expected: str) -> None:
     if size != len(data):
         raise ValueError(f"{path} holds {size:,} bytes where {len(data):,} are expected: it is truncated or foreign")
     with open(path, "rb") as file:
-        for start in range(0, len(data), _BLOCK):
-            block = np.frombuffer(file.read(min(_BLOCK, len(data) - start)), dtype=np.uint8)
+        for start in range(0, len(data), BLOCK):
+            block = np.frombuffer(file.read(min(BLOCK, len(data) - start)), dtype=np.uint8)
             digest.update(block.data)
             target = data[start : start + len(block)]
             if block.any() or target.any():  # leave untouched pages untouched
                 target[:] = block
     if digest.hexdigest() != expected:
-        raise ValueError(f"{path} does not have the digest its manifest names: it was changed or torn")
+        raise ValueError(
+            f"{path} does not have the digest its manifest names: it was changed or torn, or belongs to another one; "
+            f"`engram verify {path.parent}` says which block"
+        )
 
 
 def file_digest(path: Path) -> str:
     """xxh3-128 of a file's bytes, hex."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A whole file's entry of a manifest, and the file synced to the disk."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """xxh3-128 of a manifest's canonical JSON, its own "digest" left out."""
+    facts = {k: v for k, v in manifest.items() if k != "digest"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder to fill, which becomes `target` when the block ends without an error, and is removed otherwise.
+
+    At every moment, also after a kill, `target` is the old folder, the new one or, if it was not there before, absent.
+    Where the system cannot exchange two folders in one step (not Linux), there is one moment between two renames at
+    which the old one has the name .<target>.old-*. Leftovers of killed writers are removed by the next one.
+    """
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        if (handle := _hold(left)) is not None:  # nobody is writing it
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{time.time_ns()}")
+    partial.mkdir()
+    handle = _hold(partial)
+    try:
+        yield partial
+        sync(partial)
+        if not target.exists():
+            os.rename(partial, target)
+        elif not overwrite:
+            raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace it")
+        elif not _exchange(partial, target):
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            os.rename(target, old / target.name)
+            os.rename(partial, target)
+            sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # after an exchange this is the old folder
+        if handle is not None:
+            os.close(handle)
+
+
+def _hold(folder: Path) -> int | None:
+    """Locks a folder for as long as this process lives; None if another process holds it."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two names in one step (Linux renameat2). False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    at, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(at, os.fsencode(a), at, os.fsencode(b), ctypes.c_uint(swap)) == 0
+
+
+def load_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A folder's manifest, parsed; of "files" every entry is well formed and every file is there with its size.
+
+    Raises:
+        FileNotFoundError: no manifest.json there. ValueError: a damaged one, or a file missing, truncated or foreign.
+    """
+    home = Path(folder)
+    path = home / "manifest.json"
+    if not path.is_file():
+        old = [str(p) for p in home.parent.glob(f".{home.name}.old-*/{home.name}")]
+        hint = f"; a save was cut short, rename {old[0]} to {home}" if old and not home.exists() else ""
+        raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no manifest.json{hint}")
+    try:
+        manifest = json.loads(path.read_text())
+        files = {str(k): (int(v["bytes"]), v["xxh3_128"], v.get("blocks", [])) for k, v in manifest["files"].items()}
+        if not all(isinstance(digest, str) and isinstance(blocks, list) for _, digest, blocks in files.values()):
+            raise TypeError("a digest is a string, blocks are a list of them")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    for name, (size, _, blocks) in files.items():
+        if Path(name).name != name or not (home / name).is_file():
+            raise ValueError(f"{home} lacks the file {name!r} that its manifest names")
+        found = (home / name).stat().st_size
+        if found != size:
+            raise ValueError(
+                f"{home / name} holds {found:,} bytes where {size:,} are expected: it is truncated or foreign"
+            )
+        if blocks and len(blocks) != -(-size // BLOCK):
+            raise ValueError(f"{path} is damaged: {len(blocks)} block digests for {size:,} bytes of {name}")
+    return manifest
+
+
+def bad_blocks(
+    path: Path, entry: dict[str, Any], only: Sequence[int] | None = None, on_bytes: Callable[[int], None] | None = None
+) -> list[int]:
+    """Numbers of the blocks whose bytes do not have their digest; a file without block digests counts as one block.
+
+    Args:
+        only: look at these blocks alone. on_bytes: told how many bytes were read.
+    """
+    blocks = entry.get("blocks") or [entry["xxh3_128"]]
+    length = BLOCK if entry.get("blocks") else max(int(entry["bytes"]), 1)
+    bad, whole = [], xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        for number in range(len(blocks)) if only is None else only:
+            file.seek(number * length)
+            digest, left = xxhash.xxh3_128(), length
+            while left and (piece := file.read(min(left, BLOCK))):
+                digest.update(piece)
+                whole.update(piece)
+                left -= len(piece)
+                if on_bytes:
+                    on_bytes(len(piece))
+            if digest.hexdigest() != blocks[number]:
+                bad.append(number)
+    if only is None and not bad and whole.hexdigest() != entry["xxh3_128"]:
+        raise ValueError(f"{path}: every block has its digest but the whole has not: the manifest was altered")
+    return bad
+
+
+def verify(
+    folder: str | os.PathLike[str], on_bytes: Callable[[str, int, int], None] | None = None
+) -> list[dict[str, Any]]:
+    """Reads every byte of a saved memory, a checkpoint, or a run's folder of checkpoints, and compares digests.
+
+    Args:
+        on_bytes: called with (file, bytes just read, bytes of all files), for a progress bar.
+
+    Returns:
+        One {"file", "bytes", "blocks", "bad_blocks", "problem"} per file, problem None where all is well. Blocks are
+        numbered from 0 and 16 MiB long; a file without block digests (dense weights) is one block.
+
+    Raises:
+        FileNotFoundError: nothing to verify there.
+    """
+    home = Path(folder)
+    if not (home / "manifest.json").is_file() and (steps := sorted(home.glob("step-*/manifest.json"))):
+        return [result for step in steps for result in verify(step.parent, on_bytes)]
+    try:
+        manifest = load_manifest(home)
+        stated = manifest.get("digest")
+        if "digest" in manifest and stated != manifest_digest(manifest):
+            raise ValueError(f"{home / 'manifest.json'} was altered: it does not have the digest it states")
+    except ValueError as error:
+        return [{"file": str(home), "bytes": 0, "blocks": 0, "bad_blocks": [], "problem": str(error)}]
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    results = []
+    for name, entry in manifest["files"].items():
+        path, problem, bad = home / name, None, []
+        try:
+            bad = bad_blocks(path, entry, on_bytes=lambda n, path=path: on_bytes and on_bytes(str(path), n, total))  # type: ignore[misc]
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        blocks = max(len(entry.get("blocks", [])), 1)
+        if bad:
+            listed = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+            where = f"block {listed} of {blocks} (16 MiB each, from byte {bad[0] * BLOCK:,})"
+            problem = f"{path}: {where if blocks > 1 else 'the file'} does not have its digest: changed or torn"
+        results.append(
+            {"file": str(path), "bytes": entry["bytes"], "blocks": blocks, "bad_blocks": bad, "problem": problem}
+        )
+    return results

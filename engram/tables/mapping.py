@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -27,6 +28,8 @@ def map_memory(nbytes: int, what: str) -> tuple[mmap.mmap, bool]:
             f"no {nbytes:,} bytes of address space for a table of {what}: {error}. "
             f"Give the table a path to keep it in a file, or fewer rows."
         ) from error
+    if nbytes > _free_memory() // 2:  # a table that fits only as long as few rows are touched: 2 MiB a row would not
+        return memory, False
     try:  # before the first touch; fewer TLB misses on random rows
         memory.madvise(mmap.MADV_HUGEPAGE)
         return memory, True
@@ -34,23 +37,44 @@ def map_memory(nbytes: int, what: str) -> tuple[mmap.mmap, bool]:
         return memory, False
 
 
-def map_file(path: Path, nbytes: int, what: str) -> tuple[mmap.mmap, int]:
-    """A file of exactly `nbytes` bytes, mapped for reading and writing, and its descriptor, which holds the lock.
+def _free_memory() -> int:
+    """Bytes of memory that are free or can be freed; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
 
-    A missing file is made with its disk space reserved at once; close the descriptor to let the file go.
+
+def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple[mmap.mmap, int]:
+    """A file of exactly `nbytes` bytes, mapped, and its descriptor, which holds the lock: exclusive for writing, shared
+    for reading. A missing file is made with its disk space reserved at once; close the descriptor to let the file go.
 
     Raises:
-        ValueError: a file of another size. BlockingIOError: the file is held by another table. OSError: no disk space.
+        ValueError: a file of another size. BlockingIOError: the file is held by another table. FileNotFoundError:
+        nothing there to read. PermissionError: a file that may not be opened so. OSError: no disk space.
     """
     fresh = not path.exists()
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if fresh and not writable:
+        raise FileNotFoundError(f"{path} does not exist: a table opened for reading needs its file of rows")
     try:
-        _lock(file, path)
-        if fresh:
+        file = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        hint = 'open it with mode="r" to read its rows' if writable else "ask its owner"
+        how = "written" if writable else "read"
+        raise PermissionError(error.errno, f"{path} cannot be {how} ({error.strerror}): {hint}") from None
+    try:
+        _lock(file, path, exclusive=writable)
+        # A file with holes (a saved memory) gets its space before the first write, not a crash at one.
+        holes = writable and getattr(os.fstat(file), "st_blocks", 1 << 62) * 512 < nbytes
+        if fresh or (holes and os.fstat(file).st_size == nbytes):
             try:
                 _reserve(file, nbytes)
             except OSError as error:
-                path.unlink(missing_ok=True)
+                if fresh:
+                    path.unlink(missing_ok=True)
                 raise OSError(
                     error.errno, f"no room for a table of {nbytes:,} bytes at {path}: {error.strerror}"
                 ) from error
@@ -59,22 +83,28 @@ def map_file(path: Path, nbytes: int, what: str) -> tuple[mmap.mmap, int]:
             raise ValueError(
                 f"{path} holds {found:,} bytes, but {what} need {nbytes:,}: it belongs to another layout or is torn"
             )
-        return mmap.mmap(file, nbytes), file
+        memory = mmap.mmap(file, nbytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):  # else every cold row reads megabytes around it
+            memory.madvise(mmap.MADV_RANDOM)
+        return memory, file
     except BaseException:
         os.close(file)
         raise
 
 
-def _lock(file: int, path: Path) -> None:
+def _lock(file: int, path: Path, exclusive: bool) -> None:
     try:
         import fcntl
     except ImportError:  # Windows
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BlockingIOError(
-            error.errno, f"{path} is already held by another table: two layers must never share one file"
+            error.errno,
+            f"{path} is already held by another table: two layers must never share one file"
+            if exclusive
+            else f"{path} is held by a table that trains it: close that one, or save it and read the copy",
         ) from None
 
 

@@ -76,6 +76,7 @@ class RowOptimizer:
             )
         if lr < 0 or eps < 0:
             raise ValueError(f"lr and eps must not be negative, got lr={lr}, eps={eps}")
+        table.check_writable()
         self.table, self.lr, self.eps = table, float(lr), float(eps)
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
@@ -93,6 +94,7 @@ class RowOptimizer:
                 f"row ids {tuple(row_ids.shape)} need a gradient {(*row_ids.shape, self.table.dim)}, "
                 f"not {tuple(grad.shape)}"
             )
+        self.table.changed(ids)
         return ids, grad.detach().to("cpu", torch.float32).reshape(-1, self.table.dim).contiguous()
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:

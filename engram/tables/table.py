@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.tables import kernels, reference
+from engram.tables import kernels, readahead, reference
 from engram.tables.mapping import map_file, map_memory
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -74,15 +76,22 @@ class HostTable:
         dtype: torch.float32 or torch.bfloat16.
         path: file of rows * dim values in row-major order, native little-endian. Created (disk space reserved at once,
             so a full disk is an error here and not a crash later) or, if it exists with exactly that size, opened.
-            One table at a time may hold a file.
+            One table at a time may hold a file for writing, any number of tables and processes for reading.
+        mode: "r+", or "r" to map an existing file read-only: its pages are shared by all who map it, and every write is
+            refused. `tensor` itself cannot be protected: storing into it through torch would end the process.
         init: "zero", or "normal": never-written rows read as std * N(0, 1), a function of (seed, row, column) alone.
         std, seed: of the normal init.
+
+    A file that somebody truncates under a live table is noticed by the next call (OSError). Not noticed, because the
+    operating system reports them by a signal in the middle of a copy and not by an error: a file truncated while a
+    gather is running, and a disk that fails under a page that is read for the first time. Bytes changed in place
+    are found by `engram verify` alone. A file that is renamed or deleted stays whole for those who have it open.
 
     On the meta device (`with torch.device("meta")`) nothing is allocated and only sizes can be asked.
 
     Raises:
         ValueError: a size, dtype or init that cannot be; a file of another size.
-        BlockingIOError: the file is held by another table.
+        BlockingIOError: the file is held by another table. FileNotFoundError: mode "r" and no such file.
         OSError: no disk space or address space for the table.
     """
 
@@ -93,6 +102,7 @@ class HostTable:
         dtype: torch.dtype = torch.float32,
         path: str | os.PathLike[str] | None = None,
         *,
+        mode: str = "r+",
         init: str = "zero",
         std: float = 1.0,
         seed: int = 0,
@@ -104,10 +114,14 @@ class HostTable:
         if init not in ("zero", "normal"):
             raise ValueError(f'init is "zero" or "normal", not {init!r}')
         self.rows, self.dim, self.dtype = int(rows), int(dim), dtype
+        if mode not in ("r+", "r") or (mode == "r" and path is None):
+            raise ValueError(f'mode is "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
         self.nbytes = self.rows * self.dim * dtype.itemsize
         self.init, self.std, self.seed = init, float(std), int(seed)
         self.path = None if path is None else Path(path)
         self.huge_pages = False
+        self.writable = mode == "r+"
+        self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()  # caches of rows, told of every write
         self._file: int | None = None
         self._tensor: Tensor | None = None
         self._struct: _Table | None = None
@@ -118,9 +132,11 @@ class HostTable:
         if self.path is None:
             memory, self.huge_pages = map_memory(self.nbytes, what)
         else:
-            memory, self._file = map_file(self.path, self.nbytes, what)
+            memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
         values = np.frombuffer(memory, dtype=np.uint8)
-        self._tensor = torch.from_numpy(values).view(dtype).view(self.rows, self.dim)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self._tensor = torch.from_numpy(values).view(dtype).view(self.rows, self.dim)
         quantiles = reference.normal_quantiles()
         self._struct = _Table(
             self._tensor.data_ptr(),
@@ -152,7 +168,10 @@ class HostTable:
         Raises:
             TypeError: not int64 (32-bit row arithmetic overflows on real tables).
             IndexError: a row outside the table. Never clamped: it means that layout and table disagree.
+            OSError: the table's file was truncated.
         """
+        if self._file is not None:
+            self._check_file()
         ids = as_ids(row_ids)
         if ids.numel() == 0:
             return ids
@@ -173,6 +192,51 @@ class HostTable:
             f"the hash layout does not belong to this table"
         )
 
+    def _check_file(self) -> None:
+        """Reading a mapped page beyond the end of its file is a SIGBUS; an fstat (1 to 3 us) makes it an error."""
+        assert self._file is not None
+        found = os.fstat(self._file).st_size
+        if found < self.nbytes:
+            raise OSError(
+                f"{self.path} was truncated to {found:,} bytes under a table of {self.nbytes:,}: close the table and "
+                f"restore the file"
+            )
+
+    def prefetch(self, row_ids: Tensor | np.ndarray) -> int:
+        """Asks for the file pages of these rows, so that a later gather finds them in memory. For a long prefill.
+
+        Returns at once; the disk works on. The pages asked for should fit in free memory.
+
+        Returns:
+            Bytes asked for; 0 for a table in memory, which has nothing to wait for.
+
+        Raises:
+            IndexError, TypeError: see `check`. ValueError: a closed table.
+        """
+        stored, ids = self.tensor, self.check(row_ids)
+        if self._file is None:
+            return 0
+        return readahead.will_need(self._file, stored.data_ptr(), ids.numpy(), self.nbytes // self.rows, self.nbytes)
+
+    def drop(self) -> None:
+        """Lets go of a mapped file's pages in memory: rows are read from the disk again, and none changes."""
+        if self._file is not None:
+            self.flush()
+            readahead.drop(self._file, self.tensor.data_ptr(), self.nbytes)
+
+    def check_writable(self) -> None:
+        """Raises PermissionError for a table that was opened read-only."""
+        if not self.writable:
+            raise PermissionError(
+                f"{self.path} is opened read-only, so its rows can be neither trained nor written: load the memory "
+                f'with mode="copy", or open the table with mode="r+"'
+            )
+
+    def changed(self, row_ids: Tensor) -> None:
+        """Whoever writes rows calls this with their checked ids, so that caches in front of the table forget them."""
+        for watcher in list(self.watchers):
+            watcher.invalidate(row_ids)
+
     def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
         """Rows by id.
 
@@ -189,6 +253,8 @@ class HostTable:
             dtype or layout; a closed table.
         """
         stored = self.tensor
+        if self._file is not None:
+            self._check_file()
         ids = as_ids(row_ids)
         shape = (*ids.shape, self.dim)
         if out is None:
@@ -224,7 +290,9 @@ class HostTable:
 
         Raises:
             ValueError: shapes that do not match, or a row id given twice (which row should win?).
+            PermissionError: a table opened read-only.
         """
+        self.check_writable()
         stored = self.tensor
         ids = self.check(row_ids).flatten()
         values = rows.detach().to("cpu", torch.float32).reshape(-1, self.dim).contiguous()
@@ -232,6 +300,7 @@ class HostTable:
             raise ValueError(f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {rows.shape}")
         if torch.unique(ids).numel() != ids.numel():
             raise ValueError("a row id occurs twice in one write")
+        self.changed(ids)
         if kernels.native is not None:
             kernels.native.engram_scatter(self.struct, ids.data_ptr(), 0, ids.numel(), values.data_ptr())
         else:
@@ -248,6 +317,7 @@ class HostTable:
             "dim": self.dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             "bytes": self.nbytes,
+            "mode": "r+" if self.writable else "r",
             "where": self._where,
             "huge_pages": None if self._tensor is None else _on_huge_pages(self._tensor.data_ptr()),
             "kernels": "native" if kernels.native is not None else "torch",
@@ -259,7 +329,7 @@ class HostTable:
 
     def flush(self) -> None:
         """Forces a mapped file's rows to disk; nothing to do in memory."""
-        if self._file is not None:
+        if self._file is not None and self.writable:
             os.fsync(self._file)
 
     def close(self) -> None:

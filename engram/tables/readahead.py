@@ -1,0 +1,95 @@
+"""Rows of a mapped file, asked for before they are read: page ranges of row ids, handed to the system in batches."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+
+import numpy as np
+
+_MERGE = 4  # pages: ranges nearer than this become one request
+_BATCH = 1024  # ranges per system call (IOV_MAX)
+_PROCESS_MADVISE = 440  # the same number on every Linux architecture
+NORMAL, RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4  # of madvise
+
+
+def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mmap.PAGESIZE) -> np.ndarray:
+    """The pages that rows lie on, as few byte ranges.
+
+    Args:
+        row_ids: int64, any shape, each in the table. row_bytes: of one row. nbytes: of the whole table.
+
+    Returns:
+        int64 [ranges, 2], (first byte, bytes) ascending and page-aligned but for the end of the table.
+    """
+    first = np.unique(row_ids) * row_bytes // page
+    if not len(first):
+        return np.empty((0, 2), np.int64)
+    last = (np.unique(row_ids) * row_bytes + row_bytes - 1) // page
+    gap = np.flatnonzero(first[1:] - last[:-1] > _MERGE)
+    start = first[np.concatenate([[0], gap + 1])] * page
+    end = np.minimum((last[np.concatenate([gap, [len(last) - 1]])] + 1) * page, nbytes)
+    return np.stack([start, end - start], axis=1)
+
+
+def will_need(file: int, address: int, row_ids: np.ndarray, row_bytes: int, nbytes: int) -> int:
+    """Starts reading the pages of rows of a table mapped from `file` at `address`. Returns the bytes asked for."""
+    ranges = page_ranges(row_ids, row_bytes, nbytes)
+    done = _advise_batches(ranges, address) if sys.platform == "linux" else 0
+    if hasattr(os, "posix_fadvise"):
+        for start, size in ranges[done:].tolist():  # an older system: one call a range
+            os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
+    return int(ranges[:, 1].sum())
+
+
+def _advise_batches(ranges: np.ndarray, address: int) -> int:
+    """process_madvise: a thousand ranges in one call. Returns how many ranges were taken."""
+    if not hasattr(os, "pidfd_open"):
+        return 0
+    vectors = ranges.copy()
+    vectors[:, 0] += address
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        process = os.pidfd_open(os.getpid())
+    except OSError:
+        return 0
+    try:
+        for start in range(0, len(vectors), _BATCH):
+            batch = vectors[start : start + _BATCH]
+            taken = libc.syscall(
+                ctypes.c_long(_PROCESS_MADVISE),
+                ctypes.c_int(process),
+                ctypes.c_void_p(batch.ctypes.data),
+                ctypes.c_size_t(len(batch)),
+                ctypes.c_int(_WILLNEED),
+                ctypes.c_uint(0),
+            )
+            if taken < 0 and ctypes.get_errno() != errno.EAGAIN:  # not in this kernel, or not allowed here
+                return start
+    finally:
+        os.close(process)
+    return len(vectors)
+
+
+def advise(address: int, nbytes: int, advice: int) -> None:
+    """madvise on whole pages; a system that does not know the advice ignores it."""
+    if hasattr(mmap, "MADV_RANDOM"):
+        start = address - address % mmap.PAGESIZE
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), ctypes.c_int(advice))
+
+
+def will_read(data: np.ndarray) -> None:
+    """Starts reading a contiguous array that may be mapped from a file; costs nothing for memory."""
+    if data.nbytes:
+        advise(data.ctypes.data, data.nbytes, _WILLNEED)
+
+
+def drop(file: int, address: int, nbytes: int) -> None:
+    """Unmaps the pages of a mapped file and lets the page cache forget them; the file must be synced."""
+    if hasattr(os, "posix_fadvise"):
+        advise(address, nbytes, _DONTNEED)  # pages that are still mapped stay in the cache
+        os.posix_fadvise(file, 0, nbytes, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,591 @@
+"""A memory's folder: whole or absent, checked before it is believed, shared by processes, and every fault by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from engram import EngramConfig, EngramMemory, HostTable, TokenMap, build_optimizer, cli
+from engram.tables import HotRows, RowAdam, RowRMS, readahead
+from engram.tables.files import BLOCK, manifest_digest, verify, write_rows
+
+VOCAB, HIDDEN = 64, 16
+CONFIG = EngramConfig(layers=(1, 3), heads=2, head_dim=8, rows_per_head=997, table_init="normal", table_std=0.1)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and locks of Linux")
+
+
+def memory(seed: int = 0, config: EngramConfig = CONFIG, rows: int = 500) -> EngramMemory:
+    """A memory in whose tables every other row was written."""
+    torch.manual_seed(seed)
+    m = EngramMemory(config, TokenMap.identity(VOCAB), HIDDEN)
+    for table in m.tables.values():
+        ids = torch.arange(rows) * 2
+        table.write(ids, torch.randn(rows, table.dim))
+    return m
+
+
+def rows_of(m: EngramMemory) -> list[torch.Tensor]:
+    return [table.gather(torch.arange(table.rows)) for table in m.tables.values()]
+
+
+def same(a: EngramMemory, b: EngramMemory) -> bool:
+    weights = zip(a.fusions.state_dict().values(), b.fusions.state_dict().values(), strict=True)
+    pairs = [*zip(rows_of(a), rows_of(b), strict=True), *weights]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+SERVER = """
+import json, os, random, signal, sys, tempfile, time, traceback
+from test_files import *
+for line in sys.stdin:
+    code, arguments = json.loads(line)
+    out = tempfile.TemporaryFile()
+    if (child := os.fork()) == 0:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        sys.argv[1:], status = arguments, 0
+        try:
+            exec(code, globals())
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    out.seek(0)
+    print(json.dumps([status, out.read().decode()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """elsewhere(code, *arguments) -> (exit status, output) of another process, with this file's names at hand."""
+    place = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    with subprocess.Popen(  # one that imports and forks: importing torch takes seconds
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": place},
+    ) as server:
+
+        def run(code: str, *arguments: object) -> tuple[int, str]:
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.write(json.dumps([code, [str(a) for a in arguments]]) + "\n")
+            server.stdin.flush()
+            status, text = json.loads(server.stdout.readline())
+            return status, text
+
+        yield run
+        server.stdin.close()  # type: ignore[union-attr]
+
+
+def alter(folder: Path, change) -> None:
+    """Edits a manifest the way a careful forger would: its own digest fits again."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return memory().save(tmp_path / "memory")
+
+
+# The folder.
+
+
+@pytest.mark.parametrize("mode", ["copy", "shared"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_memory_loads_with_the_same_rows_weights_and_outputs(tmp_path, mode, dtype):
+    m = memory(config=CONFIG.replace(table_dtype=dtype)).eval()
+    loaded = EngramMemory.load(m.save(tmp_path / "memory"), mode).eval()
+    assert same(m, loaded)
+    assert loaded.config == m.config and loaded.layout == m.layout
+    ids, hidden = torch.randint(0, VOCAB, (2, 9)), torch.randn(2, 9, HIDDEN)
+    assert torch.equal(m[1](hidden, m.recall(ids)), loaded[1](hidden, loaded.recall(ids)))
+
+
+def test_fusion_weights_come_back_in_their_own_dtype(tmp_path):
+    m = memory()
+    m.fusions.to(torch.bfloat16)
+    loaded = EngramMemory.load(m.save(tmp_path / "memory"))
+    assert {v.dtype for v in loaded.fusions.state_dict().values()} == {torch.bfloat16}
+
+
+def test_rows_never_written_take_no_disk_space(tmp_path):
+    m = memory(config=CONFIG.replace(rows_per_head=2_000_003), rows=100)
+    folder = m.save(tmp_path / "memory")
+    file = (folder / "layer-1.rows").stat()
+    assert file.st_size > 15 * BLOCK and file.st_blocks * 512 <= 2 * BLOCK
+    assert torch.equal(EngramMemory.load(folder, "shared").tables[1].gather(torch.arange(300)), rows_of(m)[0][:300])
+
+
+def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_memory(saved, tmp_path):
+    other = memory(seed=1)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        other.save(saved)
+    other.save(saved, overwrite=True)
+    assert same(EngramMemory.load(saved), other)
+    assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(FileExistsError, match="no saved memory"):
+        other.save(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_readers_of_a_replaced_memory_keep_the_old_rows(saved):
+    reader = EngramMemory.load(saved, "shared")
+    memory(seed=1).save(saved, overwrite=True)
+    assert same(reader, memory())
+
+
+def test_without_an_exchange_of_folders_two_renames_replace_the_old_one(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("engram.tables.files._exchange", lambda a, b: False)
+    other = memory(seed=1)
+    other.save(saved, overwrite=True)
+    assert same(EngramMemory.load(saved), other)
+    assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+
+def test_rows_copied_into_files_train_there_and_leave_the_saved_folder_alone(saved, tmp_path):
+    loaded = EngramMemory.load(saved, rows_in=tmp_path / "work")
+    assert loaded.tables[1].path == tmp_path / "work" / "layer-1.rows"
+    RowRMS(loaded.tables[1]).step(torch.arange(5), torch.ones(5, 8))
+    assert not same(loaded, memory()) and same(EngramMemory.load(saved), memory())
+    loaded.close()
+    with pytest.raises(FileExistsError, match="new files"):
+        EngramMemory.load(saved, rows_in=tmp_path / "work")
+    with pytest.raises(ValueError, match="saved memory, which is not trained in place"):
+        EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, folder=saved)
+
+
+# Read-only tables.
+
+
+def test_rows_of_a_shared_memory_can_be_neither_written_nor_trained_nor_loaded_over(saved):
+    shared = EngramMemory.load(saved, "shared")
+    table = shared.tables[1]
+    attempts = [
+        lambda: table.write(torch.tensor([0]), torch.zeros(1, 8)),
+        lambda: RowRMS(table),
+        lambda: RowAdam(table),
+        lambda: build_optimizer(shared),
+        lambda: shared.train().recall(torch.zeros(1, 4, dtype=torch.int64)),
+        lambda: shared.load_state_dict(memory().state_dict()),
+    ]
+    for attempt in attempts:
+        with pytest.raises(PermissionError, match=r"layer-1.rows is opened read-only"):
+            attempt()
+    assert same(shared, memory())
+
+
+def test_the_fusion_weights_of_a_shared_memory_still_get_gradients(saved):
+    shared = EngramMemory.load(saved, "shared")
+    assert not shared.training
+    ids = torch.randint(0, VOCAB, (2, 9))
+    shared[1](torch.randn(2, 9, HIDDEN), shared.recall(ids)).sum().backward()
+    assert any(p.grad is not None for p in shared.fusions.parameters()) and not shared.gradients[1]
+
+
+@linux
+def test_two_processes_read_one_folder_and_share_its_pages(saved, elsewhere):
+    shared = EngramMemory.load(saved, "shared")
+    code = """
+m = EngramMemory.load(sys.argv[1], "shared")
+digest = xxhash.xxh3_128_hexdigest(torch.cat(rows_of(m)).numpy().tobytes())
+maps = open("/proc/self/maps").read()
+print(digest, any("layer-1.rows" in line and " r--s " in line for line in maps.splitlines()))
+"""
+    _, out = elsewhere(code, saved)
+    assert out.split() == [xxhash.xxh3_128_hexdigest(torch.cat(rows_of(shared)).numpy().tobytes()), "True"]
+
+
+@linux
+def test_a_file_is_held_by_one_trainer_or_by_readers(tmp_path):
+    path = tmp_path / "rows"
+    trainer = HostTable(100, 8, path=path)
+    with pytest.raises(BlockingIOError, match="a table that trains it"):
+        HostTable(100, 8, path=path, mode="r")
+    trainer.close()
+    readers = [HostTable(100, 8, path=path, mode="r") for _ in range(2)]
+    with pytest.raises(BlockingIOError, match="already held"):
+        HostTable(100, 8, path=path)
+    for reader in readers:
+        reader.close()
+    HostTable(100, 8, path=path).close()
+
+
+def test_opening_for_reading_creates_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        HostTable(100, 8, path=tmp_path / "rows", mode="r")
+    with pytest.raises(ValueError, match="mode is"):
+        HostTable(100, 8, mode="r")
+    assert not list(tmp_path.iterdir())
+
+
+@linux
+def test_a_file_truncated_under_a_live_table_is_an_error_and_no_crash(tmp_path, elsewhere):
+    code = """
+table = HostTable(4096, 64, path=sys.argv[1])
+table.write(torch.arange(10), torch.ones(10, 64))
+os.truncate(sys.argv[1], 4096)
+for work in (table.gather, table.prefetch, lambda ids: table.write(ids, torch.ones(1, 64))):
+    try:
+        work(torch.tensor([4000]))
+    except OSError as error:
+        print(error)
+"""
+    status, out = elsewhere(code, tmp_path / "rows")
+    assert status == 0, out
+    assert out.count("was truncated to 4,096 bytes under a table of 1,048,576") == 3
+
+
+@linux
+def test_holes_of_a_file_get_their_space_before_it_is_written(tmp_path):
+    entry = write_rows(tmp_path / "rows", torch.zeros(BLOCK // 32, 8))
+    assert (tmp_path / "rows").stat().st_blocks == 0 and len(entry["blocks"]) == 1
+    HostTable(BLOCK // 32, 8, path=tmp_path / "rows").close()
+    assert (tmp_path / "rows").stat().st_blocks * 512 >= BLOCK
+
+
+# Files that are not what they should be.
+
+
+def test_a_flipped_bit_is_found_by_verify_with_its_block(tmp_path):
+    folder = memory(config=CONFIG.replace(rows_per_head=600_011)).save(tmp_path / "memory")
+    assert all(result["problem"] is None for result in verify(folder))
+    flip(folder / "layer-3.rows", 2 * BLOCK + 12345)
+    problems = [result for result in verify(folder) if result["problem"]]
+    assert [(Path(p["file"]).name, p["bad_blocks"]) for p in problems] == [("layer-3.rows", [2])]
+    assert "layer-3.rows: block 2 of 5 (16 MiB each, from byte 33,554,432)" in problems[0]["problem"]
+    with pytest.raises(ValueError, match=r"layer-3.rows does not have the digest.*engram verify"):
+        EngramMemory.load(folder)
+
+
+@pytest.mark.parametrize("mode", ["copy", "shared"])
+@pytest.mark.parametrize("name", ["layer-1.rows", "token_map.safetensors", "fusion.safetensors", "config.json"])
+def test_a_torn_truncated_or_missing_file_is_refused_by_name(saved, name, mode):
+    original = (saved / name).read_bytes()
+    damages = {
+        "does not have": bytes([original[0] ^ 1]) + original[1:],
+        "truncated or foreign": original[:-1],
+    }
+    for wording, damaged in damages.items():
+        (saved / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name}.*{wording}"):
+            EngramMemory.load(saved, mode)
+    (saved / name).unlink()
+    with pytest.raises(ValueError, match=f"lacks the file '{name}'"):
+        EngramMemory.load(saved, mode)
+
+
+@pytest.mark.parametrize("mode", ["copy", "shared"])
+def test_a_file_of_another_memory_of_equal_shape_is_refused(saved, tmp_path, mode):
+    other = memory(seed=1).save(tmp_path / "other")
+    shutil.copy(other / "layer-1.rows", saved / "layer-1.rows")
+    with pytest.raises(ValueError, match=r"layer-1.rows"):
+        EngramMemory.load(saved, mode)
+
+
+def one_row() -> EngramConfig:
+    return CONFIG.replace(hash="one_row")  # its tables have equal sizes, so sizes cannot tell them apart
+
+
+def test_swapped_files_are_refused_even_if_their_digests_were_swapped_too(tmp_path):
+    folder = memory(config=one_row(), rows=2).save(tmp_path / "memory")
+    os.rename(folder / "layer-1.rows", folder / "x")
+    os.rename(folder / "layer-3.rows", folder / "layer-1.rows")
+    os.rename(folder / "x", folder / "layer-3.rows")
+    for mode in ("copy", "shared"):
+        with pytest.raises(ValueError, match=r"layer-1.rows"):
+            EngramMemory.load(folder, mode)
+
+    def swap(manifest):
+        files = manifest["files"]
+        files["layer-1.rows"], files["layer-3.rows"] = files["layer-3.rows"], files["layer-1.rows"]
+
+    alter(folder, swap)
+    with pytest.raises(ValueError, match=r"layer-1.rows is not bound to layer 1"):
+        EngramMemory.load(folder)
+
+
+def test_two_layers_that_name_one_file_or_hold_the_same_rows_are_refused(tmp_path):
+    folder = memory(config=one_row(), rows=2).save(tmp_path / "memory")
+    text = (folder / "manifest.json").read_text()
+
+    def one_file(manifest):
+        manifest["tables"]["3"]["file"] = "layer-1.rows"
+
+    alter(folder, one_file)
+    with pytest.raises(ValueError, match=r"layers 1 and 3 name one file, .*layer-1.rows"):
+        EngramMemory.load(folder)
+    (folder / "manifest.json").write_text(text)
+    (folder / "layer-3.rows").unlink()
+    os.link(folder / "layer-1.rows", folder / "layer-3.rows")
+    with pytest.raises(ValueError, match="layers 1 and 3 name one file"):
+        EngramMemory.load(folder)
+    (folder / "layer-3.rows").unlink()
+    shutil.copy(folder / "layer-1.rows", folder / "layer-3.rows")
+
+    def same_digest(manifest):
+        manifest["files"]["layer-3.rows"] = manifest["files"]["layer-1.rows"]
+
+    alter(folder, same_digest)
+    with pytest.raises(ValueError, match=r"layers 1 and 3 hold the same rows"):
+        EngramMemory.load(folder)
+
+
+def test_layers_that_were_never_written_may_be_equal(tmp_path):
+    m = EngramMemory(one_row(), TokenMap.identity(VOCAB), HIDDEN)
+    assert same(EngramMemory.load(m.save(tmp_path / "memory")), m)
+
+
+def test_another_token_map_is_refused(saved):
+    shifted = TokenMap(np.roll(np.arange(VOCAB), 1))
+    with pytest.raises(ValueError, match="another tokenizer or version"):
+        EngramMemory.load(saved, token_map=shifted)
+    assert same(EngramMemory.load(saved, token_map=TokenMap.identity(VOCAB)), memory())
+
+
+def test_multipliers_that_went_through_doubles_are_refused(saved):
+    def as_doubles(manifest):
+        multipliers = manifest["layout"]["multipliers"]
+        manifest["layout"]["multipliers"] = {k: [float(m) for m in v] for k, v in multipliers.items()}
+
+    alter(saved, as_doubles)
+    with pytest.raises(ValueError, match=r'manifest.json: hash layout: "multipliers".*rounded'):
+        EngramMemory.load(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"files": {}}', '{"files": {"a": {"bytes": "x"}}}'])
+def test_a_damaged_or_foreign_manifest_is_refused(saved, text):
+    (saved / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json"):
+        EngramMemory.load(saved)
+
+
+def test_an_altered_manifest_is_refused(saved):
+    text = (saved / "manifest.json").read_text()
+    (saved / "manifest.json").write_text(text.replace('"std": 0.1', '"std": 0.2'))
+    with pytest.raises(ValueError, match=r"manifest.json was altered"):
+        EngramMemory.load(saved)
+    assert "manifest.json was altered" in verify(saved)[0]["problem"]
+
+
+def test_a_manifest_cannot_point_outside_its_folder(saved, tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    entry = {"bytes": 6, "xxh3_128": "0", "blocks": ["0"]}
+    alter(saved, lambda manifest: manifest["files"].update({"../secret": entry}))
+    with pytest.raises(ValueError, match=r"lacks the file '\.\./secret'"):
+        EngramMemory.load(saved)
+
+
+def test_verify_reads_checkpoints_and_runs_and_the_command_says_which_block(saved, tmp_path, capsys):
+    from engram.lm.checkpoint import save_checkpoint
+
+    m = memory()
+    checkpoint = save_checkpoint(tmp_path / "run", m, build_optimizer(m), 1, {})
+    assert all(result["problem"] is None for result in verify(tmp_path / "run"))
+    flip(checkpoint / "tables.1.rows", 77)
+    with pytest.raises(SystemExit) as stop:
+        cli.verify(tmp_path / "run", as_json=True)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "tables.1.rows" in printed.err
+    wrong = [f for f in json.loads(printed.out)["files"] if f["problem"]]
+    assert [(Path(f["file"]).name, f["bad_blocks"]) for f in wrong] == [("tables.1.rows", [0])]
+    cli.verify(saved)
+    assert "is whole: 5 files" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        verify(tmp_path)
+
+
+# Faults while writing.
+
+
+@linux
+def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_old_memory_whole(saved, tmp_path, elsewhere):
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+for name, overwrite in (("memory", True), ("new", False)):
+    try:
+        memory(seed=1).save(sys.argv[1] + "/" + name, overwrite)
+    except OSError as error:
+        print(error)
+"""
+    _, out = elsewhere(code, tmp_path)
+    assert out.count("could not save the memory") == 2 and out.count("Nothing half-written was left") == 2, out
+    assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+    assert same(EngramMemory.load(saved), memory())
+
+
+@linux
+def test_a_save_killed_at_any_moment_leaves_the_old_memory_or_the_new_one(tmp_path, elsewhere):
+    code = """
+torch.set_num_threads(1)  # a process without threads may fork
+folder, memories, draw, seen = Path(sys.argv[1]), [memory(seed) for seed in (1, 2)], random.Random(0), set()
+memories[0].save(folder)
+began = time.perf_counter()
+memories[1].save(folder, overwrite=True)
+whole = time.perf_counter() - began
+for _ in range(20):
+    if (child := os.fork()) == 0:
+        for i in range(10**6):
+            memories[i % 2].save(folder, overwrite=True)
+    time.sleep(draw.random() * 2.5 * whole)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if folder.exists():
+        loaded = EngramMemory.load(folder)
+        seen.add(next(i for i, m in enumerate(memories) if same(loaded, m)))
+        assert all(result["problem"] is None for result in verify(folder))
+left = len(list(folder.parent.iterdir()))
+memories[0].save(folder, overwrite=True)
+print(sorted(seen), left > 1, [p.name for p in folder.parent.iterdir()])
+"""
+    _, out = elsewhere(code, tmp_path / "memory")
+    assert out == "[0, 1] True ['memory']\n"  # kills did hit saves, and the next save cleared what they left
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users to be without rights")
+def test_a_folder_without_write_rights_is_named_and_its_rows_can_still_be_read(elsewhere):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        memory().save(folder / "memory")
+        HostTable(100, 8, path=folder / "rows").close()
+        for path in (folder, folder / "memory"):
+            path.chmod(0o555)
+        (folder / "rows").chmod(0o444)
+        code = """
+memory()  # imports everything
+if os.getuid() == 0:
+    os.setuid(65534)
+m = EngramMemory.load(sys.argv[1] + "/memory", "shared")
+HostTable(100, 8, path=sys.argv[1] + "/rows", mode="r").gather(torch.tensor([1]))
+for work in (lambda: m.save(sys.argv[1] + "/new"), lambda: HostTable(100, 8, path=sys.argv[1] + "/rows")):
+    try:
+        work()
+    except OSError as error:
+        print(error)
+"""
+        _, out = elsewhere(code, folder)
+        folder.chmod(0o755)
+        (folder / "memory").chmod(0o755)
+    assert "could not save the memory" in out and "Permission denied" in out, out
+    assert 'rows cannot be written (Permission denied): open it with mode="r"' in out, out
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no /dev/shm")
+def test_a_shared_memory_disk_that_is_too_small_is_an_error_before_the_first_row():
+    path = Path(f"/dev/shm/engram-test-{os.getpid()}")
+    with pytest.raises(OSError, match=f"no room for a table of .* bytes at {path}"):
+        HostTable(2**42, 64, path=path)
+    assert not path.exists()
+
+
+# Readahead and hot rows.
+
+
+def test_page_ranges_cover_every_row_once_and_merge_neighbours():
+    rng = np.random.default_rng(0)
+    for row_bytes in (8, 264, 4096, 10_000):
+        ids = rng.integers(0, 3000, 400)
+        nbytes = 3000 * row_bytes
+        ranges = readahead.page_ranges(ids, row_bytes, nbytes, page=4096)
+        start, end = ranges[:, 0], ranges.sum(1)
+        assert (start[1:] > end[:-1]).all() and (start % 4096 == 0).all() and end[-1] <= nbytes
+        which = np.searchsorted(start, ids * row_bytes, side="right") - 1
+        assert (ids * row_bytes >= start[which]).all() and ((ids + 1) * row_bytes <= end[which]).all()
+    assert readahead.page_ranges(np.arange(1000), 100, 100_000).tolist() == [[0, 100_000]]
+    assert len(readahead.page_ranges(np.empty(0, np.int64), 8, 8000)) == 0
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_prefetching_changes_no_row_and_asks_for_no_more_than_the_pages(tmp_path, monkeypatch, batched):
+    if not batched:
+        monkeypatch.setattr(readahead, "_advise_batches", lambda ranges, address: 0)
+    table = HostTable(100_000, 64, path=tmp_path / "rows")
+    table.write(torch.arange(100_000), torch.randn(100_000, 64))
+    ids = torch.randint(0, 100_000, (500,))
+    before = table.gather(ids)
+    table.drop()
+    assert 500 * 200 < table.prefetch(ids) <= table.nbytes
+    assert torch.equal(table.gather(ids), before)
+    assert HostTable(100, 8).prefetch(torch.arange(3)) == 0
+    with pytest.raises(IndexError, match="outside this table"):
+        table.prefetch(torch.tensor([100_000]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hot_rows_are_the_tables_rows_bit_for_bit_within_their_memory(dtype):
+    table = HostTable(5000, 16, dtype, init="normal", std=0.1)
+    table.write(torch.arange(0, 5000, 3), torch.randn(1667, 16))
+    hot = HotRows(table, 20_000)
+    assert hot.nbytes <= 20_000 and hot.info()["capacity"] == hot.capacity < 500
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        ids = (torch.rand(7, 31, generator=draw) ** 4 * 5000).long()
+        assert torch.equal(hot.gather(ids), table.gather(ids))
+        out = torch.empty(7, 31, 16)
+        assert torch.equal(hot.gather(ids, out), table.gather(ids).float())
+    assert 0.4 < hot.hit_rate < 1
+    assert hot.gather(torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3, 16)
+
+
+def test_hot_rows_hit_what_was_read_and_make_room_for_the_newer():
+    table = HostTable(10_000, 4)
+    hot = HotRows(table, 32 * (16 + 16))
+    hot.gather(torch.arange(8))
+    assert hot.hits == 0
+    hot.gather(torch.arange(8))
+    assert 0 < hot.hits <= 8
+    hits = hot.hits
+    for start in range(100, 10_000, 100):
+        hot.gather(torch.arange(start, start + 100))
+    hot.gather(torch.arange(8))
+    assert hot.hits == hits
+    with pytest.raises(ValueError, match="at least 256 for rows of 16 bytes"):
+        HotRows(table, 10)
+
+
+def test_rows_written_or_trained_are_forgotten_by_the_cache():
+    table = HostTable(1000, 8)
+    hot, ids = HotRows(table, 100_000), torch.arange(50)
+    hot.gather(ids)
+    table.write(ids[:10], torch.ones(10, 8))
+    assert torch.equal(hot.gather(ids), table.gather(ids))
+    RowRMS(table).step(ids[20:30], torch.ones(10, 8))
+    RowAdam(table).step(ids[25:40], torch.ones(15, 8))
+    assert torch.equal(hot.gather(ids), table.gather(ids)) and hot.hits > 0
+
+
+def test_a_memory_reads_through_hot_rows_with_the_same_outputs(saved):
+    plain, cached = (EngramMemory.load(saved, "shared") for _ in range(2))
+    cached.tables[1] = HotRows(cached.tables[1], 10_000)  # type: ignore[assignment]
+    hidden = torch.randn(2, 9, HIDDEN)
+    for _ in range(3):
+        ids = torch.randint(0, VOCAB, (2, 9))
+        assert torch.equal(plain[1](hidden, plain.recall(ids)), cached[1](hidden, cached.recall(ids)))

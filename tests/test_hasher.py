@@ -372,9 +372,9 @@ def test_copied_and_pickled_hashers_give_the_same_rows() -> None:
         np.testing.assert_array_equal(again(random_ids())[3], expected)
 
 
-def test_strided_and_read_only_ids_are_read_as_they_look() -> None:
-    ids = random_ids((6, 8))
-    ids.setflags(write=False)
+def test_strided_read_only_and_mapped_ids_are_read_as_they_look(tmp_path: Path) -> None:
+    random_ids((6, 8)).tofile(tmp_path / "ids")
+    ids = np.memmap(tmp_path / "ids", np.int64, "r", shape=(6, 8))
     layout = small_layout()
     for view in (ids[::2, 1::3], ids.T, ids[:, ::-1]):
         for kernel in (hasher._kernel, None):

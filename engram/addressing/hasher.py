@@ -7,7 +7,7 @@ compiled kernels, the same in torch operations. Both give the same bits.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -93,8 +93,8 @@ class NgramHasher:
             large_moduli=int(self._moduli.min()) >= 2**15,
             **{name: array.ctypes.data for name, array in self._plan_arrays.items()},
         )
-        # Handing a piece to another core costs about as much as this many columns.
-        self._smallest = max(1, 2**16 // self._moduli.size)
+        # Waking another core takes about 50 us, longer than hashing fewer than this many row ids.
+        self._smallest = max(1, 2**18 // self._moduli.size)
 
     def __call__(self, ids: Ids, lookback: Ids | None = None, documents: Ids | None = None) -> dict[int, Ids]:
         self._check("ids", ids, ids)
@@ -126,13 +126,14 @@ class NgramHasher:
 
     def _check(self, name: str, array: Any, ids: Any) -> None:
         """Shapes and kinds are never adjusted in silence."""
-        if not isinstance(array, (np.ndarray, torch.Tensor)) or type(array) is not type(ids):
+        kind: Any = torch.Tensor if isinstance(ids, torch.Tensor) else np.ndarray
+        if not isinstance(array, kind):
             raise TypeError(f"{name} is {type(array).__name__}: all must be NumPy arrays, or all torch tensors")
-        if array.dtype not in ((torch.int64, torch.int32) if isinstance(array, torch.Tensor) else (np.int64, np.int32)):
+        if array.dtype not in ((torch.int64, torch.int32) if kind is torch.Tensor else (np.int64, np.int32)):
             raise TypeError(f"{name} must be int64 or int32, not {array.dtype}")
         if array.ndim != 2:
             raise ValueError(f"{name} must be [batch, time], not of shape {list(array.shape)}")
-        if isinstance(array, torch.Tensor) and array.device != ids.device:
+        if kind is torch.Tensor and array.device != ids.device:
             raise ValueError(f"{name} is on {array.device}, ids are on {ids.device}")
 
     def _in_c(self, ids: np.ndarray, lookback: np.ndarray | None, documents: np.ndarray | None) -> np.ndarray:
@@ -207,25 +208,22 @@ class NgramHasher:
                 column += layout.heads
         return out
 
-    def _refuse(self, ids: np.ndarray, lookback: np.ndarray | None) -> None:
-        """Raises for the first id that cannot be hashed."""
+    def _refuse(self, ids: np.ndarray, lookback: np.ndarray | None) -> NoReturn:
+        """Raises for the first id that cannot be hashed; negative ones may stand in lookback only."""
         vocab = len(self.token_map.table)
-        for name, array, low in (("lookback", lookback, None), ("ids", ids, 0)):
-            if array is None:
-                continue
-            bad = (array >= vocab) if low is None else (array >= vocab) | (array < low)
-            if not bad.any():
-                continue
-            row, t = (int(i) for i in np.argwhere(bad)[0])
-            if array[row, t] < 0:
-                raise ValueError(
-                    f"{name}[{row}, {t}] is {array[row, t]}: placeholder ids (rejected draft tokens, padding, ignored "
-                    "labels) must be removed before hashing"
-                )
-            raise IndexError(
-                f"{name}[{row}, {t}] is {array[row, t]}, outside the token map's vocabulary of {vocab}: "
-                "was the text encoded by another tokenizer?"
+        name, array, bad = "ids", ids, (ids < 0) | (ids >= vocab)
+        if lookback is not None and (lookback >= vocab).any():
+            name, array, bad = "lookback", lookback, lookback >= vocab
+        row, t = (int(i) for i in np.argwhere(bad)[0])
+        if array[row, t] < 0:
+            raise ValueError(
+                f"{name}[{row}, {t}] is {array[row, t]}: placeholder ids (rejected draft tokens, padding, ignored "
+                "labels) must be removed before hashing"
             )
+        raise IndexError(
+            f"{name}[{row}, {t}] is {array[row, t]}, outside the token map's vocabulary of {vocab}: "
+            "was the text encoded by another tokenizer?"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return NgramHasher, (self.layout, self.token_map)  # the plan holds addresses; a copy makes its own

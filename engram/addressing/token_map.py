@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, overload
@@ -74,16 +73,16 @@ class TokenMap:
 
         metadata = {"format": FORMAT, "size": str(self.size), "digest": self.digest}
         data = save({"table": self.table}, metadata=metadata)
-        folder, name = os.path.split(os.path.abspath(path))
-        handle, temporary = tempfile.mkstemp(prefix=name + ".", suffix=".tmp", dir=folder)
+        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
             raise
 
     @classmethod

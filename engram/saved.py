@@ -52,8 +52,8 @@ def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite:
             raise FileExistsError(f"{target} is no saved memory (it has no manifest.json), so it is not replaced")
     if memory.codec is not None:
         raise ValueError(
-            f"the tables are stored as {memory.codec}, and a folder holds float32 or bfloat16 rows: save the memory before "
-            f"it is encoded"
+            f"the tables are stored as {memory.codec}, and a folder holds float32 or bfloat16 rows: save the memory "
+            f"before it is encoded"
         )
     layout, token_map = memory.layout, memory.hasher.token_map
     manifest: dict[str, Any] = {

@@ -435,3 +435,20 @@ def test_documents_that_do_not_fit_are_refused(run: NgramHasher) -> None:
 def test_numpy_and_torch_arguments_are_not_mixed(run: NgramHasher) -> None:
     with pytest.raises(TypeError, match="lookback is ndarray"):
         run(torch.zeros((1, 4), dtype=torch.int64), lookback=np.zeros((1, 2), np.int64))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_rows_go_into_the_callers_buffer_and_a_wrong_one_is_refused(kind):
+    layout = HashLayout.build(1000, (1, 3), (2, 3), 2, (97, 89), pad_id=2)
+    hasher = NgramHasher(layout, TokenMap.identity(1000))
+    ids = np.random.default_rng(0).integers(0, 1000, (3, 17))
+    out = np.full((2, 3, 17, 4), -1)
+    expected = hasher(ids)
+    if kind == "torch":
+        ids, out = torch.from_numpy(ids), torch.from_numpy(out)
+    rows = hasher(ids, out=out)
+    for i, layer in enumerate((1, 3)):
+        assert np.array_equal(np.asarray(out[i]), expected[layer]) and np.array_equal(np.asarray(rows[layer]), out[i])
+    for wrong in (out[:1], out[..., :3], out.astype(np.int32) if kind == "numpy" else out.int()):
+        with pytest.raises(ValueError, match="out must be a contiguous int64"):
+            hasher(ids, out=wrong)

@@ -40,14 +40,16 @@ if _kernel is not None:
 class NgramHasher:
     """Row ids of every n-gram, for all layers of a layout at once. Deterministic; holds no state between calls.
 
-    hasher(ids, lookback=None, documents=None) -> {layer: int64 [B, T, C]}, offsets included, columns order-major.
+    hasher(ids, lookback=None, documents=None, out=None) -> {layer: int64 [B, T, C]}, offsets included, order-major.
 
     ids:       [B, T] raw token ids, int32 or int64.
     lookback:  [B, <= N-1] the ids just before them (N = the longest order), oldest first, so that a text hashed in
                pieces equals the whole. They belong to the document of position 0. A negative id stands before the
                start of the text, and so does everything older.
     documents: [B, T] document numbers. Looking back into another document is looking before the start.
-    All three are NumPy arrays, or torch tensors on one device; the result is of the same kind, on the same device.
+    out:       int64 [layers, B, T, C] to fill; the result is then made of views of it. Fresh memory for the rows costs
+               more than the hashing.
+    All are NumPy arrays, or torch tensors on one device; the result is of the same kind, on the same device.
 
     Before the start of a text stands the layout's pad_id. Once a step back meets the start or another document, every
     older position of that window is pad as well.
@@ -96,7 +98,9 @@ class NgramHasher:
         # Waking another core takes about 50 us, longer than hashing fewer than this many row ids.
         self._smallest = max(1, 2**18 // self._moduli.size)
 
-    def __call__(self, ids: Ids, lookback: Ids | None = None, documents: Ids | None = None) -> dict[int, Ids]:
+    def __call__(
+        self, ids: Ids, lookback: Ids | None = None, documents: Ids | None = None, out: Ids | None = None
+    ) -> dict[int, Ids]:
         self._check("ids", ids, ids)
         if lookback is not None:
             self._check("lookback", lookback, ids)
@@ -110,19 +114,36 @@ class NgramHasher:
             if documents.shape != ids.shape:
                 raise ValueError(f"documents has shape {list(documents.shape)}, ids {list(ids.shape)}: must be equal")
 
+        shape = (len(self.layout.layers), *ids.shape, self.layout.columns)
+        if out is not None:
+            self._check_out(out, ids, shape)
         given: list[Any] = [ids, lookback, documents]
-        out: Any
+        rows: Any
         if _kernel is None or (isinstance(ids, torch.Tensor) and ids.device.type != "cpu"):
             if isinstance(ids, np.ndarray):  # copies: torch cannot share read-only memory
                 given = [a if a is None else torch.from_numpy(a.astype(np.int64)) for a in given]
-            out = self._in_torch(*given)
-            out = out.numpy() if isinstance(ids, np.ndarray) else out
+            rows = self._in_torch(*given)
+            rows = rows.numpy() if isinstance(ids, np.ndarray) else rows
+            if out is not None:
+                out[...] = rows
         else:
+            target = out.numpy() if isinstance(out, torch.Tensor) else out
             if isinstance(ids, torch.Tensor):
                 given = [a if a is None else a.numpy() for a in given]
-            out = self._in_c(*given)
-            out = torch.from_numpy(out) if isinstance(ids, torch.Tensor) else out
-        return {layer: out[i] for i, layer in enumerate(self.layout.layers)}
+            if target is None:
+                target = np.empty(shape, np.int64)
+            rows = self._in_c(given[0], given[1], given[2], target)
+            rows = torch.from_numpy(rows) if isinstance(ids, torch.Tensor) else rows
+        rows = rows if out is None else out
+        return {layer: rows[i] for i, layer in enumerate(self.layout.layers)}
+
+    @staticmethod
+    def _check_out(out: Any, ids: Any, shape: tuple[int, ...]) -> None:
+        """A buffer that does not fit is refused: it would be filled with rows at the wrong places."""
+        fits = type(out) is type(ids) and tuple(out.shape) == shape and str(out.dtype).endswith("int64")
+        contiguous = out.is_contiguous() if isinstance(out, torch.Tensor) else fits and out.flags.c_contiguous
+        if not fits or not contiguous or (isinstance(out, torch.Tensor) and out.device != ids.device):
+            raise ValueError(f"out must be a contiguous int64 {type(ids).__name__} {list(shape)} where the ids are")
 
     def _check(self, name: str, array: Any, ids: Any) -> None:
         """Shapes and kinds are never adjusted in silence."""
@@ -136,10 +157,11 @@ class NgramHasher:
         if kind is torch.Tensor and array.device != ids.device:
             raise ValueError(f"{name} is on {array.device}, ids are on {ids.device}")
 
-    def _in_c(self, ids: np.ndarray, lookback: np.ndarray | None, documents: np.ndarray | None) -> np.ndarray:
+    def _in_c(
+        self, ids: np.ndarray, lookback: np.ndarray | None, documents: np.ndarray | None, out: np.ndarray
+    ) -> np.ndarray:
         batch, time = ids.shape
         n = batch * time
-        out = np.empty((len(self.layout.layers), batch, time, self.layout.columns), np.int64)
         if n == 0:
             return out
         arrays = [a if a is None else np.ascontiguousarray(a, np.int64) for a in (ids, documents, lookback)]

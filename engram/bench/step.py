@@ -15,7 +15,7 @@ from engram.bench.compare import Row, compare
 from engram.config import EngramConfig
 from engram.lm.train import train_step
 from engram.lm.transformer import Transformer, TransformerConfig
-from engram.memory import EngramMemory
+from engram.memory import EngramMemory, Recall
 from engram.optimizer import build_optimizer
 
 VOCAB, BATCH, TIME = 4096, 8, 256
@@ -46,7 +46,8 @@ class Trainer:
         self.model = Transformer(TransformerConfig(vocab_size=VOCAB, hidden_size=hidden_size), memory)
         self.optimizer, self.memory, self.fetch_ahead = build_optimizer(self.model), memory, fetch_ahead
         self.text, self.documents = _text(), torch.zeros(BATCH, TIME, dtype=torch.int64)
-        self.turn, self.ahead = 0, None
+        self.turn = 0
+        self.ahead: Recall | None = None
 
     def __call__(self) -> None:
         now, following = (self.text[i % len(self.text)] for i in (self.turn, self.turn + 1))

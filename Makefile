@@ -4,16 +4,13 @@
 PYTHON ?= python3
 ARGS ?=
 
-# Text, tokenizers and trained vocabularies that are made once; inside the clone, so that deleting it deletes all.
+# Vocabularies, trained once; inside the clone, so that deleting it deletes all.
 export ENGRAM_CACHE ?= $(CURDIR)/.engram-cache
-# Large tensors come back from the allocator warm instead of from the kernel page by page (glibc; elsewhere ignored).
-# Measured on two cores: 1.4 to 2 times the training speed.
-FAST_MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DATA := .venv/.data
-TOKENIZERS := $(ENGRAM_CACHE)/.tokenizers
+TOKENIZERS := tests/.tokenizers/.fetched
 NATIVE := $(wildcard engram/*/*.c engram/*/*.h)
 
 .DELETE_ON_ERROR:
@@ -28,14 +25,14 @@ test: $(INSTALLED) $(DATA) $(TOKENIZERS)  ## lint, type check and the whole test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-ablation: $(INSTALLED) $(DATA)  ## train plain attention and engram side by side (ARGS="--seeds 3 --out runs/three")
-	$(FAST_MALLOC) $(BIN)/engram ablate $(ARGS)
+ablation: $(INSTALLED) $(DATA)  ## train plain attention and engram side by side (ARGS="--seeds 0,1,2 --out runs/three")
+	$(BIN)/engram ablate $(ARGS)
 
 bench: $(INSTALLED) $(DATA)  ## time hashing, gathering and a training step (ARGS="--help" for more)
-	$(FAST_MALLOC) $(BIN)/engram bench $(ARGS)
+	$(BIN)/engram bench $(ARGS)
 
 clean:  ## remove the virtual environment, caches and built files; runs/ is kept
-	rm -rf .venv .engram-cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .engram-cache tests/.tokenizers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find engram tests -name '__pycache__' -prune -exec rm -rf {} +
 	find engram -name '*.so' -delete
 

@@ -11,6 +11,7 @@ import html
 import io
 import itertools
 import os
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -326,7 +327,7 @@ def _draw_losses(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
     margin = 0.06 * (max(visible) - min(visible)) or 0.1
     axes.set_ylim(min(visible) - margin, max(visible) + margin)
     axes.set_xlim(0, max(end[1] for end in ends) * 1.02)
-    axes.xaxis.set_major_formatter(lambda value, _: format_count(value).replace(".00", ""))
+    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+(?=\D)", "", format_count(value)))
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("training tokens")
     _panel_title(axes, "Validation loss while training", "nats per token; dot: all validation text; faint: training")

@@ -11,6 +11,9 @@ import numpy as np
 Row = dict[str, Any]  # {"what", "value", "unit", "ratio"}; ratio: ours over this line (> 1: ours is faster)
 
 
+_REST = 0.01  # seconds: torch's OpenMP threads spin for a while after their work, on the cores of the next arm
+
+
 def compare(
     arms: Mapping[str, Callable[[], Any]],
     per_round: float,
@@ -26,6 +29,7 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_number in range(rounds + 2):
         for name, work in arms.items():
+            time.sleep(_REST)
             began = time.perf_counter()
             work()
             if round_number >= 2:  # the first two warm up

@@ -55,8 +55,10 @@ def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, t
     plain, one_row, full = report["runs"]
     assert plain["parameters"]["table"] == 0 and one_row["parameters"]["table"] == 8 * 32
     assert full["parameters"]["table"] > 8 * 32 * 65_536 and 0 < full["memory"]["unique_ratio"] < 1
-    tokens = sum(bucket[0] for bucket in full["seen"]["bigram"].values())
-    assert 0 < tokens < report["corpus"]["validation_tokens"]
+    for order in ("bigram", "trigram"):
+        buckets = [bucket for bucket in full["seen"][order].values() if bucket[0]]
+        assert 0 < sum(tokens for tokens, _ in buckets) < report["corpus"]["validation_tokens"]
+        assert all(0 < loss < 20 for _, loss in buckets)  # a position that predicts nothing would make this NaN
     again = small_report(text_folder, tmp_path, "b")
     assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in report["runs"]]
     assert again["summary"] == report["summary"]

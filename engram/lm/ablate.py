@@ -61,6 +61,8 @@ def ablate(
         raise ValueError(f"seeds must be distinct and at least one, not {list(seeds)}")
     data = prepare(setting, held_out)
     Batches(data.train, setting.train.context, setting.train.batch_size)  # a text too short is refused before any work
+    if len(data.validation.starts) < 3:
+        raise ValueError(f"{setting.corpus!r} holds out one document; an interval needs two: give more documents")
     if on_data is not None:
         on_data(data)
     runs: list[dict[str, Any]] = []
@@ -145,7 +147,8 @@ def _run(
 
 def _seen_losses(result: Evaluation, counts: np.ndarray) -> dict[str, list[float | None]]:
     """{"0": [tokens, loss], ...}; the loss of an empty bucket is None, which JSON knows."""
-    buckets = loss_by_count(result.position_nats, counts)
+    nats = result.position_nats
+    buckets = loss_by_count(nats, np.where(np.isnan(nats), -1, counts))  # a document's last position predicts nothing
     return {name: [tokens, loss if tokens else None] for name, (tokens, loss) in buckets.items()}
 
 
@@ -245,7 +248,8 @@ def _processor() -> str:
 
 def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Writes report.json, curves.png and report.html into a folder, each whole or not at all."""
-    from engram.lm.report import draw_curves, write_html
+    from engram.lm.figure import draw_curves
+    from engram.lm.page import write_html
 
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def _describe(data: Any) -> None:
 
 @app.command()
 def ablate(
-    budget: Budget = "1.1M",
+    budget: Budget = "1M",
     seeds: Annotated[str, typer.Option(help="Seeds joined by commas; every arm runs once per seed.")] = "0",
     corpus: Corpus = "wiki+shakespeare+kjv",
     arms: Annotated[str, typer.Option(help="Arms joined by commas: plain, one-row, random, engram.")] = (
@@ -132,7 +132,7 @@ def ablate(
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; one with checkpoints of this setting is resumed.")],
     arm: Annotated[str, typer.Option(help="plain, one-row, random or engram.")] = "engram",
-    budget: Budget = "1.1M",
+    budget: Budget = "1M",
     seed: int = 0,
     corpus: Corpus = "wiki+shakespeare+kjv",
     lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,

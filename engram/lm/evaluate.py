@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, data: Encoded, context: int | None = None, batch_tokens: int = 8192) -> Evaluation:
+def evaluate(model: Transformer, data: Encoded, context: int | None = None, batch_tokens: int = 2048) -> Evaluation:
     """Scores every document on its own, in windows of `context` tokens that do not overlap.
 
     A document's first token is predicted from <|endoftext|>; its end is not predicted, so that bits per byte count the

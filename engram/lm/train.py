@@ -36,7 +36,7 @@ class TrainConfig:
         seed: of the weights and of the data order.
     """
 
-    tokens: int = 1_100_000
+    tokens: int = 1_000_000
     batch_size: int = 8
     context: int = 256
     lr: float = 3e-3

@@ -19,16 +19,6 @@ from engram.tables.codecs import PQ, Fp8, Int, get_codec
 BLOCK_CODECS = ["fp8", "int8", "int4"]
 
 
-@pytest.fixture(params=["native", "torch"])
-def path_of(request, monkeypatch):
-    """Runs a test once with the compiled kernels and once without."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "native", None)
-    elif kernels.native is None:
-        pytest.skip("no compiled kernels here")
-    return request.param
-
-
 def normal(n: int, dim: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
 

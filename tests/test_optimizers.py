@@ -15,16 +15,6 @@ from engram.tables import HostTable, RowAdagrad, RowAdam, RowRMS, RowSinkhorn, k
 KINDS = {"rms": RowRMS, "adam": RowAdam, "adagrad": RowAdagrad, "sinkhorn": RowSinkhorn}
 
 
-@pytest.fixture(params=["native", "torch"])
-def path_of(request, monkeypatch):
-    """Runs a test once with the compiled kernels and once without."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "native", None)
-    elif kernels.native is None:
-        pytest.skip("no compiled kernels here")
-    return request.param
-
-
 def touched_step(seed: int, rows: int, dim: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, rows, (n,), generator=generator), torch.randn(n, dim, generator=generator)

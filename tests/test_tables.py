@@ -15,16 +15,6 @@ from engram.tables import kernels, reference
 from engram.tables.table import HostTable
 
 
-@pytest.fixture(params=["native", "torch"])
-def path_of(request, monkeypatch):
-    """Runs a test once with the compiled kernels and once without."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "native", None)
-    elif kernels.native is None:
-        pytest.skip("no compiled kernels here")
-    return request.param
-
-
 def resident_bytes() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer
-from engram.tables.files import file_digest, read_rows, write_rows
+from engram.tables.files import file_digest, read_rows, sync, write_rows
 
 _FORMAT = 1
 
@@ -71,31 +71,23 @@ def save_checkpoint(
         for name, tensors in (("model", dense), ("optimizer", adam)):
             path = partial / f"{name}.safetensors"
             safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-            _sync(path)
+            sync(path)
             manifest["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
         for name, rows in {**tables, **_row_state(optimizer)}.items():
             manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync(partial / "manifest.json")
-        _sync(partial)
+        sync(partial / "manifest.json")
+        sync(partial)
         if target.exists():  # the same step once more, after a resume
             shutil.rmtree(target)
         os.rename(partial, target)
-        _sync(home)
+        sync(home)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, safetensors.SafetensorError)):
             raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
         raise
     return target
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -22,3 +23,14 @@ def test_the_readme_names_no_file_that_is_not_there():
     root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (root / target).exists(), target
+
+
+def test_the_figures_of_the_readme_are_those_of_its_report():
+    report = json.loads((Path(__file__).parent.parent / "docs" / "report.json").read_text())
+    for entry in report["summary"]:
+        (line,) = (line for line in README.splitlines() if line.startswith(f"| {entry['arm']} |"))
+        wanted = [f"{entry['loss']:.3f}", f"{entry['bpb']:.3f}"]
+        if entry["difference"]:
+            wanted += [f"{entry['difference'][key]:+.3f}".replace("-", "−") for key in ("mean", "low", "high")]
+        assert all(figure in line for figure in wanted), line
+    assert f"{report['runs'][0]['tokens']:,} training tokens" in README

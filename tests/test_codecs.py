@@ -387,13 +387,13 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_encoding_a_sparse_table_touches_no_pages_of_rows_never_written():
-    table = HostTable(2**20, 64)
-    ids = torch.tensor([5, 2**19, 2**20 - 1])
+    table = HostTable(2**22, 64)
+    ids = torch.tensor([5, 2**19, 2**22 - 1])
     table.write(ids, normal(3, 64))
     encode_table(HostTable(2**17, 64), "fp8")  # warm up
     before = resident_bytes()
-    encoded = encode_table(table, "fp8")  # 66 MiB of rows
-    assert resident_bytes() - before < 24 << 20
+    encoded = encode_table(table, "fp8")  # 264 MiB of rows
+    assert resident_bytes() - before < 96 << 20
     assert torch.equal(encoded.gather(ids), Fp8().decode(Fp8().encode(table.gather(ids)), 64))
     assert encoded.gather(torch.arange(0, 1000))[6:].count_nonzero() == 0
 

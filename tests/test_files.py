@@ -451,20 +451,23 @@ memories[0].save(folder)
 began = time.perf_counter()
 memories[1].save(folder, overwrite=True)
 whole = time.perf_counter() - began
-for _ in range(20):
+left = 0
+for attempt in range(60):
+    if attempt >= 20 and len(seen) == 2 and left:  # kills did hit saves; on a busy machine that takes more of them
+        break
     if (child := os.fork()) == 0:
         for i in range(10**6):
             memories[i % 2].save(folder, overwrite=True)
-    time.sleep(draw.random() * 2.5 * whole)
+    time.sleep(draw.random() * 2.5 * whole * (1 + attempt / 10))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     if folder.exists():
         loaded = EngramMemory.load(folder)
         seen.add(next(i for i, m in enumerate(memories) if same(loaded, m)))
         assert all(result["problem"] is None for result in verify(folder))
-left = len(list(folder.parent.iterdir()))
+    left += len(list(folder.parent.iterdir())) > 1
 memories[0].save(folder, overwrite=True)
-print(sorted(seen), left > 1, [p.name for p in folder.parent.iterdir()])
+print(sorted(seen), left > 0, [p.name for p in folder.parent.iterdir()])
 """
     _, out = elsewhere(code, tmp_path / "memory")
     assert out == "[0, 1] True ['memory']\n"  # kills did hit saves, and the next save cleared what they left
@@ -491,6 +494,8 @@ for work in (lambda: m.save(sys.argv[1] + "/new"), lambda: HostTable(100, 8, pat
     except OSError as error:
         print(error)
 """
+        if os.getuid() == 0 and not all(parent.stat().st_mode & 0o001 for parent in folder.parents):
+            pytest.skip(f"no other user may enter {folder.parent}")
         _, out = elsewhere(code, folder)
         folder.chmod(0o755)
         (folder / "memory").chmod(0o755)

@@ -214,13 +214,13 @@ def train(
     model.train()
     memory = model.memory
     ahead: Recall | None = None  # of the batch after the current one
+    upcoming = batches(first)
     for step in range(first, config.steps):
         began = time.perf_counter()
-        batch, recall = batches(step), ahead
+        batch, recall, upcoming = upcoming, ahead, batches(step + 1)
         if memory is not None and prefetch:
             recall = recall or memory.recall(batch[0], batch[2])
-            ids, _, documents = batches(step + 1)
-            ahead = memory.recall(ids, documents)
+            ahead = memory.recall(upcoming[0], upcoming[2])
         scale = learning_rate_scale(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale

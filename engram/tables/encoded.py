@@ -16,7 +16,7 @@ from torch import Tensor
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, get_codec
 from engram.tables.mapping import map_file, map_memory
-from engram.tables.table import HostTable
+from engram.tables.table import HostTable, as_output
 
 _SMALLEST = 1024  # rows below which one core is faster than two
 _SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on
@@ -65,14 +65,13 @@ class EncodedTable(HostTable):
         self.row_bytes = self.codec.row_bytes(self.dim)
         self.nbytes = self.rows * self.row_bytes
         self.init, self.std, self.seed = "zero", 1.0, 0
-        self.huge_pages = False
         self.writable, self.watchers = True, weakref.WeakSet()
         self._meta = torch.get_default_device().type == "meta"
         if self._meta:
             return
         what = f"{self.rows:,} rows x {self.row_bytes} bytes of {self.codec.name}"
         if self.path is None:
-            memory, self.huge_pages = map_memory(self.nbytes, what)
+            memory = map_memory(self.nbytes, what)
         else:
             memory, self._file = map_file(self.path, self.nbytes, what)
         self._tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(self.rows, self.row_bytes)
@@ -163,12 +162,7 @@ class EncodedTable(HostTable):
         stored = self.tensor
         ids = self.check(row_ids)
         shape = (*ids.shape, self.dim)
-        if out is None:
-            out = torch.empty(shape, dtype=torch.float32)
-        elif tuple(out.shape) != shape or not out.is_contiguous() or out.device.type != "cpu":
-            raise ValueError(f"out must be a contiguous CPU tensor of shape {shape}, not {tuple(out.shape)}")
-        elif out.dtype != torch.float32:
-            raise ValueError(f"out must be torch.float32, not {out.dtype}")
+        out = as_output(out, shape, torch.float32)
         if ids.numel() == 0:
             return out
         if kernels.native is not None:
@@ -189,12 +183,7 @@ class EncodedTable(HostTable):
         Raises:
             ValueError: shapes that do not match, a row id given twice, or values that are not finite.
         """
-        stored = self.tensor
-        ids = self.check(row_ids).flatten()
-        if tuple(rows.shape[:-1]) != tuple(row_ids.shape) or rows.shape[-1] != self.dim:
-            raise ValueError(f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {rows.shape}")
-        if torch.unique(ids).numel() != ids.numel():
-            raise ValueError("a row id occurs twice in one write")
+        stored, ids = self.tensor, self.begin_write(row_ids, rows)
         stored.index_copy_(0, ids, self.codec.encode(rows.reshape(-1, self.dim)))
 
     def info(self) -> dict[str, Any]:

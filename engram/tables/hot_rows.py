@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.tables.table import HostTable
+from engram.tables.table import HostTable, as_output
 
 _WAYS = 8  # rows a set holds; a row can lie in one set only
 
@@ -70,12 +70,7 @@ class HotRows:
         """Rows by id, as HostTable.gather: same arguments, result and errors."""
         ids = self.table.check(row_ids)
         shape = (*ids.shape, self.dim)
-        if out is None:
-            out = torch.empty(shape, dtype=self.dtype)
-        elif tuple(out.shape) != shape or not out.is_contiguous() or out.device.type != "cpu":
-            raise ValueError(f"out must be a contiguous CPU tensor of shape {shape}, not {tuple(out.shape)}")
-        elif out.dtype not in (self.dtype, torch.float32):
-            raise ValueError(f"out must be {self.dtype} or torch.float32, not {out.dtype}")
+        out = as_output(out, shape, self.dtype)
         if ids.numel():
             with self._lock:
                 self._gather(ids.flatten().numpy(), out)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 
-def map_memory(nbytes: int, what: str) -> tuple[mmap.mmap, bool]:
-    """Zeroed address space that becomes memory page by page as it is written, and whether huge pages were granted.
+def map_memory(nbytes: int, what: str) -> mmap.mmap:
+    """Zeroed address space that becomes memory page by page as it is written, on huge pages where they are granted.
 
     Args:
         nbytes: how much. what: the table in words, for the error.
@@ -20,7 +20,7 @@ def map_memory(nbytes: int, what: str) -> tuple[mmap.mmap, bool]:
     """
     try:
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-            return mmap.mmap(-1, nbytes), False
+            return mmap.mmap(-1, nbytes)
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # in mmap since 3.13
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     except (OSError, OverflowError) as error:
@@ -28,13 +28,12 @@ def map_memory(nbytes: int, what: str) -> tuple[mmap.mmap, bool]:
             f"no {nbytes:,} bytes of address space for a table of {what}: {error}. "
             f"Give the table a path to keep it in a file, or fewer rows."
         ) from error
-    if nbytes > _free_memory() // 2:  # a table that fits only as long as few rows are touched: 2 MiB a row would not
-        return memory, False
-    try:  # before the first touch; fewer TLB misses on random rows
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        return memory, True
-    except (AttributeError, OSError):
-        return memory, False
+    if nbytes <= _free_memory() // 2:  # else the table fits only as long as few rows are touched: 2 MiB a row would not
+        try:  # before the first touch; fewer TLB misses on random rows
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except (AttributeError, OSError):
+            pass
+    return memory
 
 
 def _free_memory() -> int:

@@ -65,6 +65,18 @@ def _on_huge_pages(address: int) -> bool | None:
     return 2 * huge >= resident if resident else None
 
 
+def as_output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A buffer for rows: the caller's, proven to fit (in `dtype` or float32), or a new one of `dtype`."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    if tuple(out.shape) != shape or not out.is_contiguous() or out.device.type != "cpu":
+        raise ValueError(f"out must be a contiguous CPU tensor of shape {shape}, not {tuple(out.shape)}")
+    if out.dtype not in (dtype, torch.float32):
+        allowed = "torch.float32" if dtype == torch.float32 else f"{dtype} or torch.float32"
+        raise ValueError(f"out must be {allowed}, not {out.dtype}")
+    return out
+
+
 class HostTable:
     """A table of `rows` x `dim` values in host memory (path=None) or in a mapped file of raw rows.
 
@@ -119,7 +131,6 @@ class HostTable:
         self.nbytes = self.rows * self.dim * dtype.itemsize
         self.init, self.std, self.seed = init, float(std), int(seed)
         self.path = None if path is None else Path(path)
-        self.huge_pages = False
         self.writable = mode == "r+"
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()  # caches of rows, told of every write
         self._file: int | None = None
@@ -130,7 +141,7 @@ class HostTable:
             return
         what = f"{self.rows:,} rows x {self.dim} x {dtype}"
         if self.path is None:
-            memory, self.huge_pages = map_memory(self.nbytes, what)
+            memory = map_memory(self.nbytes, what)
         else:
             memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
         values = np.frombuffer(memory, dtype=np.uint8)
@@ -257,12 +268,7 @@ class HostTable:
             self._check_file()
         ids = as_ids(row_ids)
         shape = (*ids.shape, self.dim)
-        if out is None:
-            out = torch.empty(shape, dtype=self.dtype)
-        elif tuple(out.shape) != shape or not out.is_contiguous() or out.device.type != "cpu":
-            raise ValueError(f"out must be a contiguous CPU tensor of shape {shape}, not {tuple(out.shape)}")
-        elif out.dtype not in (self.dtype, torch.float32):
-            raise ValueError(f"out must be {self.dtype} or torch.float32, not {out.dtype}")
+        out = as_output(out, shape, self.dtype)
         if ids.numel() == 0:
             return out
         if kernels.native is not None:
@@ -285,6 +291,17 @@ class HostTable:
             out.copy_(rows.view(shape))
         return out
 
+    def begin_write(self, row_ids: Tensor | np.ndarray, rows: Tensor) -> Tensor:
+        """The flat, checked row ids of a write, after which caches in front of the table have forgotten them."""
+        self.check_writable()
+        ids = self.check(row_ids).flatten()
+        if tuple(rows.shape[:-1]) != tuple(row_ids.shape) or rows.shape[-1] != self.dim:
+            raise ValueError(f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {rows.shape}")
+        if torch.unique(ids).numel() != ids.numel():
+            raise ValueError("a row id occurs twice in one write")
+        self.changed(ids)
+        return ids
+
     def write(self, row_ids: Tensor | np.ndarray, rows: Tensor) -> None:
         """Stores rows [..., dim] under distinct row ids [...]; float32 is rounded to nearest for a bfloat16 table.
 
@@ -292,15 +309,8 @@ class HostTable:
             ValueError: shapes that do not match, or a row id given twice (which row should win?).
             PermissionError: a table opened read-only.
         """
-        self.check_writable()
-        stored = self.tensor
-        ids = self.check(row_ids).flatten()
+        stored, ids = self.tensor, self.begin_write(row_ids, rows)
         values = rows.detach().to("cpu", torch.float32).reshape(-1, self.dim).contiguous()
-        if tuple(rows.shape[:-1]) != tuple(row_ids.shape) or rows.shape[-1] != self.dim:
-            raise ValueError(f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {rows.shape}")
-        if torch.unique(ids).numel() != ids.numel():
-            raise ValueError("a row id occurs twice in one write")
-        self.changed(ids)
         if kernels.native is not None:
             kernels.native.engram_scatter(self.struct, ids.data_ptr(), 0, ids.numel(), values.data_ptr())
         else:

@@ -94,7 +94,7 @@ def test_the_log_accounts_for_every_row_of_the_memory():
 
     m, data = model(), corpus()
     log = train(m, data, CONFIG)
-    facts = memory_traffic(log, m.memory, 4)
+    facts = memory_traffic(log, m.memory)
     batches = Batches(data, CONFIG.context, CONFIG.batch_size, CONFIG.seed)
     touched = 0
     for step in range(CONFIG.steps):

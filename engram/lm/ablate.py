@@ -22,7 +22,6 @@ from engram.lm.run import ARMS, Data, Setting, build_model, prepare
 from engram.lm.statistics import loss_by_count, ngram_counts, paired_bootstrap
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, memory_traffic, train
-from engram.memory import EngramMemory
 
 DEFAULT_ARMS = ("plain", "one-row", "engram")
 Progress = Callable[[str, int, int, int, float], Any]  # arm, seed, step, steps, loss
@@ -119,7 +118,7 @@ def _run(
     result = evaluate(model, data.validation)
     memory = model.memory
     dense_state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
-    traffic = memory_traffic(log, memory, _row_state_bytes(setting, memory)) if memory else None
+    traffic = memory_traffic(log, memory) if memory else None
     run = {
         "arm": arm,
         "seed": setting.train.seed,
@@ -150,14 +149,6 @@ def _seen_losses(result: Evaluation, counts: np.ndarray) -> dict[str, list[float
     nats = result.position_nats
     buckets = loss_by_count(nats, np.where(np.isnan(nats), -1, counts))  # a document's last position predicts nothing
     return {name: [tokens, loss if tokens else None] for name, (tokens, loss) in buckets.items()}
-
-
-def _row_state_bytes(setting: Setting, memory: EngramMemory | None) -> int:
-    """Bytes of optimiser state of one row."""
-    if memory is None or not memory.config.train_tables:
-        return 0
-    dim = memory.config.head_dim
-    return {"rms": 4, "adagrad": 4, "adam": 8 * dim, "sinkhorn": 4 * dim + 4}[setting.train.table_optimizer]
 
 
 def _seen(setting: Setting, data: Data, order: int) -> np.ndarray:

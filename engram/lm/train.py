@@ -91,12 +91,14 @@ class Batches:
 class TrainLog:
     """What a run measured. curve and validation hold [tokens, nats per token]; seconds are those of training steps.
 
+    row_state_bytes: of the row optimisers, for all rows stored.
     rows_read, rows_touched: rows gathered, and distinct rows updated, over all steps and layers.
     clock: seconds of hashing (in the background), of waiting for rows, and of updating rows.
     """
 
     tokens: int = 0
     seconds: float = 0.0
+    row_state_bytes: int = 0
     rows_read: int = 0
     rows_touched: int = 0
     clock: dict[str, float] = field(default_factory=dict)
@@ -104,27 +106,28 @@ class TrainLog:
     validation: list[list[float]] = field(default_factory=list)
 
 
-def memory_traffic(log: TrainLog, memory: EngramMemory, optimizer_bytes_per_row: int) -> dict[str, Any]:
+def memory_traffic(log: TrainLog, memory: EngramMemory) -> dict[str, Any]:
     """What the memory cost per training step: rows and bytes of tables and state, traffic, shares of the time.
 
     A row is read once per place in the batch that looks it up, and read and written once per step in which it is
     touched, together with its optimiser state.
 
     Args:
-        log: of the run. memory: its tables. optimizer_bytes_per_row: state of one row, see RowRMS and RowAdam.
+        log: of the run. memory: its tables.
     """
     steps = max(1, len(log.curve))
     row = memory.config.head_dim * next(iter(memory.tables.values())).dtype.itemsize
     rows = sum(table.rows for table in memory.tables.values())
+    state = log.row_state_bytes // rows
     return {
         "rows": rows,
         "row_bytes": rows * row,
-        "state_bytes": rows * optimizer_bytes_per_row,
+        "state_bytes": log.row_state_bytes,
         "rows_read_per_step": log.rows_read / steps,
         "rows_touched_per_step": log.rows_touched / steps,
         "unique_ratio": log.rows_touched / max(1, log.rows_read),
-        "bytes_read_per_step": (log.rows_read * row + log.rows_touched * (row + optimizer_bytes_per_row)) / steps,
-        "bytes_written_per_step": log.rows_touched * (row + optimizer_bytes_per_row) / steps,
+        "bytes_read_per_step": (log.rows_read * row + log.rows_touched * (row + state)) / steps,
+        "bytes_written_per_step": log.rows_touched * (row + state) / steps,
         "seconds": {**log.clock, "training": log.seconds},
     }
 
@@ -211,6 +214,7 @@ def train(
         if manifest["facts"]["config"] != asdict(config):
             raise ValueError(f"{newest} was trained with {manifest['facts']['config']}, not with {asdict(config)}")
         log, first = TrainLog(**manifest["facts"]["log"]), int(manifest["step"])
+    log.row_state_bytes = sum(row_optimizer.nbytes for row_optimizer in optimizer.row_optimizers)
     model.train()
     memory = model.memory
     ahead: Recall | None = None  # of the batch after the current one

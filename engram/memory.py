@@ -13,7 +13,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.config import EngramConfig
 from engram.fusion import EngramFusion
 from engram.tables import EncodedTable, HostTable, encode_table
-from engram.tables.codecs import PQ
+from engram.tables.codecs import PQ, get_codec
 from engram.tables.prefetch import Fetch, in_background, wait
 
 _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
@@ -123,6 +123,27 @@ def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, rows
     rows.grad = None
 
 
+def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
+    """Where the rows of this configuration lie, for the tokenizer of this token map."""
+    return HashLayout.build(
+        compressed_vocab=token_map.size,
+        layers=config.layers,
+        orders=config.orders,
+        heads=config.heads,
+        rows_per_head=config.rows_per_head,
+        pad_id=int(token_map.table[config.pad_id]),
+        seed=config.seed,
+        family=config.hash,
+    )
+
+
+def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mode: str = "r+") -> HostTable:
+    """The table of one layer, float rows as the configuration wants them; in memory, or in the file `path`."""
+    dtype, seed = getattr(torch, config.table_dtype), config.seed * 1_000_003 + layer
+    init, std = config.table_init, config.table_std
+    return HostTable(rows, config.head_dim, dtype, path, mode=mode, init=init, std=std, seed=seed)
+
+
 class EngramMemory(nn.Module):
     """The n-gram memory of one model: a table and a fusion module for each of config.layers.
 
@@ -134,11 +155,12 @@ class EngramMemory(nn.Module):
         config: shape and rules. token_map: of the tokenizer whose ids will come in. hidden_size: d.
         streams: residual streams M of the backbone.
         folder: keep the tables in files layer-<i>.rows of this folder instead of RAM.
-        mode: "r+", or "r": the tables are mapped read-only. Use EngramMemory.load for that, which checks them first.
+        tables: {layer: table} to read from instead of new ones, all of them encoded or none.
 
     Raises:
         ValueError: a token map that cannot belong to the config (size, or pad_id outside it); a folder that is a saved
-        memory, whose rows would no longer have the digests of its manifest once they were trained in place.
+        memory, whose rows would no longer have the digests of its manifest once they were trained in place; tables
+        of another shape than the config's.
     """
 
     def __init__(
@@ -148,7 +170,7 @@ class EngramMemory(nn.Module):
         hidden_size: int,
         streams: int = 1,
         folder: Any = None,
-        mode: str = "r+",
+        tables: Mapping[int, HostTable] | None = None,
     ):
         super().__init__()
         self.config, self.hidden_size, self.streams = config, hidden_size, streams
@@ -161,37 +183,25 @@ class EngramMemory(nn.Module):
             raise ValueError(
                 f"pad_id {config.pad_id} is outside the token map's vocabulary of {len(token_map.table):,}"
             )
-        if folder is not None and mode == "r+" and (Path(folder) / "manifest.json").exists():
+        if folder is not None and (Path(folder) / "manifest.json").exists():
             raise ValueError(
                 f"{folder} is a saved memory, which is not trained in place: EngramMemory.load it, with rows_in= where "
                 f"the rows should stay in files, and save it again"
             )
-        self.layout = HashLayout.build(
-            compressed_vocab=token_map.size,
-            layers=config.layers,
-            orders=config.orders,
-            heads=config.heads,
-            rows_per_head=config.rows_per_head,
-            pad_id=int(token_map.table[config.pad_id]),
-            seed=config.seed,
-            family=config.hash,
-        )
+        self.layout = hash_layout(config, token_map)
         self.hasher = NgramHasher(self.layout, token_map)
         self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
-        self.tables: dict[int, HostTable] = {
-            layer: HostTable(
-                self.layout.rows[layer],
-                config.head_dim,
-                getattr(torch, config.table_dtype),
-                None if folder is None else f"{folder}/layer-{layer}.rows",
-                mode=mode,
-                init=config.table_init,
-                std=config.table_std,
-                seed=config.seed * 1_000_003 + layer,
-            )
-            for layer in config.layers
-        }
-        self.codec: str | None = None  # of encode_tables
+        self.tables: dict[int, HostTable] = dict(tables or {})
+        if tables is None:
+            for layer in config.layers:
+                path = None if folder is None else f"{folder}/layer-{layer}.rows"
+                self.tables[layer] = new_table(config, layer, self.layout.rows[layer], path)
+        shapes = {layer: (table.rows, table.dim) for layer, table in self.tables.items()}
+        wanted = {layer: (self.layout.rows[layer], config.head_dim) for layer in config.layers}
+        codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in self.tables.values()}
+        if shapes != wanted or len(codecs) != 1:
+            raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
+        self.codec: str | None = codecs.pop()
         # (row ids, gradient) of each backward pass since the optimiser's last step
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
@@ -276,11 +286,12 @@ class EngramMemory(nn.Module):
         """
         if self.codec is not None:
             raise ValueError(f"the tables are {self.codec} already: encoding twice would lose precision twice")
+        name = get_codec(codec, self.config.head_dim).name
         encoded: dict[int, EncodedTable] = {}
         for layer, table in self.tables.items():
-            encoded[layer] = encode_table(table, codec, None if folder is None else f"{folder}/layer-{layer}.{codec}")
+            encoded[layer] = encode_table(table, codec, None if folder is None else f"{folder}/layer-{layer}.{name}")
         self.close()
-        self.tables, self.codec = {**encoded}, encoded[self.config.layers[0]].codec.name
+        self.tables, self.codec = {**encoded}, name
         for pending in self.gradients.values():
             pending.clear()
 

@@ -4,7 +4,9 @@
           /config.json              EngramConfig, hidden size, streams
           /token_map.safetensors    the tokenizer's compression
           /fusion.safetensors       dense weights of the fusion modules
-          /layer-<i>.rows           raw rows of a layer's table, native little-endian, row-major
+          /layer-<i>.rows           raw rows of a layer's table, native little-endian, row-major; or, of encoded tables,
+          /layer-<i>.<codec>        rows as engram/tables/codecs.py describes them, and for pq4 and pq8
+          /layer-<i>.<codec>.codebooks    safetensors
 
 Everything is JSON, safetensors or raw rows; nothing is unpickled, and nothing is believed before it was checked.
 """
@@ -14,8 +16,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,6 +26,9 @@ import xxhash
 
 from engram.addressing import HashLayout, TokenMap
 from engram.config import EngramConfig
+from engram.memory import EngramMemory, hash_layout, new_table
+from engram.tables import EncodedTable, HostTable
+from engram.tables.codecs import PQ, Codec
 from engram.tables.files import (
     bad_blocks,
     file_digest,
@@ -34,9 +40,6 @@ from engram.tables.files import (
     whole_folder,
     write_rows,
 )
-
-if TYPE_CHECKING:
-    from engram.memory import EngramMemory
 
 FORMAT = "engram-memory-1"
 _SMALL = ("config.json", "token_map.safetensors", "fusion.safetensors")
@@ -50,11 +53,6 @@ def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite:
             raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace a saved memory")
         if not (target / "manifest.json").is_file() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} is no saved memory (it has no manifest.json), so it is not replaced")
-    if memory.codec is not None:
-        raise ValueError(
-            f"the tables are stored as {memory.codec}, and a folder holds float32 or bfloat16 rows: save the memory "
-            f"before it is encoded"
-        )
     layout, token_map = memory.layout, memory.hasher.token_map
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -77,19 +75,25 @@ def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite:
             for name in _SMALL:
                 manifest["files"][name] = file_entry(partial / name)
             for layer, table in memory.tables.items():
-                name = f"layer-{layer}.rows"
-                entry = write_rows(partial / name, table.tensor)
-                manifest["files"][name] = entry
+                name = f"layer-{layer}.{memory.codec or 'rows'}"
+                entry = manifest["files"][name] = write_rows(partial / name, table.tensor)
+                digests = [entry["xxh3_128"]]
+                if isinstance(table, EncodedTable) and isinstance(table.codec, PQ):
+                    books = partial / f"{name}.codebooks"
+                    books.write_bytes(safetensors.torch.save({"codebooks": table.codec.codebooks}))
+                    manifest["files"][books.name] = file_entry(books)
+                    digests.append(manifest["files"][books.name]["xxh3_128"])
                 manifest["tables"][str(layer)] = {
                     "file": name,
                     "rows": table.rows,
                     "dim": table.dim,
                     "dtype": str(table.dtype).removeprefix("torch."),
                     "row_bytes": table.nbytes // table.rows,
+                    "codec": memory.codec,
                     "init": table.init,
                     "std": table.std,
                     "seed": str(table.seed),
-                    "binding": _binding(layout, layer, entry["xxh3_128"]),
+                    "binding": _binding(layout, layer, digests),
                 }
             manifest["digest"] = manifest_digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -104,9 +108,9 @@ def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite:
     return target
 
 
-def _binding(layout: HashLayout, layer: int, digest: str) -> str:
-    """Ties a file's digest to the layer and the addresses it was written for."""
-    return xxhash.xxh3_128_hexdigest(f"{layout.digest} {layer} {digest}".encode())
+def _binding(layout: HashLayout, layer: int, digests: Sequence[str]) -> str:
+    """Ties the digests of a table's files to the layer and the addresses they were written for."""
+    return xxhash.xxh3_128_hexdigest(" ".join([layout.digest, str(layer), *digests]).encode())
 
 
 def read_facts(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], HashLayout]:
@@ -130,7 +134,10 @@ def read_facts(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], HashLayo
             raise ValueError("layout, layout digest and rows of the tables do not belong together")
         if manifest["byte_order"] != sys.byteorder:
             raise ValueError(f"rows are {manifest['byte_order']}-endian, this machine is {sys.byteorder}-endian")
-        _ = manifest["token_map"]["digest"], [manifest["files"][name] for name in _SMALL]
+        small = [*_SMALL, *(_codebooks(v) for v in manifest["tables"].values() if _codebooks(v))]
+        digests = {name: manifest["files"][name]["xxh3_128"] for name in small}
+        books = {int(k): [digests[_codebooks(v)]] if _codebooks(v) else [] for k, v in manifest["tables"].items()}
+        _ = manifest["token_map"]["digest"]
     except KeyError as error:
         raise ValueError(f"{path} is damaged: it lacks {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -149,7 +156,7 @@ def read_facts(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], HashLayo
                     f"{home / file} and {home / twin} of layers {layer} and {other} hold the same rows: one file was "
                     f"copied over the other"
                 )
-        if bindings[layer] != _binding(layout, layer, entries[layer]["xxh3_128"]):
+        if bindings[layer] != _binding(layout, layer, [entries[layer]["xxh3_128"], *books[layer]]):
             raise ValueError(
                 f"{home / file} is not bound to layer {layer} of this layout: it was swapped with another layer's or "
                 f"comes from another memory"
@@ -157,6 +164,11 @@ def read_facts(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], HashLayo
     if manifest.get("digest") != manifest_digest(manifest):
         raise ValueError(f"{path} was altered: it does not have the digest it states")
     return manifest, layout
+
+
+def _codebooks(table: dict[str, Any]) -> str | None:
+    """Name of the file with a product-quantised table's codebooks; None for other codecs."""
+    return f"{table['file']}.codebooks" if str(table.get("codec")).startswith("pq") else None
 
 
 def _never_written(entry: dict[str, Any]) -> bool:
@@ -177,13 +189,12 @@ def load_memory(
     rows_in: str | os.PathLike[str] | None = None,
 ) -> EngramMemory:
     """Opens a saved memory; see EngramMemory.load."""
-    from engram.memory import EngramMemory
-
     if mode not in ("copy", "shared") or (mode == "shared" and rows_in is not None):
         raise ValueError(f'mode is "copy" (where rows_in may name a folder) or "shared", not {mode!r}')
     home = Path(folder)
     manifest, layout = read_facts(home)
-    for name in _SMALL:
+    books = [name for table in manifest["tables"].values() if (name := _codebooks(table))]
+    for name in (*_SMALL, *books):
         if file_digest(home / name) != manifest["files"][name]["xxh3_128"]:
             raise ValueError(f"{home / name} does not have the digest its manifest names: it was changed or torn")
     saved_map = TokenMap.load(home / "token_map.safetensors")
@@ -199,25 +210,26 @@ def load_memory(
     shared = mode == "shared"
     if shared:
         _check_some_blocks(home, manifest)
-    where = home if shared else rows_in
+    if hash_layout(config, saved_map).digest != layout.digest:
+        raise ValueError(f"{home / 'config.json'} gives another hash layout than {home / 'manifest.json'}")
     if rows_in is not None:
         Path(rows_in).mkdir(parents=True, exist_ok=True)
-        for table in manifest["tables"].values():
-            if (Path(rows_in) / table["file"]).exists():
-                raise FileExistsError(f"{Path(rows_in) / table['file']} exists: rows_in is for new files")
-    memory = EngramMemory(
-        config, saved_map, facts["hidden_size"], facts["streams"], where, mode="r" if shared else "r+"
-    )
-    if memory.layout.digest != layout.digest:
-        raise ValueError(f"{home / 'config.json'} gives another hash layout than {home / 'manifest.json'}")
-    for layer, table in memory.tables.items():
-        stated = manifest["tables"][str(layer)]
-        found = (table.dim, str(table.dtype).removeprefix("torch."), table.init, table.std, str(table.seed))
-        wanted = tuple(stated.get(name) for name in ("dim", "dtype", "init", "std", "seed"))
-        if found != wanted:
-            raise ValueError(f"{home / 'config.json'} describes layer {layer} as {found}, its manifest as {wanted}")
-        if not shared:
-            read_rows(home / stated["file"], table.tensor, manifest["files"][stated["file"]]["xxh3_128"])
+        for stated in manifest["tables"].values():
+            if (Path(rows_in) / stated["file"]).exists():
+                raise FileExistsError(f"{Path(rows_in) / stated['file']} exists: rows_in is for new files")
+    tables: dict[int, HostTable] = {}
+    try:
+        for layer in config.layers:
+            stated, path = manifest["tables"][str(layer)], home / manifest["tables"][str(layer)]["file"]
+            target = path if shared else None if rows_in is None else Path(rows_in) / path.name
+            tables[layer] = _open(config, layer, layout.rows[layer], stated, path, target, mode)
+            if not shared:
+                read_rows(path, tables[layer].tensor, manifest["files"][path.name]["xxh3_128"])
+        memory = EngramMemory(config, saved_map, facts["hidden_size"], facts["streams"], tables=tables)
+    except BaseException:
+        for table in tables.values():
+            table.close()
+        raise
     weights = safetensors.torch.load_file(home / "fusion.safetensors")
     for key, value in memory.fusions.state_dict().items():
         if key not in weights or weights[key].shape != value.shape:
@@ -227,6 +239,26 @@ def load_memory(
         memory.fusions.to(dtypes.pop())
     memory.fusions.load_state_dict(weights)
     return memory.eval() if shared else memory
+
+
+def _open(
+    config: EngramConfig, layer: int, rows: int, stated: dict[str, Any], source: Path, target: Path | None, mode: str
+) -> HostTable:
+    """The table of one layer: the saved file itself, read-only ("shared"), or an empty one for a copy of its rows."""
+    mode = "r" if mode == "shared" else "r+"
+    if stated.get("codec") is None:
+        table = new_table(config, layer, rows, target, mode)
+    else:
+        codec: str | Codec = str(stated["codec"])
+        if _codebooks(stated) and mode == "r+":
+            codec = PQ(safetensors.torch.load_file(f"{source}.codebooks")["codebooks"])
+        table = EncodedTable(rows, config.head_dim, codec, target, mode=mode)
+    found = (table.dim, str(table.dtype).removeprefix("torch."), table.init, table.std, str(table.seed))
+    wanted = tuple(stated.get(name) for name in ("dim", "dtype", "init", "std", "seed"))
+    if found != wanted or table.nbytes // table.rows != stated["row_bytes"]:
+        table.close()
+        raise ValueError(f"{source.parent / 'config.json'} makes layer {layer} {found}, its manifest says {wanted}")
+    return table
 
 
 def _check_some_blocks(home: Path, manifest: dict[str, Any]) -> None:

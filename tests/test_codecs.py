@@ -81,6 +81,53 @@ def test_every_fp8_value_and_scale_decodes_by_its_definition(path_of):
     np.testing.assert_array_equal(scale, torch_scale)
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("scale", [1.0, 448.0, 1e-3, 1e-30, 1e-38, 1e-44, 1e38])
+def test_the_compiled_encoder_stores_the_torch_encoders_bits(name, scale):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, 64, generator=generator) * scale
+    rows[torch.rand(rows.shape, generator=generator) < 0.1] = 0.0
+    rows = rows.nan_to_num(posinf=3.4e38, neginf=-3.4e38)
+    rows[1], rows[2], rows[3] = 0.0, -0.0, 3.4e38
+    rows[4] = torch.exp2(torch.arange(-149.0, 128.0, 277 / 64)[:64])
+    rows[5] = 449 * torch.exp2(torch.arange(64.0) - 32)  # just above what a scale holds
+    rows[6] = (torch.arange(64) + 0.5) * 2.0**-9  # ties among the subnormal values
+    bits = torch.randint(-(2**31), 2**31, (2000, 64), generator=generator).to(torch.int32).view(torch.float32)
+    rows = torch.cat([rows, torch.where(bits.isfinite(), bits, 1.0)])
+    table = EncodedTable(len(rows), 64, name)
+    ids = torch.randperm(len(rows), generator=generator)
+    table.write(ids, rows)
+    assert torch.equal(table.tensor[ids], table.codec.encode(rows))
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_a_write_with_a_value_that_is_not_finite_stores_nothing(name):
+    table = EncodedTable(3000, 32, name)
+    rows = torch.ones(3000, 32)
+    rows[2500, 7] = torch.inf
+    with pytest.raises(ValueError, match=r"row 2500 .* column 7"):
+        table.write(torch.arange(3000), rows)
+    assert not table.tensor.any()
+
+
+@pytest.mark.parametrize("name", ["fp8", "pq4"])
+def test_a_file_of_encoded_rows_opens_read_only_more_than_once(name, tmp_path):
+    path, rows = tmp_path / "rows", torch.randn(5000, 32)
+    table = EncodedTable(5000, 32, codec_of(name, 32), path)
+    table.write(torch.arange(5000), rows)
+    expected = table.gather(torch.arange(5000))
+    table.close()
+    one, two = (EncodedTable(5000, 32, name, path, mode="r") for _ in range(2))
+    assert torch.equal(one.gather(torch.arange(5000)), expected)
+    assert torch.equal(two.gather(torch.arange(5000)), expected)
+    with pytest.raises(PermissionError):
+        one.write(torch.arange(2), rows[:2])
+    with pytest.raises(FileNotFoundError):
+        EncodedTable(5000, 32, "fp8", tmp_path / "none", mode="r")
+    with pytest.raises(ValueError, match="mode"):
+        EncodedTable(5000, 32, "fp8", mode="r")
+
+
 @settings(max_examples=60, deadline=None)
 @given(blocks)
 def test_fp8_takes_the_smallest_scale_and_the_nearest_value_ties_to_even(block):

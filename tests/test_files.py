@@ -127,6 +127,71 @@ def test_a_saved_memory_loads_with_the_same_rows_weights_and_outputs(tmp_path, m
     assert torch.equal(m[1](hidden, m.recall(ids)), loaded[1](hidden, loaded.recall(ids)))
 
 
+ENCODED = CONFIG.replace(head_dim=32, table_init="zero")
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int8", "int4", "pq4", "pq8"])
+def test_encoded_tables_are_saved_and_loaded_with_their_codec(codec, tmp_path):
+    m = memory(config=ENCODED)
+    m.encode_tables(codec)
+    m.save(tmp_path / "memory")
+    assert all(result["problem"] is None for result in verify(tmp_path / "memory"))
+    ids = torch.randint(0, VOCAB, (3, 9))
+    hidden = torch.randn(3, 9, HIDDEN)
+    expected = m.eval()[1](hidden, m.recall(ids))
+    for arguments in ({}, {"mode": "shared"}, {"rows_in": tmp_path / "copy"}):
+        again = EngramMemory.load(tmp_path / "memory", **arguments).eval()
+        assert again.codec == codec and same(m, again) and not again.trains_tables
+        assert torch.equal(again[1](hidden, again.recall(ids)), expected)
+        again.save(tmp_path / "again", overwrite=True)
+        assert same(m, EngramMemory.load(tmp_path / "again"))
+        again.close()
+    rows = (tmp_path / "memory" / f"layer-1.{codec}").stat().st_size
+    assert rows == m.tables[1].nbytes
+
+
+@pytest.mark.parametrize("mode", ["copy", "shared"])
+def test_codebooks_of_another_layer_are_refused(tmp_path, mode):
+    m = memory(config=ENCODED)
+    m.encode_tables("pq4")
+    home = m.save(tmp_path / "memory")
+    one, other = (home / f"layer-{layer}.pq4.codebooks" for layer in (1, 3))
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"layer-1\.pq4\.codebooks does not have the digest"):
+        EngramMemory.load(home, mode)
+    other.write_bytes(kept)
+    manifest = json.loads((home / "manifest.json").read_text())
+    files = manifest["files"]
+    files[one.name], files[other.name] = files[other.name], files[one.name]
+    manifest["digest"] = manifest_digest(manifest)
+    (home / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="not bound to layer 1"):
+        EngramMemory.load(home, mode)
+    one.unlink()
+    with pytest.raises(ValueError, match=r"lacks the file 'layer-1\.pq4\.codebooks'"):
+        EngramMemory.load(home, mode)
+
+
+def test_a_manifest_that_names_another_codec_is_refused(tmp_path):
+    m = memory(config=ENCODED)
+    m.encode_tables("fp8")
+    home = m.save(tmp_path / "memory")
+    manifest = json.loads((home / "manifest.json").read_text())
+    for table in manifest["tables"].values():
+        table["codec"] = "int4"
+    manifest["digest"] = manifest_digest(manifest)
+    (home / "manifest.json").write_text(json.dumps(manifest))
+    for mode in ("copy", "shared"):
+        with pytest.raises(ValueError, match=r"layer-1\.fp8|layer 1"):
+            EngramMemory.load(home, mode)
+
+
+def test_tables_of_another_shape_than_the_configuration_are_refused():
+    with pytest.raises(ValueError, match="the configuration needs"):
+        EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, tables={1: HostTable(10, 8), 3: HostTable(10, 8)})
+
+
 def test_fusion_weights_come_back_in_their_own_dtype(tmp_path):
     m = memory()
     m.fusions.to(torch.bfloat16)

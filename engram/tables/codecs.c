@@ -1,5 +1,5 @@
-/* Decoding of stored rows, fused into the gather. The layouts are described in codecs.py, whose torch decoders give the
- * same bits. Called through ctypes like kernels.c; every function works on a piece [lo, hi) of its items. */
+/* Decoding of stored rows, fused into the gather, and encoding. The layouts are described in codecs.py, whose torch code
+ * gives the same bits. Called through ctypes like kernels.c; every function works on a piece [lo, hi) of its items. */
 #include <stdint.h>
 #include <string.h>
 
@@ -14,7 +14,7 @@
 enum { FP8 = 0, INT8 = 1, INT4 = 2, PQ = 3 };
 
 typedef struct {
-    const uint8_t *data;    /* rows * row_bytes */
+    uint8_t *data;          /* rows * row_bytes */
     const float *codebooks; /* PQ: [dim / width, 256, width] */
     int64_t rows, dim, row_bytes;
     int32_t codec, width;
@@ -128,4 +128,83 @@ int64_t engram_decode_check(const Encoded *t, int64_t lo, int64_t hi) {
         if (bad) return i;
     }
     return -1;
+}
+
+/* Encoding, to the bits of codecs.py. Rows are float32 [n, dim]; whatever is beyond +-LARGEST is stored as that. */
+#define LARGEST 3e38f
+
+static inline float magnitude(float x) { return x < 0 ? -x : x; }
+static inline float clamped(float x) { return x > LARGEST ? LARGEST : x < -LARGEST ? -LARGEST : x; }
+
+static inline float largest_of(const float *x) {
+    float largest = 0;
+    for (int j = 0; j < BLOCK; j++) {
+        const float a = magnitude(x[j]);
+        largest = a > largest ? a : largest;
+    }
+    return clamped(largest);
+}
+
+/* Nearest e4m3fn, ties to even, of |x| <= 448. Below 2^-6 the code is the integer nearest to |x| 2^9, which adding 2^14
+ * leaves in the low bits; above, the mantissa is rounded to three bits and the exponent moved. */
+static inline uint8_t to_e4m3(float x) {
+    uint32_t bits, low;
+    memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 24 & 0x80;
+    bits &= 0x7FFFFFFFu;
+    const float raised = from_bits(bits) + 0x1p14f;
+    memcpy(&low, &raised, 4);
+    const uint32_t high = (bits + 0x7FFFF + (bits >> 20 & 1) - (120u << 23)) >> 20;
+    return (uint8_t)(sign | (bits < 121u << 23 ? low & 0xFF : high));
+}
+
+static inline void encode_fp8(const float *in, int64_t dim, uint8_t *row) {
+    for (int64_t b = 0; b < dim / BLOCK; b++, in += BLOCK) {
+        const float largest = largest_of(in);
+        uint32_t bits; /* the smallest power of two under which the largest value is at most 448 = 1.75 * 2^8 */
+        memcpy(&bits, &largest, 4);
+        const int32_t raised = (int32_t)(bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000);
+        const uint32_t scale = raised > 0 ? (uint32_t)raised : 0;
+        const float inverse = from_bits((254u - scale) << 23);
+        for (int j = 0; j < BLOCK; j++) row[b * BLOCK + j] = to_e4m3(clamped(in[j]) * inverse);
+        row[dim + b] = (uint8_t)scale;
+    }
+}
+
+static inline void encode_int(const float *in, int64_t dim, uint8_t *row, int bits_per_value) {
+    const float top = bits_per_value == 8 ? 127.0f : 7.0f;
+    const int64_t size = dim * bits_per_value / 8;
+    for (int64_t b = 0; b < dim / BLOCK; b++, in += BLOCK) {
+        const float largest = largest_of(in), step = largest / top;
+        uint32_t bits;
+        memcpy(&bits, &step, 4);
+        uint16_t high = (uint16_t)((bits + 0xFFFF) >> 16); /* rounded up to bfloat16 */
+        if (largest > 0 && high == 0) high = 1;
+        const float scale = high ? from_bits((uint32_t)high << 16) : 1.0f;
+        int8_t whole[BLOCK];
+        for (int j = 0; j < BLOCK; j++) {
+            const float x = __builtin_rintf(clamped(in[j]) / scale);
+            whole[j] = (int8_t)(x > top ? top : x < -top ? -top : x);
+        }
+        if (bits_per_value == 8) memcpy(row + b * BLOCK, whole, BLOCK);
+        else
+            for (int j = 0; j < BLOCK / 2; j++)
+                row[b * (BLOCK / 2) + j] = (uint8_t)((whole[j] & 15) | (uint8_t)whole[j + BLOCK / 2] << 4);
+        memcpy(row + size + 2 * b, &high, 2);
+    }
+}
+
+/* Stores in[i] as row ids[i], or as row first + i where ids is NULL, for i in [lo, hi). Values were checked to be finite;
+ * product quantisers are encoded by the caller. */
+CLONES
+void engram_encode(const Encoded *t, const float *in, const int64_t *ids, int64_t first, int64_t lo, int64_t hi) {
+    const int64_t d = t->dim;
+    for (int64_t i = lo; i < hi; i++) {
+        uint8_t *row = t->data + (ids ? ids[i] : first + i) * t->row_bytes;
+        switch (t->codec) {
+        case FP8: encode_fp8(in + i * d, d, row); break;
+        case INT8: encode_int(in + i * d, d, row, 8); break;
+        default: encode_int(in + i * d, d, row, 4);
+        }
+    }
 }

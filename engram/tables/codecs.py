@@ -1,4 +1,4 @@
-"""Row codecs: how a row is stored. Each encodes and decodes in plain torch; codecs.c decodes to the same bits.
+"""Row codecs: how a row is stored. Each encodes and decodes in plain torch; codecs.c gives the same bits.
 
     name   bytes of a row of D values      a row, in order
     fp8    D + D/32       (264 at 256)     D e4m3fn values; one e8m0 scale per 32 values. DeepSeek-V4.1's row.
@@ -31,13 +31,18 @@ def _checked(rows: Tensor, codec: Codec) -> Tensor:
         raise ValueError(f"{codec.name} encodes rows [n, dim], not a tensor of shape {tuple(rows.shape)}")
     codec.row_bytes(rows.shape[1])
     rows = rows.detach().to("cpu", torch.float32).contiguous()
+    check_finite(rows, codec)
+    return rows.clamp(-LARGEST, LARGEST)
+
+
+def check_finite(rows: Tensor, codec: Codec) -> None:
+    """Raises ValueError for the first value of rows [n, dim] that is NaN or infinite."""
     if rows.numel() and not rows.abs().amax().isfinite():  # several times faster than isfinite().all()
         row, column = (~rows.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"row {row} of the {rows.shape[0]:,} to encode holds {rows[row, column].item()} at column {column}: "
             f"{codec.name} stores finite values only"
         )
-    return rows.clamp(-LARGEST, LARGEST)
 
 
 def _sized(stored: Tensor, dim: int, codec: Codec) -> Tensor:

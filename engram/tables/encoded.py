@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels
-from engram.tables.codecs import PQ, Codec, get_codec
+from engram.tables.codecs import PQ, Codec, check_finite, get_codec
 from engram.tables.mapping import map_file, map_memory
-from engram.tables.table import HostTable, as_output
+from engram.tables.table import HostTable, as_output, as_tensor
 
 _SMALLEST = 1024  # rows below which one core is faster than two
 _SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on
+_LOOK = 4096  # rows that opening a file read-only looks at, in its beginning, middle and end each
 
 
 class _Encoded(ctypes.Structure):
@@ -46,15 +47,21 @@ class EncodedTable(HostTable):
         codec: "fp8", "int8", "int4", or a trained PQ (engram.tables.codecs).
         path: file of rows * row_bytes bytes, created or opened as HostTable's. A product quantiser's codebooks lie in
             `path`.codebooks beside it; to open such a file give "pq4" or "pq8", to create one give the PQ itself.
+        mode: "r+", or "r" to map an existing file read-only, shared with all who do. "r+" reads every stored row once
+            to see that an encoder wrote it; "r" looks at some of them, so that any size opens at once.
 
     Raises:
         ValueError: a width the codec cannot hold; a file of another size, or with rows that no encoder writes.
         FileNotFoundError: product-quantised rows without their codebooks. BlockingIOError, OSError: as HostTable.
     """
 
-    def __init__(self, rows: int, dim: int, codec: str | Codec, path: str | os.PathLike[str] | None = None):
+    def __init__(
+        self, rows: int, dim: int, codec: str | Codec, path: str | os.PathLike[str] | None = None, *, mode: str = "r+"
+    ):
         if rows < 1:
             raise ValueError(f"a table needs rows >= 1, not {rows}")
+        if mode not in ("r+", "r") or (mode == "r" and path is None):
+            raise ValueError(f'mode is "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
         self.rows, self.dim, self.dtype = int(rows), int(dim), torch.uint8
         self.path = None if path is None else Path(path)
         self._file: int | None = None
@@ -65,7 +72,7 @@ class EncodedTable(HostTable):
         self.row_bytes = self.codec.row_bytes(self.dim)
         self.nbytes = self.rows * self.row_bytes
         self.init, self.std, self.seed = "zero", 1.0, 0
-        self.writable, self.watchers = True, weakref.WeakSet()
+        self.writable, self.watchers = mode == "r+", weakref.WeakSet()
         self._meta = torch.get_default_device().type == "meta"
         if self._meta:
             return
@@ -73,8 +80,8 @@ class EncodedTable(HostTable):
         if self.path is None:
             memory = map_memory(self.nbytes, what)
         else:
-            memory, self._file = map_file(self.path, self.nbytes, what)
-        self._tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(self.rows, self.row_bytes)
+            memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
+        self._tensor = as_tensor(memory, torch.uint8, self.rows, self.row_bytes)
         books, width = (self.codec.codebooks, self.codec.width) if isinstance(self.codec, PQ) else (None, 0)
         self._struct = _Encoded(
             self._tensor.data_ptr(),
@@ -86,8 +93,11 @@ class EncodedTable(HostTable):
             width,
         )
         try:
-            if existed:
+            if existed and self.writable:
                 self.validate()
+            elif existed:
+                for start in sorted({0, max(0, (self.rows - _LOOK) // 2), max(0, self.rows - _LOOK)}):
+                    self.validate(start, min(start + _LOOK, self.rows))
             elif books is not None and self.path is not None:
                 safetensors.torch.save_file({"codebooks": books}, self.codebook_path)
         except BaseException:
@@ -123,26 +133,25 @@ class EncodedTable(HostTable):
             raise ValueError(f"{self.codebook_path} holds other codebooks than those given: its rows mean other values")
         return saved
 
-    def validate(self) -> None:
-        """Reads every stored row (once through the file, at the speed of the disk).
+    def validate(self, first: int = 0, stop: int | None = None) -> None:
+        """Reads stored rows first .. stop - 1, by default all (once through the file, at the speed of the disk).
 
         Raises:
             ValueError: the first row that no encoder writes: an fp8 NaN, or an int scale that is negative or not
             finite. Such bytes mean another codec, another block size or damage.
         """
         stored, bad = self.tensor, list[int]()
+        stop = self.rows if stop is None else stop
         if isinstance(self.codec, PQ):
             PQ(self.codec.codebooks)  # checks them
         if kernels.native is not None:
             check, table = kernels.native.engram_decode_check, self.struct
-            check.restype = ctypes.c_int64
-            kernels.spread(
-                self.rows, _SMALLEST, lambda lo, hi: bad.append(check(table, ctypes.c_int64(lo), ctypes.c_int64(hi)))
-            )
+            kernels.spread(stop - first, _SMALLEST, lambda lo, hi: bad.append(check(table, first + lo, first + hi)))
             bad = [row for row in bad if row >= 0]
         else:
-            for lo in range(0, self.rows, 65536):
-                bad += [lo + int(i) for i in self.codec.wrong(stored[lo : lo + 65536], self.dim).nonzero()[:1]]
+            for lo in range(first, stop, 65536):
+                wrong = self.codec.wrong(stored[lo : min(lo + 65536, stop)], self.dim)
+                bad += [lo + int(i) for i in wrong.nonzero()[:1]]
         if bad:
             raise ValueError(
                 f"row {min(bad):,} of {self.path or 'this table'} is no {self.codec.name} row: it holds a NaN, or a "
@@ -167,12 +176,8 @@ class EncodedTable(HostTable):
             return out
         if kernels.native is not None:
             decode, table = kernels.native.engram_decode, self.struct
-            source, target = kernels.pointer(ids), kernels.pointer(out)
-            kernels.spread(
-                ids.numel(),
-                _SMALLEST,
-                lambda lo, hi: decode(table, source, ctypes.c_int64(lo), ctypes.c_int64(hi), target),
-            )
+            source, target = ids.data_ptr(), out.data_ptr()
+            kernels.spread(ids.numel(), _SMALLEST, lambda lo, hi: decode(table, source, lo, hi, target))
         else:
             out.copy_(self.codec.decode(stored.index_select(0, ids.flatten()), self.dim).view(shape))
         return out
@@ -183,8 +188,23 @@ class EncodedTable(HostTable):
         Raises:
             ValueError: shapes that do not match, a row id given twice, or values that are not finite.
         """
-        stored, ids = self.tensor, self.begin_write(row_ids, rows)
-        stored.index_copy_(0, ids, self.codec.encode(rows.reshape(-1, self.dim)))
+        ids = self.begin_write(row_ids, rows)
+        self._store(rows.reshape(-1, self.dim), ids)
+
+    def _store(self, rows: Tensor, ids: Tensor | None = None, first: int = 0) -> None:
+        """Encodes rows [n, dim] into the checked row ids [n], or into rows first .. first + n - 1."""
+        if kernels.native is None or isinstance(self.codec, PQ):
+            encoded = self.codec.encode(rows)
+            if ids is None:
+                self.tensor[first : first + len(rows)] = encoded
+            else:
+                self.tensor.index_copy_(0, ids, encoded)
+            return
+        values = rows.detach().to("cpu", torch.float32).contiguous()
+        check_finite(values, self.codec)  # before anything is stored
+        encode, table, source = kernels.native.engram_encode, self.struct, values.data_ptr()
+        where = None if ids is None else ids.data_ptr()
+        kernels.spread(len(values), _SMALLEST, lambda lo, hi: encode(table, source, where, first, lo, hi))
 
     def info(self) -> dict[str, Any]:
         """HostTable.info, with the codec, the bytes of a row and the bytes of the codebooks."""
@@ -222,7 +242,7 @@ def encode_table(
             rows = table.gather(torch.arange(lo, hi)).float()
             if rows.any():
                 try:
-                    encoded.tensor[lo:hi] = encoded.codec.encode(rows)
+                    encoded._store(rows, first=lo)
                 except ValueError as error:
                     raise ValueError(f"rows {lo:,} to {hi - 1:,} of the table cannot be encoded: {error}") from error
         if final is not None:

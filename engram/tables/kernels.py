@@ -1,8 +1,8 @@
 """The hot loops: loads the compiled kernels and spreads their work over the cores.
 
-kernels.c (rows) and ../addressing/hash.c (addresses) are plain C behind ctypes, which drops the GIL for the length of
-a call. Threads come from one Python pool instead of OpenMP, because torch already brings an OpenMP runtime and two of
-them spin against each other on a small machine.
+kernels.c and codecs.c (rows) and ../addressing/hash.c (addresses) are plain C behind ctypes, which drops the GIL for
+the length of a call. Threads come from one Python pool instead of OpenMP, because torch already brings an OpenMP
+runtime and two of them spin against each other on a small machine.
 
 Set ENGRAM_KERNELS=torch to run without the compiled library; every result stays the same bit for bit.
 """
@@ -41,6 +41,9 @@ def _load() -> ctypes.CDLL | None:
         ("group", i64, (p, i64, i64, p, i64, p, p, p, p)),
         ("rms", None, (p, p, p, i64, i64, *[f32] * 4, i32, u64)),
         ("adam", None, (p, p, p, p, i64, i64, *[f32] * 6, i32, u64)),
+        ("decode", None, (p, p, i64, i64, p)),
+        ("decode_check", i64, (p, i64, i64)),
+        ("encode", None, (p, p, p, i64, i64, i64)),
         ("sinkhorn_look", None, (p, p, p, p, i64, i64, ctypes.c_double, i64, p, p)),
         ("sinkhorn_sweep", None, (p, p, f32, p, i64, i64, i64, i64, p)),
         ("sinkhorn_update", None, (p, p, i64, i64, p, p, f32, p, p, f32, i32, u64)),

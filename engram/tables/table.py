@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import warnings
 import weakref
@@ -41,6 +42,13 @@ def as_ids(row_ids: Tensor | np.ndarray) -> Tensor:
     if ids.dtype != torch.int64:
         raise TypeError(f"row ids must be int64, not {ids.dtype}")
     return ids.contiguous() if ids.device.type == "cpu" else ids.cpu().contiguous()
+
+
+def as_tensor(memory: mmap.mmap, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    """A mapping as a tensor [rows, columns], no copy; it keeps the mapping alive."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(dtype).view(rows, columns)
 
 
 def _on_huge_pages(address: int) -> bool | None:
@@ -144,10 +152,7 @@ class HostTable:
             memory = map_memory(self.nbytes, what)
         else:
             memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
-        values = np.frombuffer(memory, dtype=np.uint8)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self._tensor = torch.from_numpy(values).view(dtype).view(self.rows, self.dim)
+        self._tensor = as_tensor(memory, dtype, self.rows, self.dim)
         quantiles = reference.normal_quantiles()
         self._struct = _Table(
             self._tensor.data_ptr(),

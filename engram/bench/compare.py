@@ -15,7 +15,7 @@ _REST = 0.01  # seconds: torch's OpenMP threads spin for a while after their wor
 
 
 def compare(
-    arms: Mapping[str, Callable[[], Any]],
+    arms: Mapping[str, Callable[[], Any] | tuple[Callable[[], Any], Callable[[Any], Any]]],
     per_round: float,
     unit: str,
     rounds: int,
@@ -24,14 +24,17 @@ def compare(
 ) -> list[Row]:
     """Times the arms in turn, round after round. value = per_round / seconds, or seconds / per_round if `times`.
 
+    arms: what to time; of a pair the first makes, off the clock, what the second is called with.
     ceiling: the arm that shows what the machine can do; every row then says "of_ceiling", its share of that.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_number in range(rounds + 2):
         for name, work in arms.items():
+            prepare, timed = work if isinstance(work, tuple) else (None, work)
+            given = () if prepare is None else (prepare(),)
             time.sleep(_REST)
             began = time.perf_counter()
-            work()
+            timed(*given)
             if round_number >= 2:  # the first two warm up
                 seconds[name].append(time.perf_counter() - began)
     ours = np.array(next(iter(seconds.values())))

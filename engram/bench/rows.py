@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,32 @@ def _halves(n: int, work: Callable[[int, int], None]) -> None:
     kernels.spread(n, -(-n // kernels.CORES), work)
 
 
+def _fbgemm(table: HostTable) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """fbgemm's table over the same memory, whose backward pass updates the rows; None where it is not installed."""
+    try:
+        from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    except (ImportError, OSError):  # not installed, or built for another torch
+        return None
+    place = EmbeddingLocation.HOST, training.ComputeDevice.CPU
+    bags = training.SplitTableBatchedEmbeddingBagsCodegen(
+        [(table.rows, table.dim, *place)],
+        optimizer=training.OptimType.EXACT_ROWWISE_ADAGRAD,
+        device=torch.device("cpu"),
+    )
+    bags.weights_host.data = table.tensor.view(-1)
+    return bags
+
+
+def _read_and_write(table: HostTable, state: HostTable, ids: Tensor, grad: Tensor) -> None:
+    """The ceiling of a row-wise update: every byte it must touch is read, and those of rows and state written, with the
+    prefetches and nothing else; ids in the order given, none twice."""
+    assert kernels.native is not None
+    touch, rows, moments = kernels.native.engram_touch_rows, table.tensor.data_ptr(), state.tensor.data_ptr()
+    source, gradient = ids.data_ptr(), grad.data_ptr()
+    _halves(len(ids), lambda lo, hi: touch(rows, moments, source, lo, hi, gradient, table.dim))
+
+
 def bench_update() -> list[Row]:
     """32,768 distinct random rows of 256 bytes in 4 GiB (less where memory is short), gradients given.
 
@@ -97,13 +124,14 @@ def bench_update() -> list[Row]:
     draws = _in_turn([torch.from_numpy(rng.choice(rows, n, replace=False)) for _ in range(8)])
     grad, table = torch.randn(n, dim) * 1e-3, HostTable(rows, dim)
     rms, adagrad, adam, sinkhorn = (kind(table) for kind in (RowRMS, RowAdagrad, RowAdam, RowSinkhorn))
-    sinkhorn.state["m"] = adam.state["m"]
+    halves = adam.state["moments"].tensor.view(2, rows, dim)  # the same memory as two tables of moments
+    sinkhorn.state["m"] = SimpleNamespace(tensor=halves[0])  # type: ignore[assignment]
     for each in (table, *(state for o in (rms, adagrad, adam) for state in o.state.values())):
         each.tensor.fill_(0.5)  # every page is there: no page faults in the measurement
     sinkhorn.state["last"].tensor.fill_(0.0)
     weight = torch.nn.Parameter(table.tensor)
     sparse, sgd = torch.optim.SparseAdam([weight], lr=1e-3), torch.optim.SGD([weight], lr=1e-3)
-    sparse.state[weight] = {"step": 0, "exp_avg": adam.state["m"].tensor, "exp_avg_sq": adam.state["v"].tensor}
+    sparse.state[weight] = {"step": 0, "exp_avg": halves[0], "exp_avg_sq": halves[1]}
     small = torch.nn.Parameter(torch.zeros(2**17, dim))
     small.grad = torch.zeros_like(small)
     dense = torch.optim.Adam([small], lr=1e-3, fused=True)
@@ -112,7 +140,7 @@ def bench_update() -> list[Row]:
         weight.grad = torch.sparse_coo_tensor(next(draws)[None], grad, weight.shape, check_invariants=False)
         optimizer.step()
 
-    arms: dict[str, Callable[[], Any]] = {
+    arms: dict[str, Any] = {
         "engram RowRMS": lambda: rms.step(next(draws), grad),
         "engram RowAdagrad": lambda: adagrad.step(next(draws), grad),
         "engram RowAdam": lambda: adam.step(next(draws), grad),
@@ -121,7 +149,14 @@ def bench_update() -> list[Row]:
         "torch SGD, sparse gradient": lambda: stock(sgd),
         f"torch Adam, dense, a table of {len(small):,} rows": dense.step,
     }
-    found = compare(arms, n / 1e6, "Mrows/s", rounds=9)
+    if (lookup := _fbgemm(table)) is not None:
+        bags = torch.arange(n + 1)
+        arms["fbgemm row-wise Adagrad"] = (lambda: lookup(next(draws), bags), lambda out: out.backward(grad))
+    ceiling = "ceiling: C loop over rows, state and gradient"
+    if kernels.native is not None:
+        state = rms.state["v"]
+        arms[ceiling] = lambda: _read_and_write(table, state, next(draws), grad)
+    found = compare(arms, n / 1e6, "Mrows/s", rounds=9, ceiling=ceiling if ceiling in arms else None)
     theirs = next(row for row in found if row["what"] == "torch SparseAdam")["value"]
     for row in found:
         row["of_sparse_adam"] = row["value"] / theirs

@@ -206,6 +206,21 @@ void engram_copy_rows(const char *data, const int64_t *ids, int64_t lo, int64_t 
     }
 }
 
+/* What a row-wise update can cost at best here, for `engram bench`: row and state read and written, gradient read. */
+CLONES
+void engram_touch_rows(float *data, float *state, const int64_t *ids, int64_t lo, int64_t hi, const float *grad,
+                       int64_t dim) {
+    for (int64_t i = lo; i < hi; i++) {
+        if (i + AHEAD < hi) {
+            prefetch_row((const char *)(data + ids[i + AHEAD] * dim), dim * 4, 1);
+            __builtin_prefetch(state + ids[i + AHEAD], 1);
+        }
+        float *row = data + ids[i] * dim;
+        for (int64_t j = 0; j < dim; j++) row[j] += grad[i * dim + j];
+        state[ids[i]] += 1;
+    }
+}
+
 /* Reads [lo, hi) in order: the memory's sequential bandwidth, for `engram bench`. */
 CLONES
 uint64_t engram_read_words(const uint64_t *data, int64_t lo, int64_t hi) {
@@ -306,6 +321,7 @@ CLONES
 void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
                 float eps, int32_t stochastic, uint64_t salt) {
     const int64_t d = t->dim;
+    const int plain = t->dtype == FLOAT32 && !t->normal; /* updated where they lie, without a copy */
     float sum[d], row[d];
     for (int64_t u = lo; u < hi; u++) {
         look_ahead(t, g, u, hi);
@@ -315,35 +331,36 @@ void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t
         const float moment = b2 * v[r] + c2 * mean_square(grad, d);
         v[r] = moment;
         const float scale = lr / (sqrtf(moment) + eps);
-        read_row(t, r, row);
-        for (int64_t j = 0; j < d; j++) row[j] -= scale * grad[j];
-        write_row(t, r, row, stochastic, salt);
+        float *restrict now = plain ? (float *)t->data + r * d : row;
+        if (!plain) read_row(t, r, row);
+        for (int64_t j = 0; j < d; j++) now[j] -= scale * grad[j];
+        if (!plain) write_row(t, r, row, stochastic, salt);
     }
 }
 
-/* torch.optim.SparseAdam: both moments per element, bias correction by the number of steps of the whole table.
+/* torch.optim.SparseAdam: both moments per element, side by side [rows, 2, dim]; bias correction by the number of steps of
+ * the whole table.
  * step_size = lr sqrt(1 - b2^t) / (1 - b1^t), computed by the caller in double. */
 CLONES
-void engram_adam(const Table *t, float *m, float *v, const Gradient *g, int64_t lo, int64_t hi, float step_size, float b1,
+void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, int64_t hi, float step_size, float b1,
                  float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt) {
     const int64_t d = t->dim;
+    const int plain = t->dtype == FLOAT32 && !t->normal;
     float sum[d], row[d];
     for (int64_t u = lo; u < hi; u++) {
         look_ahead(t, g, u, hi);
-        if (u + AHEAD < hi) {
-            prefetch_row((const char *)(m + g->unique[u + AHEAD] * d), d * 4, 1);
-            prefetch_row((const char *)(v + g->unique[u + AHEAD] * d), d * 4, 1);
-        }
+        if (u + AHEAD < hi) prefetch_row((const char *)(moments + g->unique[u + AHEAD] * 2 * d), 2 * d * 4, 1);
         const int64_t r = g->unique[u];
-        float *mr = m + r * d, *vr = v + r * d;
+        float *restrict mr = moments + r * 2 * d, *restrict vr = mr + d, *restrict now = row;
         const float *grad = sum_gradient(g, u, d, sum);
-        read_row(t, r, row);
+        if (plain) now = (float *)t->data + r * d;
+        else read_row(t, r, row);
         for (int64_t j = 0; j < d; j++) {
             mr[j] = b1 * mr[j] + c1 * grad[j];
             vr[j] = b2 * vr[j] + c2 * (grad[j] * grad[j]);
-            row[j] -= step_size * (mr[j] / (sqrtf(vr[j]) + eps));
+            now[j] -= step_size * (mr[j] / (sqrtf(vr[j]) + eps));
         }
-        write_row(t, r, row, stochastic, salt);
+        if (!plain) write_row(t, r, row, stochastic, salt);
     }
 }
 

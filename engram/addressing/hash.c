@@ -10,6 +10,7 @@
 
 #define LONGEST 16 // as in layout.py
 #define BLOCK 128  // tokens hashed together
+#define AHEAD 24   // tokens of look-ahead into the token map, which the nearest caches do not hold; more than LONGEST
 
 // AVX-512 converts between 64-bit integers and doubles in vectors, which `by_inverse` below wants (2 to 3 times faster);
 // without it the same loop takes one head at a time. Choosing at load time needs GCC and glibc's ifunc.
@@ -98,7 +99,7 @@ INLINE uint64_t xxh64(const uint64_t *words, int64_t n, uint64_t seed) {
 // One text [time], its document numbers or NULL, and the `back` ids before it.
 struct text {
     const int64_t *ids, *documents, *before;
-    int64_t back;
+    int64_t back, time;
 };
 
 // window[i][t] = compressed id of the token i steps before position start + t, pad from the first boundary on.
@@ -113,6 +114,7 @@ INLINE int fill_window(const struct engram_hash_plan *plan, const struct text *t
     for (int64_t t = -steps; t < count; t++) {
         const int64_t at = start + t;
         if (at < -text->back) continue;
+        if (at + AHEAD < text->time) __builtin_prefetch(table + text->ids[at + AHEAD]); // of any id: it reads nothing
         const int64_t id = at < 0 ? text->before[text->back + at] : text->ids[at];
         if (at < 0 && id < 0) { // before the start, and so is everything older
             inside = 0;
@@ -139,7 +141,7 @@ int64_t engram_hash(const struct engram_hash_plan *plan, const int64_t *ids, con
     uint64_t window[LONGEST][BLOCK], mix[BLOCK], digest[BLOCK];
     for (int64_t count; first < last; first += count) { // blocks of one text, small enough for the nearest cache
         const int64_t row = first / time, start = first % time;
-        const struct text text = {ids + row * time, documents ? documents + row * time : NULL, lookback + row * back, back};
+        const struct text text = {ids + row * time, documents ? documents + row * time : NULL, lookback + row * back, back, time};
         count = time - start < last - first ? time - start : last - first;
         if (count > BLOCK) count = BLOCK;
         if (fill_window(plan, &text, start, count, window)) return 1;

@@ -21,10 +21,13 @@ def compare(
     rounds: int,
     times: bool = False,
     ceiling: str | None = None,
+    calls: int = 1,
 ) -> list[Row]:
     """Times the arms in turn, round after round. value = per_round / seconds, or seconds / per_round if `times`.
 
     arms: what to time; of a pair the first makes, off the clock, what the second is called with.
+    calls: how often an arm runs in its turn, timed together. With 1 every call finds what the other arms left in the
+    caches; with more, most calls find what the one before left there.
     ceiling: the arm that shows what the machine can do; every row then says "of_ceiling", its share of that.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -34,9 +37,10 @@ def compare(
             given = () if prepare is None else (prepare(),)
             time.sleep(_REST)
             began = time.perf_counter()
-            timed(*given)
+            for _ in range(calls):
+                timed(*given)
             if round_number >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append((time.perf_counter() - began) / calls)
     ours = np.array(next(iter(seconds.values())))
     rows = []
     for name, spent in seconds.items():

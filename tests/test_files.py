@@ -604,9 +604,28 @@ def test_prefetching_changes_no_row_and_asks_for_no_more_than_the_pages(tmp_path
     table.drop()
     assert 500 * 200 < table.prefetch(ids) <= table.nbytes
     assert torch.equal(table.gather(ids), before)
+    assert table.prefetch(ids) == 0, "all of them are in memory now"
     assert HostTable(100, 8).prefetch(torch.arange(3)) == 0
+    assert table.prefetch(torch.empty(0, dtype=torch.int64)) == 0
     with pytest.raises(IndexError, match="outside this table"):
         table.prefetch(torch.tensor([100_000]))
+
+
+@linux
+def test_a_memory_in_files_asks_for_its_cold_pages_before_it_reads_them(tmp_path, monkeypatch):
+    asked, will_need = [], readahead.will_need
+    monkeypatch.setattr(readahead, "will_need", lambda *a: asked.append(will_need(*a)) or asked[-1])
+    m = EngramMemory(CONFIG.replace(rows_per_head=50_000), TokenMap.identity(VOCAB), HIDDEN, folder=tmp_path)
+    for table in m.tables.values():
+        table.tensor.fill_(1.0)
+        table.drop()
+    ids = torch.randint(0, VOCAB, (4, 32))
+    cold = m.recall(ids).rows(1).detach().clone()
+    assert asked and asked[0] > 0
+    m.recall(ids).rows(3)
+    asked.clear()
+    assert torch.equal(m.recall(ids).rows(1), cold) and not asked
+    m.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

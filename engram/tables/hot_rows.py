@@ -76,6 +76,13 @@ class HotRows:
                 self._gather(ids.flatten().numpy(), out)
         return out
 
+    def prefetch(self, row_ids: Tensor | np.ndarray) -> int:
+        """Asks for the file pages of those rows that are not here, as HostTable.prefetch."""
+        flat = self.table.check(row_ids).flatten()
+        with self._lock:
+            _, hit = self._find(flat.numpy())
+        return self.table.prefetch(flat[torch.from_numpy(~hit)])
+
     def _gather(self, flat: np.ndarray, out: Tensor) -> None:
         self._clock += 1
         place, hit = self._find(flat)

@@ -85,6 +85,8 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
         memory = mmap.mmap(file, nbytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):  # else every cold row reads megabytes around it
             memory.madvise(mmap.MADV_RANDOM)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         return memory, file
     except BaseException:
         os.close(file)

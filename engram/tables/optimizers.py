@@ -96,6 +96,9 @@ class RowOptimizer:
                 f"not {tuple(grad.shape)}"
             )
         self.table.changed(ids)
+        for state in self.state.values():
+            if state.path is not None:  # the rows' own pages are here since the forward pass, their state's may not be
+                state.prefetch(self.table.check(ids) * (state.rows // self.table.rows))
         return ids, grad.detach().to("cpu", torch.float32).reshape(-1, self.table.dim).contiguous()
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:

@@ -46,6 +46,7 @@ class Fetch:
         self.host = torch.empty((*row_ids.shape, table.dim), dtype=torch.float32, pin_memory=on_gpu)
         self.staged: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
+        table.prefetch(row_ids)
         table.gather(row_ids, self.host)
         if on_gpu:
             self._stage()

@@ -13,6 +13,7 @@ import numpy as np
 _MERGE = 4  # pages: ranges nearer than this become one request
 _BATCH = 1024  # ranges per system call (IOV_MAX)
 _PROCESS_MADVISE = 440  # the same number on every Linux architecture
+_SAMPLE, _FEW = 64, 4  # with fewer than 4 of 64 rows missing, asking for all of them would cost more than it saves
 NORMAL, RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4  # of madvise
 
 
@@ -33,6 +34,24 @@ def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mm
     start = first[np.concatenate([[0], gap + 1])] * page
     end = np.minimum((last[np.concatenate([gap, [len(last) - 1]])] + 1) * page, nbytes)
     return np.stack([start, end - start], axis=1)
+
+
+def in_memory(file: int, row_ids: np.ndarray, row_bytes: int) -> bool:
+    """Whether the page cache holds nearly all of these rows, judged by a sample of 64; about 0.1 ms. False where the
+    system cannot say."""
+    ids, buffer, missing = row_ids.reshape(-1), bytearray(1), 0
+    if not hasattr(os, "RWF_NOWAIT") or not len(ids):
+        return False
+    for row in ids[:: max(1, len(ids) // _SAMPLE)][:_SAMPLE].tolist():
+        try:
+            os.preadv(file, [buffer], row * row_bytes, os.RWF_NOWAIT)
+        except BlockingIOError:  # it would have to wait for the disk
+            missing += 1
+            if missing >= _FEW:
+                return False
+        except OSError:  # a file system in memory
+            return True
+    return True
 
 
 def will_need(file: int, address: int, row_ids: np.ndarray, row_bytes: int, nbytes: int) -> int:

@@ -221,18 +221,23 @@ class HostTable:
     def prefetch(self, row_ids: Tensor | np.ndarray) -> int:
         """Asks for the file pages of these rows, so that a later gather finds them in memory. For a long prefill.
 
-        Returns at once; the disk works on. The pages asked for should fit in free memory.
+        Returns at once; the disk works on. The pages asked for should fit in free memory. EngramMemory.recall does this
+        for tables in files.
 
         Returns:
-            Bytes asked for; 0 for a table in memory, which has nothing to wait for.
+            Bytes asked for; 0 for a table in memory, and where a sample of the rows shows that the page cache has nearly
+            all of them.
 
         Raises:
             IndexError, TypeError: see `check`. ValueError: a closed table.
         """
-        stored, ids = self.tensor, self.check(row_ids)
+        stored, row = self.tensor, self.nbytes // self.rows
         if self._file is None:
             return 0
-        return readahead.will_need(self._file, stored.data_ptr(), ids.numpy(), self.nbytes // self.rows, self.nbytes)
+        ids = self.check(row_ids)
+        if readahead.in_memory(self._file, ids.numpy(), row):
+            return 0
+        return readahead.will_need(self._file, stored.data_ptr(), ids.numpy(), row, self.nbytes)
 
     def drop(self) -> None:
         """Lets go of a mapped file's pages in memory: rows are read from the disk again, and none changes."""

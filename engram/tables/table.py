@@ -225,7 +225,7 @@ class HostTable:
         for tables in files.
 
         Returns:
-            Bytes asked for; 0 for a table in memory, and where a sample of the rows shows that the page cache has nearly
+            Bytes asked for; 0 for a table in memory, or where a sample of the rows shows that the page cache has nearly
             all of them.
 
         Raises:

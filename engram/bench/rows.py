@@ -36,10 +36,11 @@ def _in_turn(items: list[Any]) -> Iterator[Any]:
 def bench_lookup() -> list[Row]:
     """131,072 random rows of 64, 256 and 1,024 B from 2 GiB into a reused buffer; for each width ours comes first."""
     nbytes = _affordable(2 << 30, 1)
-    return [row for width in (64, 256, 1024) for row in _lookup(nbytes, width)]
+    return [row for width in (64, 256, 1024) for row in lookup(nbytes, width)]
 
 
-def _lookup(nbytes: int, width: int) -> list[Row]:
+def lookup(nbytes: int, width: int, rounds: int = 21) -> list[Row]:
+    """131,072 random rows of `width` bytes out of a table of `nbytes`, ours first, beside torch's ways."""
     n, rows, dim = 131_072, nbytes // width, width // 4
     table, rng = HostTable(rows, dim), np.random.default_rng(0)
     table.tensor.fill_(1.0)  # every page is there: no page faults in the measurement
@@ -56,7 +57,7 @@ def _lookup(nbytes: int, width: int) -> list[Row]:
     if kernels.native is not None:
         arms[ceiling] = lambda: _copy_rows(table, next(draws), out)
         arms["sequential read"] = lambda: _read(table, words)
-    found = compare(arms, n / 1e6, "Mrows/s", rounds=21, ceiling=ceiling if ceiling in arms else None)
+    found = compare(arms, n / 1e6, "Mrows/s", rounds, ceiling=ceiling if ceiling in arms else None)
     if kernels.native is not None:
         sequential = found[-1]
         rate = words * 8 * sequential["value"] / n / 1e3  # its value counts n rows a call

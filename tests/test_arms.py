@@ -572,6 +572,12 @@ def test_votes_sum_to_1_where_an_index_finds_too_few():
     np.testing.assert_allclose(votes[0], [1, 0, 0], atol=1e-12)
 
 
+def test_votes_of_far_neighbours_do_not_underflow():
+    near = Neighbours(np.eye(4, dtype=np.float32), np.arange(4), 4, "exact", k=2, probes=1)
+    share = 1 / (1 + math.exp(-1))
+    np.testing.assert_allclose(near.votes(np.array([[2000.0, 2001.0]])), [[share, 1 - share]])
+
+
 def test_the_datastore_can_be_limited_and_an_unknown_index_is_refused():
     few = arms.finish("knn-lm", build("plain"), SETTING, DATA, index="exact", limit=4 * TIME)
     assert few.extra_facts["keys"] <= 4 * TIME < trained("knn-lm")[0].extra_facts["keys"]

@@ -1,0 +1,1 @@
+"""Experiments: what the library's claims are tested with. Not part of the installed package."""

@@ -1,0 +1,118 @@
+"""The arms of the lab: each a small module beside the plain transformer, which no arm has changed a line of.
+
+build(name, setting, data, **options) -> a model that engram.lm's train and evaluate run unchanged; after training,
+finish(name, model, setting, data, **options) -> the model to evaluate.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from engram.lm.run import Data, Setting
+from experiments.arms import (
+    bigram_embedding,
+    controls,
+    dense,
+    hashed_bigram,
+    kneser_ney,
+    knn_lm,
+    layer_embeddings,
+    moe,
+    over_encoding,
+    product_key,
+    short_conv,
+    shuffled,
+    value_embeddings,
+)
+from experiments.arms.dense import vocabulary_for
+from experiments.arms.host import plain
+
+__all__ = ["NAMES", "build", "finish", "tables", "vocabulary_for"]
+
+_BUILD: dict[str, Callable[..., Any]] = {
+    "plain": plain,
+    "engram": controls.engram,
+    "one-row": controls.one_row,
+    "random": controls.random,
+    "shuffled": shuffled.build,
+    "gate-one": controls.gate_one,
+    "switched-off": controls.switched_off,
+    "wider": dense.wider,
+    "deeper": dense.deeper,
+    "longer": plain,
+    "bigram-embedding": bigram_embedding.build,
+    "hashed-bigram": hashed_bigram.build,
+    "over-encoding": over_encoding.build,
+    "value-embeddings": value_embeddings.build,
+    "layer-embeddings": layer_embeddings.build,
+    "larger-vocabulary": plain,
+    "short-conv": short_conv.build,
+    "moe-total": moe.moe_total,
+    "moe-active": moe.moe_active,
+    "moe+engram": moe.moe_engram,
+    "product-key": product_key.build,
+    "kneser-ney": kneser_ney.build,
+    "knn-lm": knn_lm.build,
+}
+_FINISH: dict[str, Callable[..., Any]] = {
+    "switched-off": controls.switch_off,
+    "moe-total": moe.report_load,
+    "moe-active": moe.report_load,
+    "moe+engram": moe.report_load,
+    "kneser-ney": kneser_ney.finish,
+    "knn-lm": knn_lm.finish,
+}
+NAMES: tuple[str, ...] = tuple(_BUILD)
+
+
+def build(name: str, setting: Setting, data: Data, **options: Any) -> nn.Module:
+    """The untrained model of an arm. The backbone's weights depend on the seed alone where the arm keeps their shape.
+
+    Options of finish() are accepted here too, so that one set of options describes a run.
+
+    Raises:
+        ValueError: an unknown arm. TypeError: an option that the arm does not have. Both list the known ones.
+    """
+    _check(name, options)
+    return _BUILD[name](setting, data, **_of(_BUILD[name], options))
+
+
+def finish(name: str, model: nn.Module, setting: Setting, data: Data, **options: Any) -> Any:
+    """The model to evaluate, once `model` is trained: most arms' own, a mixture for kneser-ney and knn-lm, for
+    switched-off the model without its memory. Raises what build() raises."""
+    _check(name, options)
+    if name not in _FINISH:
+        return model
+    return _FINISH[name](model, setting, data, **_of(_FINISH[name], options))
+
+
+def tables(model: Any) -> dict[str, int]:
+    """{"parameters", "bytes"}: values that are looked up and not multiplied, wherever the arm keeps them."""
+    if hasattr(model, "stored"):
+        return dict(model.stored)
+    held = [] if model.memory is None else model.memory.tables.values()
+    return {"parameters": sum(t.rows * t.dim for t in held), "bytes": sum(t.nbytes for t in held)}
+
+
+def _options(function: Callable[..., Any] | None) -> list[str]:
+    if function is None:
+        return []
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _of(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in _options(function)}
+
+
+def _check(name: str, options: dict[str, Any]) -> None:
+    if name not in _BUILD:
+        raise ValueError(f"unknown arm {name!r}; there are {', '.join(NAMES)}")
+    known = [*_options(_BUILD[name]), *_options(_FINISH.get(name))]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise TypeError(f"arm {name!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")

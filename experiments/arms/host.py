@@ -1,0 +1,101 @@
+"""What the arms share: the backbone with the same weights under every arm, and the sizes that arms are matched to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from engram.addressing import HashLayout, TokenMap
+from engram.fusion import EngramFusion
+from engram.lm.run import Data, Setting, build_model
+from engram.lm.transformer import Transformer
+from engram.memory import EngramMemory
+
+
+class Size(NamedTuple):
+    """What the arm "engram" adds to the plain model.
+
+    Attributes:
+        rows: table rows, all layers. table: values in them (P). bytes: of them as stored.
+        module: dense weights of the fusion modules. flops: of these, per token, forward.
+    """
+
+    rows: int
+    table: int
+    bytes: int
+    module: int
+    flops: int
+
+
+def plain(setting: Setting, data: Data) -> Transformer:
+    """The decoder alone. Arms that change a part of it replace that part here, so all other weights start the same."""
+    return build_model(setting, "plain", data.token_map)
+
+
+def with_memory(setting: Setting, data: Data, make: Callable[[], EngramMemory]) -> Transformer:
+    """The decoder with the memory that `make` builds, seeded like engram.lm.run.build_model."""
+    seed_extras(setting)
+    memory = make()
+    torch.manual_seed(setting.train.seed)
+    return Transformer(replace(setting.model, vocab_size=vocabulary(data)), memory)
+
+
+def seed_extras(setting: Setting) -> None:
+    """Seeds the generator for weights that plain does not have; plain's own come from the seed itself."""
+    torch.manual_seed(setting.train.seed + 1_000_003)
+
+
+def vocabulary(data: Data) -> int:
+    return len(data.token_map.table)
+
+
+def raw_ids(data: Data) -> TokenMap:
+    """The token map that changes nothing: for arms whose source hashes raw token ids."""
+    return TokenMap.identity(vocabulary(data))
+
+
+def engram_size(setting: Setting, data: Data) -> Size:
+    """Sizes of the memory of `setting`, without building its tables."""
+    memory = setting.memory
+    layout = HashLayout.build(
+        compressed_vocab=data.token_map.size,
+        layers=memory.layers,
+        orders=memory.orders,
+        heads=memory.heads,
+        rows_per_head=memory.rows_per_head,
+        pad_id=int(data.token_map.table[memory.pad_id]),
+        seed=memory.seed,
+        family=memory.hash,
+    )
+    with torch.device("meta"):
+        module = count(EngramFusion(memory, setting.model.hidden_size)) * len(memory.layers)
+    rows = sum(layout.rows.values())
+    values = rows * memory.head_dim
+    return Size(rows, values, values * getattr(torch, memory.table_dtype).itemsize, module, 2 * module)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def ffn_shape(setting: Setting) -> tuple[int, int]:
+    """(inner width of the plain feed-forward layer, weights per unit of that width)."""
+    d, gated = setting.model.hidden_size, setting.model.ffn == "swiglu"
+    return setting.model.ffn_size or (8 * d // 3 if gated else 4 * d), (3 if gated else 2) * d
+
+
+def block_flops(setting: Setting) -> int:
+    """Of one plain block per token, forward: two per weight, and attention over half the context on average."""
+    d = setting.model.hidden_size
+    inner, unit = ffn_shape(setting)
+    return 2 * (4 * d * d + inner * unit) + 2 * d * setting.train.context
+
+
+def residual_std(layers: int) -> float:
+    """Standard deviation of weights that write into the residual stream, as in Transformer."""
+    return 0.02 / math.sqrt(2 * layers)

@@ -50,7 +50,9 @@ def runs_of(
 
 
 def tune(name: str, only: list[str] | None = None, limit_minutes: float | None = None, **how: Any) -> int:
-    """Makes the tuning runs of an experiment, seed 0; the later part of a grid hangs on the earlier. Returns failures."""
+    """Makes the tuning runs of an experiment, seed 0; the later part of a grid hangs on the earlier.
+
+    Returns how many failed."""
     module, began, failed = questions(name), time.monotonic(), 0
     if not hasattr(module, "tune"):
         raise ValueError(f"{name} has nothing to tune: its runs take the rates of sceptic")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engram.lm.report import write_whole
 from engram.lm.statistics import Interval, paired_bootstrap
 from experiments.config import read_results
 
@@ -78,8 +78,8 @@ def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is
     pairs = [(run, base[run["seed"]]) for run in runs if run["seed"] in base]
     if any(a["corpus"] != b["corpus"] for a, b in pairs):
         raise ValueError(f"{home.name}: {label!r} was trained on another text than its baseline: run one of them again")
-    ours, theirs = (np.stack([_documents(home, pair[side])["nats"] for pair in pairs]) for side in (0, 1))
-    sizes, base_sizes = (_documents(home, run) for run in pairs[0])
+    ours, theirs = (np.stack([documents_of(home, pair[side])["nats"] for pair in pairs]) for side in (0, 1))
+    sizes, base_sizes = (documents_of(home, run) for run in pairs[0])
     nats = None
     if np.array_equal(sizes["tokens"], base_sizes["tokens"]):  # the same tokenizer
         nats = paired_bootstrap(ours, theirs, sizes["tokens"])
@@ -88,7 +88,7 @@ def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is
     return Row(label, tuple(runs), seeds, nats, bits, float(np.median(speeds)))
 
 
-def _documents(home: Path, record: Record) -> dict[str, np.ndarray]:
+def documents_of(home: Path, record: Record) -> dict[str, np.ndarray]:
     file = home / "documents" / f"{record['key']}.npz"
     if not file.exists():
         raise FileNotFoundError(
@@ -222,6 +222,4 @@ def write_tables(home: Path, baseline: str) -> None:
     _, closing, after = rest.partition("<!-- end -->\n")
     if not opening or not closing:
         raise ValueError(f"{readme} needs a line <!-- table --> and below it a line <!-- end -->, to write between")
-    partial = readme.with_name(".README.md.partial")
-    partial.write_text(f"{before}{opening}{document(home, baseline)}\n{closing}{after}", encoding="utf-8")
-    os.replace(partial, readme)
+    write_whole(readme, f"{before}{opening}{document(home, baseline)}\n{closing}{after}".encode())

@@ -204,7 +204,6 @@ def sweep(
     for run in {(run.experiment, run.key): run for run in runs}.values():
         if not _is_done(home, run) and not _take_over(home, run, others):
             pending.append(run)
-    failed = 0
 
     def one(place: int, run: Run) -> bool:
         if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
@@ -213,9 +212,7 @@ def sweep(
 
     print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
     with ThreadPoolExecutor(workers) as pool:
-        for fine in pool.map(one, range(1, len(pending) + 1), pending):
-            failed += not fine
-    return failed
+        return sum(not fine for fine in pool.map(one, range(1, len(pending) + 1), pending))
 
 
 def _file(home: Path, experiment: str, run: Run) -> Path:
@@ -223,7 +220,7 @@ def _file(home: Path, experiment: str, run: Run) -> Path:
 
 
 def _is_done(home: Path, run: Run) -> bool:
-    lines = [result for result in read_results(_file(home, run.experiment, run)) if result["key"] == run.key]
+    lines = [line for line in read_results(_file(home, run.experiment, run)) if line["key"] == run.key]
     return bool(lines) and (lines[-1]["label"], lines[-1]["group"]) == (run.label, run.group)
 
 

@@ -1,5 +1,6 @@
 """The lab's runner, statistics and tables, on a corpus of made-up words and models that train in a moment."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,8 +15,9 @@ from engram.lm.run import Setting, prepare
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
 from experiments import config, report, runner
-from experiments.__main__ import runs_of, seeds_of
+from experiments.__main__ import main, runs_of, seeds_of
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
+from experiments.slots.plot import log_fit
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +355,56 @@ def test_the_tuning_table_marks_the_best_and_warns_at_the_edge():
 def test_every_readme_can_take_tables_and_says_what_it_does_not_show(name):
     text = (config.HOME / name / "README.md").read_text()
     assert text.index("<!-- table -->\n") < text.index("<!-- end -->\n") < text.index("## What this does not show\n")
+
+
+def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
+    (tmp_path / "documents").mkdir()
+    rng, tokens = np.random.default_rng(0), np.full(40, 100.0)
+
+    def row(label, loss):
+        runs = []
+        for seed in (0, 1):
+            nats = 100 * (loss + rng.normal(0, 0.02, 40))
+            run = fake(label, seed, loss=loss)
+            np.savez(tmp_path / "documents" / f"{run['key']}.npz", nats=nats, tokens=tokens, bytes=tokens)
+            runs.append(run)
+        return report.Row(label, tuple(runs), (0, 1))
+
+    cells = {2**power: row(f"2^{power}", 5 - 0.1 * power) for power in (2, 4, 6)}
+    slope, band = log_fit(tmp_path, cells, row("plain", 5.0), draws=300)
+    assert slope.mean == pytest.approx(-0.1, abs=0.01) and slope.low < -0.1 < slope.high
+    np.testing.assert_allclose(band[1], [-0.2, -0.4, -0.6], atol=0.02)
+    assert (band[0] < band[1]).all() and (band[1] < band[2]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_is_drawn_from_the_results_alone(name, tmp_path):
+    module = config.questions(name)
+    cells = [run for run in module.configs(module.SETTING)][:6]
+    home = made_up_results(tmp_path / name, cells, module.BASELINE)
+    path = importlib.import_module(f"experiments.{name}.plot").draw(home)
+    assert path == home / "figure.png" and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def made_up_results(home, cells, baseline):
+    (home / "documents").mkdir(parents=True)
+    rng, tokens = np.random.default_rng(0), np.full(20, 50.0)
+    for run in cells:
+        nats = 50 * (4 - 0.1 * (run.label != baseline) + rng.normal(0, 0.1, 20))
+        record = fake(run.label, loss=float(nats.mean() / 50), cell=run.cell, group=run.group, arm=run.arm)
+        record |= {"key": run.key, "setting": json.loads(run.setting.to_json()), "bpb": 1.0, "corpus": "c"}
+        record |= {"tokens": run.setting.train.tokens, "text_tokens": 10**6, "train_seconds": 1.0}
+        runner.append(home / "results.jsonl", record | {"vocabulary": run.setting.vocab_size})
+        np.savez(home / "documents" / f"{run.key}.npz", nats=nats, tokens=tokens, bytes=3 * tokens)
+    return home
+
+
+def test_a_figure_without_results_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="no runs yet: python -m experiments run"):
+        importlib.import_module("experiments.slots.plot").draw(tmp_path / "slots")
+
+
+def test_the_command_line_fails_where_there_is_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments", "run", "tokens", "--tune"])
+    assert main() == 1
+    assert "nothing to tune" in capsys.readouterr().err

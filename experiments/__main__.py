@@ -40,13 +40,20 @@ def runs_of(
     module = questions(name)
     cells = module.configs(setting or module.SETTING)
     if corpus is not None:
-        cells = [replace(r, setting=replace(r.setting, corpus=corpus), group=f"{r.group}, {corpus}") for r in cells]
+        cells = [_on_corpus(run, corpus) for run in cells]
     names = {name for run in cells for name in (run.label, run.arm)}
     unknown = [arm for arm in only or () if arm not in names]
     if unknown:
         raise ValueError(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sorted(names))}")
     kept = [run for run in cells if only is None or run.label in only or run.arm in only]
     return [run.seeded(seed) for seed in seeds for run in kept]
+
+
+def _on_corpus(run: Run, corpus: str) -> Run:
+    """The same run on another text, whose name takes the place of the old one's in the name of the table."""
+    old = run.setting.corpus
+    group = run.group.replace(old, corpus) if old in run.group else f"{run.group}, {corpus}"
+    return replace(run, setting=replace(run.setting, corpus=corpus), group=group)
 
 
 def tune(name: str, only: list[str] | None = None, limit_minutes: float | None = None, **how: Any) -> int:

@@ -46,8 +46,10 @@ class Row:
 
 
 def groups_of(records: list[Record]) -> dict[str, dict[str, list[Record]]]:
-    """{group: {label: one run per seed}}. Of runs with the same label but other rates or code paths (another cell) only
-    the newest kind counts, so that no row mixes two kinds."""
+    """{group: {label: one run per seed}}. Of runs with the same label but another cell (other rates, say) only the
+    newest kind counts, so that no row mixes two kinds; a run that was relabelled counts under its newest label."""
+    latest = {record["key"]: number for number, record in enumerate(records)}
+    records = [record for number, record in enumerate(records) if latest[record["key"]] == number]
     newest: dict[tuple[str, str], str] = {(r["group"], r["label"]): r["cell"] for r in records}
     groups: dict[str, dict[str, dict[int, Record]]] = {}
     for record in records:
@@ -161,6 +163,8 @@ def _short(commit: str) -> str:
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_number(part)}" for name, part in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

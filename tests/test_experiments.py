@@ -128,7 +128,7 @@ def test_only_and_corpus_select_and_change_the_runs():
     runs = runs_of("sceptic", [0, 1], ["plain", "knn-lm"], "T", "stdlib")
     assert [run.label for run in runs[:4]] == ["plain", "knn-lm, exact", "knn-lm, ivf", "knn-lm, ivfpq"]
     assert {run.setting.corpus for run in runs} == {"stdlib"} and [run.seed for run in runs] == [0] * 4 + [1] * 4
-    assert all(run.group.endswith("stdlib") for run in runs)
+    assert {run.group for run in runs} == {"T: stdlib"}
 
 
 def test_an_arm_that_is_not_there_is_named():
@@ -315,6 +315,12 @@ def test_runs_of_an_older_kind_are_left_out_of_a_row():
     old = [fake("engram", seed, group="g", cell="old") for seed in (0, 1, 2)]
     new = [fake("engram", seed, group="g", cell="new") for seed in (0,)]
     assert report.groups_of(old + new) == {"g": {"engram": new}}
+
+
+def test_a_relabelled_run_has_its_new_row_alone():
+    old = fake("engram", group="g", cell="c")
+    new = old | {"label": "memory"}
+    assert report.groups_of([old, new]) == {"g": {"memory": [new]}}
 
 
 def test_the_report_writes_between_its_marks_and_nothing_else(finished):

@@ -141,8 +141,15 @@ def facts(rows: list[Row]) -> str:
     def all_of(name: str, form: Any = str) -> str:
         return " and ".join(sorted({form(run[name]) for run in runs}))
 
+    def shape(setting: Record) -> str:
+        model, train = setting["model"], setting["train"]
+        return (
+            f"{model['layers']} layers of {model['hidden_size']}, batches of {train['batch_size']} x {train['context']}"
+        )
+
     lines = [
-        f"Corpus {all_of('corpus', lambda d: d[:12])}, 13-gram overlap with the training text "
+        f"{all_of('setting', shape)} tokens, vocabulary {all_of('vocabulary', '{:,}'.format)}; "
+        f"corpus {all_of('corpus', lambda d: d[:12])}, 13-gram overlap with the training text "
         f"{all_of('overlap_13gram', '{:.4f}'.format)}; code {all_of('code', _short)}; torch {all_of('torch')}; "
         f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired over "
         "documents and seeds; below 0, the arm is better than the baseline."

@@ -60,8 +60,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     model = arms.finish(run.arm, model, setting, data, **options)
     tested = time.perf_counter()
     result = evaluate(model, data.validation)
-    table = arms.tables(model)  # again: what finish() adds to a model is looked up too
-    losses = [loss for _, loss in log.curve]
+    table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
     record = {
         "key": run.key,
         "cell": run.cell,
@@ -205,14 +204,17 @@ def sweep(
         if not _is_done(home, run) and not _take_over(home, run, others):
             pending.append(run)
 
-    def one(place: int, run: Run) -> bool:
+    def one(place: int, run: Run) -> bool | None:
         if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
-            return True
+            return None
         return _one(home, run, threads, f"[{place}/{len(pending)}] {run.experiment} {run.label} ({run.group})")
 
     print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
     with ThreadPoolExecutor(workers) as pool:
-        return sum(not fine for fine in pool.map(one, range(1, len(pending) + 1), pending))
+        ended = list(pool.map(one, range(1, len(pending) + 1), pending))
+    if None in ended:
+        print(f"{ended.count(None)} runs not begun within {limit_minutes:g} minutes", flush=True)
+    return ended.count(False)
 
 
 def _file(home: Path, experiment: str, run: Run) -> Path:

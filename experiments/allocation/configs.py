@@ -1,0 +1,54 @@
+"""One budget of parameters that are stored but mostly not in use, split between experts and table: is there a U?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engram.lm.run import Setting
+from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+
+SETTING = "T"
+TUNING = HOME / "allocation" / "tune.jsonl"
+BUDGET, TOP_K = 64, 2  # inactive experts a layer, where all goes to experts; two are in use at any token
+SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the table; at 1 only the two experts in use are left
+
+
+def label_of(share: float) -> str:
+    return f"table {100 * share:g} %"
+
+
+BASELINE = label_of(0.0)
+
+
+def cells(setting_name: str) -> list[Run]:
+    setting = change(SETTINGS[setting_name], train=tuned("engram"))
+    rows = BUDGET * expert_parameters(setting) // (setting.memory.columns * setting.memory.head_dim)
+    return [
+        Run(
+            "allocation",
+            "moe+engram",
+            setting,
+            (("experts", TOP_K + round(BUDGET * (1 - share))), ("rows", round(rows * share)), ("top_k", TOP_K)),
+            label_of(share),
+            setting_name,
+        )
+        for share in SHARES
+    ]
+
+
+def expert_parameters(setting: Setting) -> int:
+    """Of one expert in every layer: TOP_K of them are as wide as the plain feed-forward layer (squared ReLU, 8 d^2)."""
+    return setting.model.layers * 8 * setting.model.hidden_size**2 // TOP_K
+
+
+def configs(setting_name: str) -> list[Run]:
+    """The split cells, each at its own dense rate, and plain, which has no such parameters."""
+    runs = [Run("allocation", "plain", change(SETTINGS[setting_name], train=tuned("plain")), group=setting_name)]
+    for run in cells(setting_name):
+        runs.append(replace(run, setting=change(run.setting, train=tuned(run.label, TUNING))))
+    return runs
+
+
+def tune() -> list[Run]:
+    """A grid of lr for every split, at T; rows take the rate of engram."""
+    return rate_grid(cells("T"), TUNING, table_lrs=())

@@ -1,0 +1,83 @@
+"""Which part of the memory earns its place? One part changed at a time, from the memory of the setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+
+BASELINE, SETTING = "engram", "T"
+TUNING = HOME / "components" / "tune.jsonl"
+
+# Steps of these optimisers are not on one scale, so each has a grid of its own.
+TABLE_OPTIMIZERS: dict[str, tuple[float, ...]] = {
+    "adam": (0.001, 0.003, 0.01),
+    "adagrad": (0.03, 0.1, 0.3),
+    "sinkhorn": (0.01, 0.03, 0.1),
+}
+
+
+def changes(layers: int) -> dict[str, dict[str, Any]]:
+    """{label: fields of the memory that change} for a model with this many layers."""
+    table = {
+        "gate: plain": {"gate": "plain"},
+        "gate: none": {"gate": "none"},
+        "conv: none": {"conv_kernel": 0},
+        "conv: none, gate: none": {"conv_kernel": 0, "gate": "none"},
+        # Rows per head change with heads and orders, so that the table keeps its bytes.
+        "heads: 1": {"heads": 1, "rows_per_head": 4 * 65536},
+        "heads: 2": {"heads": 2, "rows_per_head": 2 * 65536},
+        "heads: 8": {"heads": 8, "rows_per_head": 65536 // 2},
+        "orders: 2": {"orders": (2,), "rows_per_head": 2 * 65536},
+        "orders: 3": {"orders": (3,), "rows_per_head": 2 * 65536},
+        "orders: 2, 3, 4": {"orders": (2, 3, 4), "rows_per_head": 2 * 65536 // 3},
+        "rows of 8": {"head_dim": 8, "rows_per_head": 4 * 65536},
+        "rows of 16": {"head_dim": 16, "rows_per_head": 2 * 65536},
+        "rows of 64": {"head_dim": 64, "rows_per_head": 65536 // 2},
+        "rows of 128": {"head_dim": 128, "rows_per_head": 65536 // 4},
+        "hash: xxh64": {"hash": "xxh64"},
+        "init: normal, 0.02": {"table_init": "normal", "table_std": 0.02},
+        "init: normal, 1": {"table_init": "normal", "table_std": 1.0},
+        "into attention values": {"inject": "values"},
+    }
+    # Sites: each layer alone; then with the bytes of one table shared out among the sites, and with a whole table each.
+    table |= {f"layer {layer}": {"layers": (layer,)} for layer in range(layers) if layer != 1}
+    pairs = {"two layers": (0, 1) if layers == 2 else (1, layers - 1)}
+    if layers > 2:
+        pairs["all layers"] = tuple(range(layers))
+    for name, sites in pairs.items():
+        table[f"{name}, same bytes"] = {"layers": sites, "rows_per_head": 65536 // len(sites)}
+        table[f"{name}, a table each"] = {"layers": sites}
+        table[f"{name}, a table each, values"] = {"layers": sites, "inject": "values"}
+        table[f"{name}, a table each, no gate, no conv"] = {"layers": sites, "gate": "none", "conv_kernel": 0}
+    return table
+
+
+def configs(setting_name: str) -> list[Run]:
+    base = change(SETTINGS[setting_name], train=tuned("engram"))
+
+    def cell(label: str, memory: dict[str, Any] | None = None, arm: str = "engram", **train: Any) -> Run:
+        return Run("components", arm, change(base, memory, train), label=label, group=setting_name)
+
+    runs = [cell("engram"), cell("plain", arm="plain", **tuned("plain"))]
+    runs += [cell(label, memory) for label, memory in changes(base.model.layers).items()]
+    runs.append(Run("components", "engram", base, (("token_map", "identity"),), "token map: raw ids", setting_name))
+    for name, rates in TABLE_OPTIMIZERS.items():
+        rate = {"table_lr": rates[1]} | tuned(_optimizer_label(name), TUNING)
+        runs.append(cell(_optimizer_label(name), table_optimizer=name, **rate))
+    return runs
+
+
+def tune() -> list[Run]:
+    """A grid of table_lr for each row optimiser, at T and at the dense rate of engram."""
+    base = change(SETTINGS["T"], train=tuned("engram"))
+    runs = []
+    for name, rates in TABLE_OPTIMIZERS.items():
+        middle = change(base, train={"table_optimizer": name, "table_lr": rates[1]})
+        cell = Run("components", "engram", middle, label=_optimizer_label(name), group="T")
+        runs += rate_grid([cell], TUNING, lrs=(), table_lrs=rates)
+    return runs
+
+
+def _optimizer_label(name: str) -> str:
+    return f"optimiser: {name}"

@@ -1,0 +1,163 @@
+"""What a run is, as one value, and the two settings that all experiments are run at."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import xxhash
+
+from engram.config import EngramConfig
+from engram.lm.run import Setting
+from engram.lm.train import TrainConfig
+from engram.lm.transformer import TransformerConfig
+
+HOME = Path(__file__).parent
+NAMES = ("sceptic", "lookup_or_module", "components", "slots", "allocation", "vocabulary", "tokens")
+
+# S is the main job. T is for sweeps: its budget is what the plain model trains in about a minute on one thread.
+SETTINGS: dict[str, Setting] = {
+    "S": Setting(train=TrainConfig(tokens=3_300_000)),
+    "T": Setting(
+        model=TransformerConfig(vocab_size=4096, hidden_size=128, layers=2),
+        memory=EngramConfig(layers=(1,), orders=(2, 3), heads=4, head_dim=32, rows_per_head=65536),
+        train=TrainConfig(tokens=560_000, batch_size=8, context=256),
+    ),
+}
+
+LRS, TABLE_LRS = (1.5e-3, 3e-3, 6e-3), (0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what is trained, on what and how, with which seed.
+
+    Attributes:
+        experiment: the folder that asks for it. arm: one of experiments.arms.NAMES.
+        setting: text, model, memory, training, seed.
+        options: of the arm, as (name, value) pairs. One is the runner's own and goes for every arm: ("epochs", x)
+            replaces the budget in tokens by x passes over the training text, so that models with different tokenizers
+            read the same text.
+        label: its row in tables and figures; runs that differ only in the seed share it. Default: the arm's name.
+        group: its table. Arms are compared with the baseline of their own group. Default: the text's name.
+        held_out: "validation", or "tune" for choosing learning rates.
+    """
+
+    experiment: str
+    arm: str
+    setting: Setting
+    options: tuple[tuple[str, Any], ...] = ()
+    label: str = ""
+    group: str = ""
+    held_out: str = "validation"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", tuple(sorted((str(name), value) for name, value in self.options)))
+        object.__setattr__(self, "label", self.label or self.arm)
+        object.__setattr__(self, "group", self.group or self.setting.corpus)
+
+    @property
+    def key(self) -> str:
+        """Digest (16 hex digits) of everything that decides the outcome, the seed included. Experiment, label and
+        group do not: a run that two experiments ask for is made once."""
+        what = [self.arm, self.options, asdict(self.setting), self.held_out]
+        return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
+
+    @property
+    def cell(self) -> str:
+        """The key without the seed: runs that are repetitions of each other share it."""
+        return self.seeded(0).key
+
+    @property
+    def seed(self) -> int:
+        return self.setting.train.seed
+
+    def seeded(self, seed: int) -> Run:
+        """The same run with another seed of weights, addresses and data order."""
+        train, memory = replace(self.setting.train, seed=seed), self.setting.memory.replace(seed=seed)
+        return replace(self, setting=replace(self.setting, train=train, memory=memory))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        values = json.loads(text)
+        values["setting"] = Setting.from_json(json.dumps(values["setting"]))
+        values["options"] = tuple((name, value) for name, value in values["options"])
+        return cls(**values)
+
+
+def change(
+    setting: Setting, memory: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **other: Any
+) -> Setting:
+    """A copy of a setting with some fields of its memory, of its training or of itself changed."""
+    changed = replace(setting, memory=setting.memory.replace(**(memory or {})), **other)
+    return replace(changed, train=replace(changed.train, **(train or {})))
+
+
+def questions(name: str) -> ModuleType:
+    """The configs module of an experiment. Raises ValueError for an unknown name; the message lists the known ones."""
+    if name not in NAMES:
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(NAMES)}")
+    return importlib.import_module(f"experiments.{name}.configs")
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The runs of a results.jsonl or tune.jsonl, oldest first; [] where there is none yet.
+
+    Raises:
+        ValueError: a line that is no run, with its number; a last line that a crash cut off.
+    """
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        raise ValueError(f"the last line of {file} is torn: the next `python -m experiments run` takes it away")
+    results = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            results.append(json.loads(line))
+            results[-1]["key"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is no result: delete it, and its run is made again") from error
+    return results
+
+
+def tuned(arm: str, file: Path | None = None) -> dict[str, float]:
+    """The learning rates {"lr", "table_lr"} with the lowest loss of an arm's tuning runs; {} where none ran yet.
+
+    Args:
+        arm: the label of the tuning runs. file: their tune.jsonl; default: the one of sceptic, which tunes all arms.
+    """
+    results = [r for r in read_results(file or HOME / "sceptic" / "tune.jsonl") if r["label"] == arm]
+    if not results:
+        return {}
+    best = min(results, key=lambda r: (r["loss"], r["key"]))["setting"]["train"]
+    return {"lr": best["lr"], "table_lr": best["table_lr"]}
+
+
+def rate_grid(
+    cells: Iterable[Run], file: Path, lrs: Sequence[float] = LRS, table_lrs: Sequence[float] = TABLE_LRS
+) -> list[Run]:
+    """The tuning runs of some cells: first every lr at the cell's own table_lr, then, once those are in `file`, every
+    table_lr at the best lr. Give table_lrs=() for arms that have no table, lrs=() where lr stays as it is."""
+    done = {result["key"]: result["loss"] for result in read_results(file)}
+    runs = []
+    for cell in cells:
+        cell = replace(cell, held_out="tune")
+        first = [_rates(cell, lr=lr) for lr in lrs] or [cell]
+        runs += first
+        if all(run.key in done for run in first):
+            best = min(first, key=lambda run: done[run.key])
+            runs += [_rates(best, table_lr=table_lr) for table_lr in table_lrs]
+    return list({run.key: run for run in runs}.values())
+
+
+def _rates(run: Run, **rates: float) -> Run:
+    return replace(run, setting=change(run.setting, train=rates))

@@ -1,0 +1,118 @@
+"""What the figures of the experiments share: one look, dot plots with intervals, curves with intervals.
+
+Every figure is drawn from results.jsonl and the per-document losses beside it (for the intervals), nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from engram.lm.report import write_whole
+from engram.lm.statistics import Interval
+from experiments.config import read_results
+from experiments.report import Record, Row, groups_of, rows_of
+
+INK, SOFT, RULE = "#1f2328", "#59636e", "#d5d9de"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b1559c")  # Okabe and Ito's, told apart by colour-blind readers too
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": SOFT,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+}
+
+
+def load(home: Path, baseline: str) -> dict[str, list[Row]]:
+    """{group: rows}. Raises ValueError where there is nothing to draw yet."""
+    groups = groups_of(read_results(home / "results.jsonl"))
+    if not groups:
+        raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
+    return {group: rows_of(home, runs, baseline) for group, runs in sorted(groups.items())}
+
+
+def new_figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel below the other. Inches."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, sum(heights)), dpi=160, layout="constrained")
+        panels = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    return figure, list(panels[:, 0])
+
+
+def save(figure: Figure, home: Path) -> Path:
+    """Writes home/figure.png, whole or not at all."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        FigureCanvasAgg(figure).print_png(buffer)
+    write_whole(home / "figure.png", buffer.getvalue())
+    return home / "figure.png"
+
+
+def dot_plots(home: Path, baseline: str) -> Path:
+    """One panel per group, one line per arm, best first: difference to the baseline in bits per byte, which holds for
+    arms with another tokenizer too. Filled where the interval leaves zero out."""
+    groups = {name: [row for row in rows if row.bits] for name, rows in load(home, baseline).items()}
+    groups = {name: rows for name, rows in groups.items() if rows}
+    if not groups:
+        raise ValueError(f"{home / 'results.jsonl'} has no arm beside {baseline!r} with a seed in common to compare")
+    figure, panels = new_figure(7.2, [1.05 + 0.23 * len(rows) for rows in groups.values()])
+    with matplotlib.rc_context(STYLE):
+        for axes, (name, rows) in zip(panels, groups.items(), strict=True):
+            _dots(axes, sorted(rows, key=lambda row: row.bits.mean))  # type: ignore[union-attr]
+            axes.set_title(f"{home.name}, {name}")
+            axes.set_xlabel(f"bits per byte, minus {baseline}'s\n(left is better; bars: 95 % intervals)")
+    return save(figure, home)
+
+
+def _dots(axes: Axes, rows: list[Row]) -> None:
+    for place, row in enumerate(rows):
+        assert row.bits is not None
+        clear = row.bits.low > 0 or row.bits.high < 0
+        colour = SOFT if not clear else COLOURS[0] if row.bits.mean < 0 else COLOURS[1]
+        axes.plot([row.bits.low, row.bits.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(row.bits.mean, place, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=5)
+    names = [f"{row.label}  ({len(row.paired)} seed{'s' if len(row.paired) > 1 else ''})" for row in rows]
+    axes.set_yticks(range(len(rows)), names, color=INK)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.axvline(0, color=SOFT, linewidth=1)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+
+
+def curve(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str) -> None:
+    """Points joined by a line, each with its interval."""
+    mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
+    bars = np.stack([mean - low, high - mean]).clip(min=0)
+    axes.errorbar(x, mean, bars, color=colour, label=label, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5)
+
+
+def gain(row: Row) -> Interval:
+    """Bits per byte that an arm saves over its baseline: the difference with its sign turned."""
+    assert row.bits is not None
+    return Interval(-row.bits.mean, -row.bits.high, -row.bits.low)
+
+
+def first_run(row: Row) -> Record:
+    return row.runs[0]

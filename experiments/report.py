@@ -1,0 +1,236 @@
+"""From results.jsonl to the tables of a README: means over seeds, and paired differences with their intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram.lm.report import write_whole
+from engram.lm.statistics import Interval, paired_bootstrap
+from experiments.config import read_results
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of one table: its runs and how they compare with the baseline's of the same seeds.
+
+    Attributes:
+        runs: one per seed. paired: the seeds that the baseline has too.
+        nats: difference in nats per token; None for the baseline, without common seeds, or where the tokenizers differ.
+        bits: difference in bits per byte, which holds for any two tokenizers. Below 0, the arm is better.
+        speed: tokens per second of training over the baseline's, the median over common seeds.
+    """
+
+    label: str
+    runs: tuple[Record, ...]
+    paired: tuple[int, ...] = ()
+    nats: Interval | None = None
+    bits: Interval | None = None
+    speed: float | None = None
+
+    def mean(self, *names: str) -> float:
+        """Mean over the seeds of runs[names[0]][names[1]]..."""
+        values = []
+        for run in self.runs:
+            value: Any = run
+            for name in names:
+                value = value[name]
+            values.append(value)
+        return float(np.mean(values))
+
+
+def groups_of(records: list[Record]) -> dict[str, dict[str, list[Record]]]:
+    """{group: {label: one run per seed}}. Of runs with the same label but another cell (other rates, say) only the
+    newest kind counts, so that no row mixes two kinds; a run that was relabelled counts under its newest label."""
+    latest = {record["key"]: number for number, record in enumerate(records)}
+    records = [record for number, record in enumerate(records) if latest[record["key"]] == number]
+    newest: dict[tuple[str, str], str] = {(r["group"], r["label"]): r["cell"] for r in records}
+    groups: dict[str, dict[str, dict[int, Record]]] = {}
+    for record in records:
+        group, label = record["group"], record["label"]
+        if record["cell"] == newest[group, label]:
+            groups.setdefault(group, {}).setdefault(label, {})[record["seed"]] = record
+    return {
+        group: {label: [by_seed[seed] for seed in sorted(by_seed)] for label, by_seed in labels.items()}
+        for group, labels in groups.items()
+    }
+
+
+def rows_of(home: Path, runs: dict[str, list[Record]], baseline: str) -> list[Row]:
+    """The rows of one table, the baseline first, then by loss per byte.
+
+    Raises:
+        FileNotFoundError, ValueError: a side file of per-document losses that is missing or belongs to other documents.
+    """
+    base = {run["seed"]: run for run in runs.get(baseline, [])}
+    rows = [_row(home, label, mine, base, label == baseline) for label, mine in runs.items()]
+    return sorted(rows, key=lambda row: (row.label != baseline, row.mean("bpb")))
+
+
+def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is_base: bool) -> Row:
+    seeds = tuple(run["seed"] for run in runs if run["seed"] in base)
+    if is_base or not seeds:
+        return Row(label, tuple(runs), seeds)
+    pairs = [(run, base[run["seed"]]) for run in runs if run["seed"] in base]
+    if any(a["corpus"] != b["corpus"] for a, b in pairs):
+        raise ValueError(f"{home.name}: {label!r} was trained on another text than its baseline: run one of them again")
+    ours, theirs = (np.stack([documents_of(home, pair[side])["nats"] for pair in pairs]) for side in (0, 1))
+    sizes, base_sizes = (documents_of(home, run) for run in pairs[0])
+    nats = None
+    if np.array_equal(sizes["tokens"], base_sizes["tokens"]):  # the same tokenizer
+        nats = paired_bootstrap(ours, theirs, sizes["tokens"])
+    bits = paired_bootstrap(ours / math.log(2), theirs / math.log(2), sizes["bytes"])
+    speeds = [(a["tokens"] / a["train_seconds"]) / (b["tokens"] / b["train_seconds"]) for a, b in pairs]
+    return Row(label, tuple(runs), seeds, nats, bits, float(np.median(speeds)))
+
+
+def documents_of(home: Path, record: Record) -> dict[str, np.ndarray]:
+    file = home / "documents" / f"{record['key']}.npz"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is missing, the per-document losses of {record['label']!r} seed {record['seed']}: delete its line "
+            f"from {home / 'results.jsonl'} and run it again"
+        )
+    with np.load(file) as arrays:
+        return {name: arrays[name].astype(np.float64) for name in ("nats", "tokens", "bytes")}
+
+
+def table(rows: list[Row], baseline: str) -> str:
+    """Markdown. Bytes are of weights, tables and optimiser state together."""
+    lines = [
+        f"| arm | seeds | dense params, M | table params, M | MB with optimiser | MFLOPs a token | tokens, M "
+        f"| speed of {baseline}'s | loss, nats a token | difference, nats a token | difference, bits a byte "
+        "| bits a byte |",
+        "|---|" + "---:|" * 11,
+    ]
+    for row in rows:
+        size = sum(row.mean("bytes", part) for part in ("dense", "table", "optimizer_dense", "optimizer_rows"))
+        cells = [
+            row.label,
+            f"{len(row.runs)}",
+            f"{row.mean('parameters', 'dense') / 1e6:.2f}",
+            f"{row.mean('parameters', 'table') / 1e6:.2f}",
+            f"{size / 1e6:,.0f}",
+            f"{row.mean('flops_per_token', 'training') / 1e6:.1f}",
+            f"{row.mean('tokens') / 1e6:.2f}",
+            "" if row.speed is None else f"{row.speed:.2f}",
+            f"{row.mean('loss'):.4f}",
+            interval(row.nats),
+            interval(row.bits),
+            f"{row.mean('bpb'):.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def interval(value: Interval | None) -> str:
+    """ "-0.0123 (-0.0150 .. -0.0101)", or nothing."""
+    return "" if value is None else f"{value.mean:+.4f} ({value.low:+.4f} .. {value.high:+.4f})"
+
+
+def facts(rows: list[Row]) -> str:
+    """What the runs of one table share or vary in, and what single arms add, as sentences."""
+    runs = [run for row in rows for run in row.runs]
+
+    def all_of(name: str, form: Any = str) -> str:
+        return " and ".join(sorted({form(run[name]) for run in runs}))
+
+    def shape(setting: Record) -> str:
+        model, train = setting["model"], setting["train"]
+        return (
+            f"{model['layers']} layers of {model['hidden_size']}, batches of {train['batch_size']} x {train['context']}"
+        )
+
+    lines = [
+        f"{all_of('setting', shape)} tokens, vocabulary {all_of('vocabulary', '{:,}'.format)}; "
+        f"corpus {all_of('corpus', lambda d: d[:12])}, 13-gram overlap with the training text "
+        f"{all_of('overlap_13gram', '{:.4f}'.format)}; code {all_of('code', _short)}; torch {all_of('torch')}; "
+        f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired over "
+        "documents and seeds; below 0, the arm is better than the baseline."
+    ]
+    few = [row.label for row in rows if row.paired and len(row.paired) < max(len(r.paired) for r in rows)]
+    if few:
+        lines.append(f"Compared on fewer seeds than the others: {', '.join(few)}.")
+    for row in rows:
+        extra = {name: value for run in row.runs[:1] for name, value in run["extra"].items()}
+        if extra:
+            words = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in extra.items())
+            lines.append(f"- {row.label} (seed {row.runs[0]['seed']}): {words}")
+    return "\n".join(lines)
+
+
+def _short(commit: str) -> str:
+    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_number(part)}" for name, part in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def tuning_table(records: list[Record]) -> str:
+    """Markdown: one row per arm, one column per pair of rates, the lowest loss of each arm in bold. "" without runs."""
+    losses: dict[str, dict[tuple[float, float], float]] = {}
+    for record in records:
+        train = record["setting"]["train"]
+        losses.setdefault(record["label"], {})[train["lr"], train["table_lr"]] = record["loss"]
+    if not losses:
+        return ""
+    grid = sorted({rates for row in losses.values() for rates in row})
+    lines = [
+        "Learning rates, tuned with seed 0 on a slice of the training text (nats a token; lr / table lr):",
+        "",
+        "| arm | " + " | ".join(f"{lr:g} / {table_lr:g}" for lr, table_lr in grid) + " |",
+        "|---|" + "---:|" * len(grid),
+    ]
+    for label, row in losses.items():
+        best = min(row.values())
+        cells = [f"**{row[r]:.4f}**" if row.get(r) == best else f"{row[r]:.4f}" if r in row else "" for r in grid]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    edge = [label for label, row in losses.items() if _at_the_edge(row)]
+    if edge:
+        lines += ["", f"Best at the edge of its grid, so that more may be had there: {', '.join(edge)}."]
+    return "\n".join(lines)
+
+
+def _at_the_edge(row: dict[tuple[float, float], float]) -> bool:
+    """Whether the best of at least three values of a rate is the smallest or the largest of them."""
+    best = min(row, key=lambda rates: row[rates])
+    for place in (0, 1):
+        tried = sorted({rates[place] for rates in row})
+        if len(tried) >= 3 and best[place] in (tried[0], tried[-1]):
+            return True
+    return False
+
+
+def document(home: Path, baseline: str) -> str:
+    """All tables of an experiment as Markdown."""
+    parts = []
+    for group, runs in sorted(groups_of(read_results(home / "results.jsonl")).items()):
+        rows = rows_of(home, runs, baseline)
+        parts.append(f"### {group}\n\n{table(rows, baseline)}\n\n{facts(rows)}")
+    tuning = tuning_table(read_results(home / "tune.jsonl"))
+    return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
+
+
+def write_tables(home: Path, baseline: str) -> None:
+    """Writes the tables between the marks of home/README.md, and nothing else in it.
+
+    Raises:
+        ValueError: a README without the marks. FileNotFoundError: no README, or a missing side file.
+    """
+    readme = home / "README.md"
+    before, opening, rest = readme.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    _, closing, after = rest.partition("<!-- end -->\n")
+    if not opening or not closing:
+        raise ValueError(f"{readme} needs a line <!-- table --> and below it a line <!-- end -->, to write between")
+    write_whole(readme, f"{before}{opening}{document(home, baseline)}\n{closing}{after}".encode())

@@ -1,0 +1,300 @@
+"""Runs a list of runs, each in a process of its own, and appends one line to results.jsonl for each that finished.
+
+A sweep that was stopped goes on where it was: what is in the file is not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource  # peak memory; Unix only
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from engram.lm.evaluate import evaluate
+from engram.lm.run import Data, prepare
+from engram.lm.train import train
+from engram.memory import EngramMemory
+from experiments import arms
+from experiments.config import HOME, NAMES, Run, read_results
+
+CURVE_POINTS, LAST_STEPS = 40, 50
+
+
+def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | None = None) -> tuple[Any, Any]:
+    """Trains and evaluates one run in this process.
+
+    Returns:
+        (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
+        document). Times are in seconds, losses in nats per token. train_loss is the mean of the last 50 steps,
+        training FLOPs are three times the forward ones, peak_memory is of this process and in bytes.
+    """
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    options = dict(run.options)
+    epochs = options.pop("epochs", None)
+    data = prepare(run.setting, run.held_out)
+    setting = run.setting
+    if epochs is not None:
+        setting = replace(setting, train=replace(setting.train, tokens=round(epochs * len(data.train.ids))))
+    model = arms.build(run.arm, setting, data, **options)
+    stored, looked_up = _stored(model), arms.tables(model)
+    flops = forward_flops(model, data, setting.train.context)
+    log = train(model, data.train, setting.train, on_step=on_step)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    model = arms.finish(run.arm, model, setting, data, **options)
+    tested = time.perf_counter()
+    result = evaluate(model, data.validation)
+    table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
+    record = {
+        "key": run.key,
+        "cell": run.cell,
+        "experiment": run.experiment,
+        "group": run.group,
+        "label": run.label,
+        "arm": run.arm,
+        "options": dict(run.options),
+        "held_out": run.held_out,
+        "seed": run.seed,
+        "setting": asdict(run.setting),
+        "code": code_version(),
+        "sources": sources_digest(),
+        "torch": torch.__version__,
+        "corpus": data.digest,
+        "vocabulary": len(data.token_map.table),
+        "overlap_13gram": float(data.overlap),
+        "tokens": log.tokens,
+        "text_tokens": len(data.train.ids),
+        "train_seconds": log.seconds,
+        "evaluation_seconds": time.perf_counter() - tested,
+        "total_seconds": time.perf_counter() - began,
+        "threads": threads,
+        "peak_memory": _peak_memory(),
+        "parameters": {"dense": stored["parameters"] - looked_up["parameters"], "table": table["parameters"]},
+        "bytes": {
+            "dense": stored["bytes"] - looked_up["bytes"],
+            "table": table["bytes"],
+            "optimizer_dense": 2 * sum(p.nbytes for p in weights),  # AdamW keeps two moments
+            "optimizer_rows": log.row_state_bytes,
+        },
+        "flops_per_token": {"forward": flops, "training": 3 * flops},
+        "train_loss": float(np.mean(losses[-LAST_STEPS:])),
+        "curve": [np.mean(part, axis=0).tolist() for part in np.array_split(log.curve, min(CURVE_POINTS, len(losses)))],
+        "loss": result.loss,
+        "bpb": result.bits_per_byte,
+        "extra": dict(getattr(model, "extra_facts", None) or {}),
+    }
+    documents = {
+        "nats": result.document_nats.astype(np.float32),
+        "tokens": result.document_tokens.astype(np.int32),
+        "bytes": data.validation.bytes.astype(np.int32),
+    }
+    return record, documents
+
+
+def forward_flops(model: nn.Module, data: Data, context: int) -> float:
+    """FLOPs per token of a forward pass over one window of held-out text, as torch counts them: matrix products and
+    attention (as two dense products: the causal half is not subtracted); lookups and what is elementwise are free."""
+    ids = torch.from_numpy(data.validation.ids[:context]).long()[None]
+    was_training = model.training
+    # The fused attention of the CPU is unknown to the counter; the plain one is made of products that it knows.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(ids)
+    model.train(was_training)
+    return counter.get_total_flops() / ids.numel()
+
+
+def _stored(model: nn.Module) -> dict[str, int]:
+    """Parameters and bytes of everything a model holds, tables in host memory included."""
+    memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
+    host = sum(table.nbytes for memory in memories for table in memory.tables.values())
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) + sum(m.table_parameters() for m in memories),
+        "bytes": sum(p.nbytes for p in model.parameters()) + host,
+    }
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def code_version() -> str:
+    """The commit, with -dirty where the code in engram/ or experiments/ is not the commit's; "unknown" without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HOME, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":(top)engram", ":(top,glob)experiments/**/*.py")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def sources_digest() -> str:
+    """XXH3-64 (hex) of the code in engram/ and experiments/: says which code ran where there is no commit to name."""
+    digest = xxhash.xxh3_64()
+    root = HOME.parent
+    files = [file for folder in ("engram", "experiments") for file in (root / folder).rglob("*") if file.is_file()]
+    for file in sorted(file for file in files if file.suffix in (".py", ".c", ".h")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    """Adds one line, in one write, and waits until it is on the disk. Raises OSError where it did not fit."""
+    line = (json.dumps(record) + "\n").encode()
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        written = os.write(handle, line)
+        if written != len(line):
+            raise OSError(f"{file}: {written} of {len(line)} bytes written, is the disk full?")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def repair(file: Path) -> int:
+    """Takes a torn last line away, so that its run is made again. Returns how many bytes went."""
+    content = file.read_bytes() if file.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+        print(f"{file}: a torn last line of {len(content) - whole} bytes taken away", file=sys.stderr)
+    return len(content) - whole
+
+
+def sweep(
+    runs: Sequence[Run],
+    home: Path = HOME,
+    workers: int = 1,
+    threads: int = 1,
+    limit_minutes: float | None = None,
+    others: Iterable[str] = NAMES,
+) -> int:
+    """Makes every run that is not in its results file yet. Returns how many failed; they are in failures.log.
+
+    Args:
+        runs: of any experiments; home/<experiment>/results.jsonl (tune.jsonl for tuning runs) takes the lines.
+        workers: runs side by side, each in a process of its own with `threads` threads.
+        limit_minutes: after this long no new run begins. others: experiments whose finished runs are taken over.
+    """
+    began = time.monotonic()
+    for file in {_file(home, run.experiment, run) for run in runs}:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        repair(file)
+    pending = []
+    for run in {(run.experiment, run.key): run for run in runs}.values():
+        if not _is_done(home, run) and not _take_over(home, run, others):
+            pending.append(run)
+
+    def one(place: int, run: Run) -> bool | None:
+        if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
+            return None
+        return _one(home, run, threads, f"[{place}/{len(pending)}] {run.experiment} {run.label} ({run.group})")
+
+    print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        ended = list(pool.map(one, range(1, len(pending) + 1), pending))
+    if None in ended:
+        print(f"{ended.count(None)} runs not begun within {limit_minutes:g} minutes", flush=True)
+    return ended.count(False)
+
+
+def _file(home: Path, experiment: str, run: Run) -> Path:
+    return home / experiment / ("tune.jsonl" if run.held_out == "tune" else "results.jsonl")
+
+
+def _is_done(home: Path, run: Run) -> bool:
+    lines = [line for line in read_results(_file(home, run.experiment, run)) if line["key"] == run.key]
+    return bool(lines) and (lines[-1]["label"], lines[-1]["group"]) == (run.label, run.group)
+
+
+def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
+    """Copies a finished run of the same key from another experiment, or from this one under an older label."""
+    for other in (run.experiment, *others):
+        for record in read_results(_file(home, other, run)):
+            if record["key"] != run.key:
+                continue
+            mine, theirs = (_documents(home, name, run.key) for name in (run.experiment, other))
+            if theirs.exists() and mine != theirs:
+                mine.parent.mkdir(exist_ok=True)
+                shutil.copyfile(theirs, mine)
+            names = {"experiment": run.experiment, "label": run.label, "group": run.group}
+            append(_file(home, run.experiment, run), {**record, **names})
+            return True
+    return False
+
+
+def _documents(home: Path, experiment: str, key: str) -> Path:
+    return home / experiment / "documents" / f"{key}.npz"
+
+
+def _one(home: Path, run: Run, threads: int, name: str) -> bool:
+    """One run in its own process: so its peak memory is its own, and its crash too."""
+    size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    python_path = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        _child_command(home, threads),
+        input=run.to_json(),
+        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path},
+        capture_output=True,
+        text=True,
+    )
+    try:
+        record = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        with (home / run.experiment / "failures.log").open("a", encoding="utf-8") as log:
+            log.write(f"{when} {run.label} ({run.group}) seed {run.seed} key {run.key}\n")
+            log.write(f"exit status {done.returncode}\n{done.stderr}\n")
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        print(f"{name} seed {run.seed}: FAILED, see failures.log: {reason}", file=sys.stderr, flush=True)
+        return False
+    append(_file(home, run.experiment, run), record)
+    print(f"{name} seed {run.seed}: {record['loss']:.4f} after {record['total_seconds']:.0f} s", flush=True)
+    return True
+
+
+def _child_command(home: Path, threads: int) -> list[str]:
+    return [sys.executable, "-m", "experiments.runner", str(home), str(threads)]
+
+
+def _child(home: Path, threads: int) -> None:
+    """The other end of _one: run on standard input, side file into the folder, line to standard output."""
+    parent = os.getppid()
+
+    def on_step(step: int, loss: float) -> None:
+        if os.getppid() != parent:  # the sweep was killed: nobody would take the result
+            raise SystemExit("the sweep is gone")
+
+    run = Run.from_json(sys.stdin.read())
+    with contextlib.redirect_stdout(sys.stderr):  # whatever an arm prints, the line is the line
+        record, documents = execute(run, threads, on_step)
+    if run.held_out == "validation":
+        file = _documents(home, run.experiment, run.key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{run.key}.{os.getpid()}.partial.npz")
+        np.savez_compressed(partial, **documents)
+        os.replace(partial, file)
+    print(json.dumps(record, default=float))  # NumPy's numbers among an arm's facts
+
+
+if __name__ == "__main__":
+    _child(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,81 @@
+"""Every arm that a sceptic asks for, beside Engram, at learning rates tuned per arm."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.arms import vocabulary_for
+from experiments.config import HOME, SETTINGS, Run, change, rate_grid, read_results, tuned
+
+BASELINE, SETTING = "plain", "S"
+TUNING = HOME / "sceptic" / "tune.jsonl"
+
+# Arms that are trained for themselves; True: with rows that have a learning rate of their own.
+TRAINED = {
+    "plain": False,
+    "engram": True,
+    "one-row": True,
+    "random": False,
+    "shuffled": True,
+    "gate-one": True,
+    "wider": False,
+    "deeper": False,
+    "bigram-embedding": True,
+    "hashed-bigram": True,
+    "over-encoding": True,
+    "value-embeddings": True,
+    "layer-embeddings": True,
+    "larger-vocabulary": False,
+    "short-conv": False,
+    "moe-total": False,
+    "moe-active": False,
+    "product-key": True,
+}
+# The rest is one of these trained again with something else after it, or for longer: label, arm, options, rates of.
+DERIVED = (
+    ("longer", "longer", (), "plain"),
+    ("switched-off", "switched-off", (), "engram"),
+    ("kneser-ney", "kneser-ney", (), "plain"),
+    ("knn-lm, exact", "knn-lm", (("index", "exact"),), "plain"),
+    ("knn-lm, ivf", "knn-lm", (("index", "ivf"),), "plain"),
+    ("knn-lm, ivfpq", "knn-lm", (("index", "ivfpq"),), "plain"),
+)
+
+
+def configs(setting_name: str) -> list[Run]:
+    setting = SETTINGS[setting_name]
+    group = f"{setting_name}: {setting.corpus}"
+    cells = [(arm, arm, (), arm) for arm in TRAINED] + list(DERIVED)
+    runs = []
+    for label, arm, options, rates_of in cells:
+        mine = change(setting, train=tuned(rates_of))
+        if arm == "longer":
+            mine = change(mine, train={"tokens": round(setting.train.tokens * slowdown())})
+        if arm == "larger-vocabulary":
+            mine = change(mine, vocab_size=vocabulary_for(setting))
+        runs.append(Run("sceptic", arm, mine, options, label, group))
+    return runs
+
+
+def tune() -> list[Run]:
+    """A grid for every trained arm at T; arms without rows have no second rate."""
+    runs = []
+    for arm, has_rows in TRAINED.items():
+        setting = SETTINGS["T"]
+        if arm == "larger-vocabulary":
+            setting = change(setting, vocab_size=vocabulary_for(setting))
+        cell = Run("sceptic", arm, setting)
+        runs += rate_grid([cell], TUNING) if has_rows else rate_grid([cell], TUNING, table_lrs=())
+    return runs
+
+
+def slowdown() -> float:
+    """How many tokens plain trains on while engram trains on one: from the seconds of the tuning runs, in steps of
+    0.05 so that one more run does not change what "longer" means; 1.1 before there are any."""
+    speed = {
+        arm: [r["tokens"] / r["train_seconds"] for r in read_results(TUNING) if r["label"] == arm]
+        for arm in ("plain", "engram")
+    }
+    if not all(speed.values()):
+        return 1.1
+    return round(max(1.0, float(np.median(speed["plain"]) / np.median(speed["engram"]))) * 20) / 20

@@ -1,0 +1,94 @@
+"""What rows buy: loss below plain's against rows per head, with a straight line in log2(rows) and its 95 % band."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from engram.lm.statistics import Interval
+from experiments.plots import COLOURS, SOFT, STYLE, load, new_figure, save
+from experiments.report import Row, documents_of
+from experiments.slots.configs import BASELINE
+
+
+def draw(home: Path) -> Path:
+    groups = load(home, BASELINE)
+    figure, panels = new_figure(7.2, [4.0] * len(groups))
+    with matplotlib.rc_context(STYLE):
+        for axes, (group, rows) in zip(panels, groups.items(), strict=True):
+            plain = next((row for row in rows if row.label == BASELINE), None)
+            if plain is None:
+                raise ValueError(f"{home}: group {group!r} has no run of {BASELINE!r} to measure from")
+            shown: set[int] = set()
+            for colour, arm in zip(COLOURS, ("engram", "over-encoding"), strict=False):
+                cells = cells_of(rows, arm)
+                if not cells:
+                    continue
+                x, differences = np.log2(list(cells)), [seed_differences(row, plain) for row in cells.values()]
+                for place, values in zip(x, differences, strict=True):
+                    axes.plot([place] * len(values), values, ".", color=colour, alpha=0.4)
+                label = arm
+                if len(cells) >= 3:
+                    slope, band = log_fit(home, cells, plain)
+                    label += f": {slope.mean:+.4f} nats ({slope.low:+.4f} .. {slope.high:+.4f}) for each doubling"
+                    axes.plot(x, band[1], color=colour, linewidth=1)
+                    axes.fill_between(x, band[0], band[2], color=colour, alpha=0.15, linewidth=0)
+                axes.plot(x, [np.mean(values) for values in differences], "o", color=colour, label=label)
+                shown |= set(cells)
+            axes.axhline(0, color=SOFT, linestyle="--", linewidth=1.2, label=f"{BASELINE}: {plain.mean('loss'):.4f}")
+            axes.set_xticks(np.log2(sorted(shown)), [f"{rows:,}" for rows in sorted(shown)])
+            axes.set_xlabel("rows per head")
+            axes.set_ylabel("nats per token, minus plain's")
+            axes.set_title(f"{home.name}, {group} (small dots: seeds; bands: 95 %, over documents and seeds)")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return save(figure, home)
+
+
+def cells_of(rows: list[Row], arm: str) -> dict[int, Row]:
+    """{rows per head: row of the table}, ascending; only what has a seed in common with plain."""
+    found = {r.runs[0]["setting"]["memory"]["rows_per_head"]: r for r in rows if r.runs[0]["arm"] == arm and r.paired}
+    return dict(sorted(found.items()))
+
+
+def seed_differences(row: Row, plain: Row) -> list[float]:
+    """Nats per token minus plain's of the same seed."""
+    base = {run["seed"]: run["loss"] for run in plain.runs}
+    return [run["loss"] - base[run["seed"]] for run in row.runs if run["seed"] in base]
+
+
+def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) -> tuple[Interval, np.ndarray]:
+    """Least squares of (loss - plain's loss) on log2(rows), with a bootstrap over seeds and documents, both paired.
+
+    Args:
+        cells: {rows per head: its runs}, at least two. Only seeds that all of them and plain have are used.
+
+    Returns:
+        The slope in nats per token and doubling, and [3, cells]: low, middle and high of the fitted line (95 %).
+
+    Raises:
+        ValueError: cells without a seed in common.
+    """
+    seeds = sorted(set.intersection(*({run["seed"] for run in row.runs} for row in [plain, *cells.values()])))
+    if not seeds:
+        raise ValueError(f"{home}: the cells have no seed in common to fit a line through")
+
+    def nats(row: Row) -> list[np.ndarray]:
+        by_seed = {run["seed"]: run for run in row.runs}
+        return [documents_of(home, by_seed[seed])["nats"] for seed in seeds]
+
+    difference = np.array([nats(row) for row in cells.values()]) - np.array(nats(plain))  # [cells, seeds, documents]
+    weights = documents_of(home, plain.runs[0])["tokens"]
+    design = np.stack([np.log2(list(cells)), np.ones(len(cells))], axis=1)
+    fit = np.linalg.pinv(design)  # [2, cells]
+    rng, (_, count, documents) = np.random.default_rng(0), difference.shape
+    lines = np.empty((draws, 2))
+    for draw in range(draws):
+        times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
+        picked = rng.integers(count, size=count)
+        lines[draw] = fit @ ((difference @ times)[:, picked].mean(axis=1) / (times @ weights))
+    middle = fit @ (difference.sum(axis=2).mean(axis=1) / weights.sum())
+    low, high = np.quantile(lines[:, 0], (0.025, 0.975))
+    edges = np.quantile(lines @ design.T, (0.025, 0.975), axis=0)
+    return Interval(float(middle[0]), float(low), float(high)), np.stack([edges[0], design @ middle, edges[1]])

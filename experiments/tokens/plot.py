@@ -1,0 +1,38 @@
+"""What the memory gains against the number of training tokens, and where the text begins to repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+from experiments.plots import COLOURS, SOFT, STYLE, curve, first_run, gain, load, new_figure, save
+from experiments.report import Row
+from experiments.tokens.configs import BASELINE
+
+
+def draw(home: Path) -> Path:
+    curves: dict[str, list[tuple[int, Row]]] = {}
+    for group, rows in load(home, BASELINE).items():
+        for row in rows:
+            if row.bits is not None:
+                name = group.rsplit(",", 1)[0]  # without the budget
+                curves.setdefault(name, []).append((first_run(row)["tokens"], row))
+    figure, (axes,) = new_figure(7.2, [4.0])
+    with matplotlib.rc_context(STYLE):
+        for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+            points.sort(key=lambda point: point[0])
+            curve(axes, [tokens / 1e6 for tokens, _ in points], [gain(row) for _, row in points], colour, name)
+            once = first_run(points[0][1])["text_tokens"]
+            if once < points[-1][0]:
+                axes.axvline(once / 1e6, color=colour, linestyle=":", linewidth=1.2, label=f"{name}: one pass")
+        axes.axhline(0, color=SOFT, linewidth=1)
+        axes.set_xscale("log")
+        ticks = sorted({tokens / 1e6 for points in curves.values() for tokens, _ in points})
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("training tokens, millions")
+        axes.set_ylabel("gain over plain, bits per byte")
+        axes.set_title(f"{home.name}: engram against plain (bars: 95 % intervals)")
+        axes.legend()
+    return save(figure, home)

@@ -1,0 +1,416 @@
+"""The lab's runner, statistics and tables, on a corpus of made-up words and models that train in a moment."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engram.config import EngramConfig
+from engram.lm.run import Setting, prepare
+from engram.lm.train import Batches, TrainConfig
+from engram.lm.transformer import TransformerConfig
+from experiments import config, report, runner
+from experiments.__main__ import main, runs_of, seeds_of
+from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
+from experiments.slots.plot import log_fit
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    home = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(60)]
+    for number in range(60):
+        text = " ".join(words[w] for w in rng.zipf(1.5, 80) % 60)
+        (home / f"{number}.txt").write_text(text)
+    return Setting(
+        corpus=str(home),
+        vocab_size=300,
+        model=TransformerConfig(vocab_size=300, hidden_size=16, layers=2, heads=2, max_length=32),
+        memory=EngramConfig(layers=(1,), heads=2, head_dim=4, rows_per_head=50),
+        train=TrainConfig(tokens=600, batch_size=2, context=32, warmup_steps=2),
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def finished(setting, tmp_path_factory):
+    """A home where plain and engram ran with two seeds, and the runs."""
+    home = tmp_path_factory.mktemp("home")
+    runs = [Run("toy", arm, setting).seeded(seed) for arm in ("plain", "engram") for seed in (0, 1)]
+    (home / "toy").mkdir()
+    for run in runs:
+        record, documents = runner.execute(run)
+        runner.append(home / "toy" / "results.jsonl", record)
+        (home / "toy" / "documents").mkdir(exist_ok=True)
+        np.savez_compressed(home / "toy" / "documents" / f"{run.key}.npz", **documents)
+    return home, runs
+
+
+def fake(label, seed=0, lr=3e-3, table_lr=0.03, loss=1.0, **other):
+    setting = {"train": {"lr": lr, "table_lr": table_lr}}
+    return {
+        "key": f"{label}{seed}{lr}{table_lr}",
+        "label": label,
+        "seed": seed,
+        "setting": setting,
+        "loss": loss,
+    } | other
+
+
+def test_the_key_changes_with_whatever_decides_the_outcome_and_with_nothing_else(setting):
+    run = Run("toy", "plain", setting)
+    others = [
+        replace(run, arm="engram"),
+        replace(run, options=(("rows", 3),)),
+        replace(run, held_out="tune"),
+        replace(run, setting=config.change(setting, train={"lr": 0.5})),
+        replace(run, setting=config.change(setting, {"gate": "none"})),
+        run.seeded(1),
+    ]
+    assert len({r.key for r in [run, *others]}) == 7
+    assert replace(run, experiment="other", label="x", group="y").key == run.key
+
+
+def test_repetitions_with_other_seeds_share_their_cell(setting):
+    run = Run("toy", "engram", setting)
+    assert run.seeded(1).cell == run.seeded(2).cell == run.key
+    assert run.seeded(2).setting.memory.seed == 2
+
+
+def test_the_key_does_not_hang_on_the_order_of_the_options(setting):
+    a, b = (
+        Run("toy", "x", setting, options) for options in ((("k", 1), ("index", "ivf")), (("index", "ivf"), ("k", 1)))
+    )
+    assert a == b and a.key == b.key
+
+
+def test_the_key_is_the_same_in_another_process():
+    code = "from experiments.config import *; print(Run('toy', 'engram', SETTINGS['T'], (('rows', 3),)).key)"
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(config.HOME.parent)}
+    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == Run("toy", "engram", SETTINGS["T"], (("rows", 3),)).key
+
+
+def test_a_run_survives_its_json(setting):
+    run = Run("toy", "engram", setting, (("index", "ivf"), ("k", 3)), "label", "group", "tune").seeded(4)
+    assert Run.from_json(run.to_json()) == run
+    assert Run.from_json(run.to_json()).key == run.key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("setting_name", SETTINGS)
+def test_every_experiment_lists_distinct_runs_with_its_baseline_in_every_group(name, setting_name):
+    module = config.questions(name)
+    runs = module.configs(setting_name)
+    assert len({run.key for run in runs}) == len({(run.group, run.label) for run in runs}) == len(runs)
+    assert {run.experiment for run in runs} == {name}
+    for group in {run.group for run in runs}:
+        assert module.BASELINE in {run.label for run in runs if run.group == group}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(config.questions(n), "tune")])
+def test_nothing_is_tuned_on_the_reported_text(name):
+    runs = config.questions(name).tune()
+    assert runs and {run.held_out for run in runs} == {"tune"}
+
+
+def test_only_and_corpus_select_and_change_the_runs():
+    runs = runs_of("sceptic", [0, 1], ["plain", "knn-lm"], "T", "stdlib")
+    assert [run.label for run in runs[:4]] == ["plain", "knn-lm, exact", "knn-lm, ivf", "knn-lm, ivfpq"]
+    assert {run.setting.corpus for run in runs} == {"stdlib"} and [run.seed for run in runs] == [0] * 4 + [1] * 4
+    assert {run.group for run in runs} == {"T: stdlib"}
+
+
+def test_an_arm_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"no arm plian.* it has .*plain"):
+        runs_of("sceptic", [0], ["plian"])
+
+
+@pytest.mark.parametrize("text", ["", "0,0", "a", "-1"])
+def test_bad_seeds_are_refused(text):
+    with pytest.raises(Exception, match="seeds are"):
+        seeds_of(text)
+
+
+def test_a_run_again_gives_the_same_loss(setting, finished):
+    home, runs = finished
+    before = read_results(home / "toy" / "results.jsonl")[2]
+    again, documents = runner.execute(runs[2])
+    assert again["arm"] == "engram"
+    assert again["loss"] == pytest.approx(before["loss"], abs=1e-6)
+    with np.load(home / "toy" / "documents" / f"{runs[2].key}.npz") as saved:
+        np.testing.assert_allclose(documents["nats"], saved["nats"], rtol=1e-6)
+
+
+def test_a_result_says_what_ran_and_what_it_cost(setting, finished):
+    plain, _, engram, _ = read_results(finished[0] / "toy" / "results.jsonl")
+    # 2 heads of 2 orders, 53 and more rows each, of 4 values; RMS keeps one number a row
+    rows = engram["parameters"]["table"] // 4
+    assert rows >= 4 * 50
+    assert engram["bytes"]["table"] == 16 * rows and engram["bytes"]["optimizer_rows"] == 4 * rows
+    assert plain["parameters"]["table"] == plain["bytes"]["table"] == plain["bytes"]["optimizer_rows"] == 0
+    assert plain["bytes"]["optimizer_dense"] == 2 * plain["bytes"]["dense"] == 8 * plain["parameters"]["dense"]
+    assert engram["parameters"]["dense"] > plain["parameters"]["dense"]
+    assert engram["tokens"] == 640 and engram["peak_memory"] > 2**20 and engram["seed"] == 0
+    assert engram["setting"]["train"]["lr"] == setting.train.lr and len(engram["sources"]) == 16
+    assert json.loads(json.dumps(engram)) == engram and len(engram["curve"]) <= 40
+
+
+def test_flops_are_two_for_each_weight_of_a_product_and_token(setting, finished):
+    plain = read_results(finished[0] / "toy" / "results.jsonl")[0]
+    d, vocabulary, context = 16, plain["vocabulary"], 32
+    attention = 2 * 2 * context * d  # scores and weighted values, per token
+    expected = 2 * (2 * 12 * d * d + vocabulary * d) + 2 * attention
+    assert plain["flops_per_token"]["forward"] == expected
+    assert plain["flops_per_token"]["training"] == 3 * expected
+
+
+def test_every_arm_of_a_seed_sees_the_same_batches(setting, monkeypatch):
+    seen = {}
+
+    def spy(arm):
+        asked = seen.setdefault(arm, [])
+        call = Batches.__call__
+        monkeypatch.setattr(runner, "train", lambda model, data, how, on_step: asked.extend(
+            call(Batches(data, how.context, how.batch_size, how.seed), step)[0].tolist() for step in range(5)
+        ))  # fmt: skip
+
+    for arm in ("plain", "engram"):
+        spy(arm)
+        with pytest.raises(AttributeError):  # there is no log: the spy trained nothing
+            runner.execute(Run("toy", arm, setting).seeded(3))
+    assert seen["plain"] == seen["engram"] and len(seen["plain"]) == 5
+
+
+def test_a_budget_in_epochs_is_of_the_runs_own_text(setting):
+    record, _ = runner.execute(Run("toy", "plain", setting, (("epochs", 0.25),)))
+    text = len(prepare(setting).train.ids)
+    assert 0 <= record["tokens"] - text / 4 < 64 and record["text_tokens"] == text
+    assert record["setting"]["train"]["tokens"] == 600  # what was asked for stays what it was
+
+
+def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(setting, tmp_path, capsys):
+    runs = [Run("toy", "plain", setting)]
+    assert runner.sweep(runs, tmp_path, others=()) == 0
+    first = (tmp_path / "toy" / "results.jsonl").read_text()
+    assert (tmp_path / "toy" / "documents" / f"{runs[0].key}.npz").is_file()
+    assert runner.sweep(runs, tmp_path, others=()) == 0
+    assert (tmp_path / "toy" / "results.jsonl").read_text() == first and first.count("\n") == 1
+    assert "1 of 1 runs are there" in capsys.readouterr().out
+
+
+def test_a_run_that_another_experiment_has_is_taken_over(setting, finished, tmp_path):
+    home, runs = finished
+    mine = replace(runs[0], experiment="mine", label="base", group="g")
+    (tmp_path / "toy").symlink_to(home / "toy")
+    assert runner.sweep([mine], tmp_path, others=("toy",), limit_minutes=0) == 0
+    (line,) = read_results(tmp_path / "mine" / "results.jsonl")
+    assert (line["label"], line["group"], line["experiment"]) == ("base", "g", "mine")
+    assert line["loss"] == read_results(home / "toy" / "results.jsonl")[0]["loss"]
+    assert (tmp_path / "mine" / "documents" / f"{mine.key}.npz").is_file()
+
+
+def test_a_crash_is_written_down_and_the_sweep_goes_on(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_child_command", lambda home, threads: [sys.executable, "-c", CRASH_OR_RESULT])
+    runs = [Run("toy", arm, setting, label=arm) for arm in ("bad", "plain")]
+    assert runner.sweep(runs, tmp_path, others=()) == 1
+    assert [r["label"] for r in read_results(tmp_path / "toy" / "results.jsonl")] == ["plain"]
+    log = (tmp_path / "toy" / "failures.log").read_text()
+    assert "ZeroDivisionError" in log and runs[0].key in log and "Traceback" in log
+
+
+CRASH_OR_RESULT = """
+import json, sys
+run = json.loads(sys.stdin.read())
+if run["arm"] == "bad": 1 / 0
+print(json.dumps({"key": "k", "label": run["label"], "loss": 1.0, "total_seconds": 1.0}))
+"""
+
+
+def test_a_child_reports_its_own_traceback(setting, tmp_path):
+    assert runner.sweep([Run("toy", "no-such-arm", setting)], tmp_path, others=()) == 1
+    assert "unknown arm 'no-such-arm'" in (tmp_path / "toy" / "failures.log").read_text()
+
+
+def test_no_new_run_begins_after_the_limit(setting, tmp_path):
+    assert runner.sweep([Run("toy", "plain", setting)], tmp_path, others=(), limit_minutes=0) == 0
+    assert read_results(tmp_path / "toy" / "results.jsonl") == []
+
+
+def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    runner.append(file, fake("plain"))
+    with file.open("a") as stream:
+        stream.write('{"key": "half')
+    with pytest.raises(ValueError, match=r"results\.jsonl is torn"):
+        read_results(file)
+    assert runner.repair(file) == 13 and runner.repair(file) == 0
+    assert [r["label"] for r in read_results(file)] == ["plain"]
+    assert "torn" in capsys.readouterr().err
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps(fake("plain")) + "\nnonsense\n")
+    with pytest.raises(ValueError, match="line 2 is no result"):
+        read_results(file)
+
+
+def test_the_second_rate_is_tuned_at_the_best_first_rate(setting, tmp_path):
+    file, cell = tmp_path / "tune.jsonl", Run("toy", "engram", setting)
+    first = rate_grid([cell], file)
+    assert [run.setting.train.lr for run in first] == list(config.LRS)
+    for run, loss in zip(first, (2.0, 1.5, 1.0), strict=True):
+        runner.append(file, fake("engram", lr=run.setting.train.lr, loss=loss) | {"key": run.key})
+    second = rate_grid([cell], file)[3:]
+    assert [(r.setting.train.lr, r.setting.train.table_lr) for r in second] == [(6e-3, 0.01), (6e-3, 0.1)]
+
+
+def test_the_chosen_rates_are_those_of_the_lowest_loss(tmp_path):
+    file = tmp_path / "tune.jsonl"
+    assert tuned("engram", file) == {}
+    for lr, loss in ((1e-3, 3.0), (2e-3, 1.0), (4e-3, 2.0)):
+        runner.append(file, fake("engram", lr=lr, loss=loss))
+    runner.append(file, fake("plain", lr=9e-3, loss=0.5))
+    assert tuned("engram", file) == {"lr": 2e-3, "table_lr": 0.03}
+
+
+def test_rows_compare_with_the_baseline_of_the_same_seeds(finished):
+    home, _ = finished
+    (runs,) = report.groups_of(read_results(home / "toy" / "results.jsonl")).values()
+    alone = {**runs, "engram": runs["engram"][1:]}
+    plain, engram = report.rows_of(home / "toy", alone, "plain")
+    assert (plain.label, engram.paired) == ("plain", (1,))
+    difference = runs["engram"][1]["loss"] - runs["plain"][1]["loss"]
+    assert engram.nats.mean == pytest.approx(difference, abs=1e-5)
+    assert engram.bits.mean == pytest.approx(runs["engram"][1]["bpb"] - runs["plain"][1]["bpb"], abs=1e-5)
+    assert engram.nats.low <= engram.nats.mean <= engram.nats.high
+
+
+def test_arms_with_another_tokenizer_are_compared_per_byte_alone(finished, tmp_path):
+    home, _ = finished
+    (runs,) = report.groups_of(read_results(home / "toy" / "results.jsonl")).values()
+    (tmp_path / "documents").mkdir()
+    for run in [*runs["plain"], *runs["engram"]]:
+        with np.load(home / "toy" / "documents" / f"{run['key']}.npz") as arrays:
+            other = dict(arrays)
+        if run["arm"] == "engram":
+            other["tokens"] = other["tokens"] // 2
+        np.savez_compressed(tmp_path / "documents" / f"{run['key']}.npz", **other)
+    _, engram = report.rows_of(tmp_path, runs, "plain")
+    assert engram.nats is None and engram.bits is not None
+
+
+def test_runs_of_an_older_kind_are_left_out_of_a_row():
+    old = [fake("engram", seed, group="g", cell="old") for seed in (0, 1, 2)]
+    new = [fake("engram", seed, group="g", cell="new") for seed in (0,)]
+    assert report.groups_of(old + new) == {"g": {"engram": new}}
+
+
+def test_a_relabelled_run_has_its_new_row_alone():
+    old = fake("engram", group="g", cell="c")
+    new = old | {"label": "memory"}
+    assert report.groups_of([old, new]) == {"g": {"memory": [new]}}
+
+
+def test_the_report_writes_between_its_marks_and_nothing_else(finished):
+    home, _ = finished
+    readme = home / "toy" / "README.md"
+    readme.write_text("# Question\n\n<!-- table -->\nold\n<!-- end -->\n\n## What this does not show\n")
+    report.write_tables(home / "toy", "plain")
+    written = readme.read_text()
+    assert "old" not in written and written.startswith("# Question\n\n<!-- table -->\n### ")
+    assert written.endswith("\n<!-- end -->\n\n## What this does not show\n")
+    lines = [line for line in written.splitlines() if line.startswith(("| plain", "| engram"))]
+    assert [line.split(" | ")[:2] for line in lines] == [["| plain", "2"], ["| engram", "2"]]
+    report.write_tables(home / "toy", "plain")
+    assert readme.read_text() == written
+
+
+def test_a_readme_without_marks_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# Question\n")
+    with pytest.raises(ValueError, match="<!-- table -->"):
+        report.write_tables(tmp_path, "plain")
+
+
+def test_a_missing_side_file_is_named(finished, tmp_path):
+    (runs,) = report.groups_of(read_results(finished[0] / "toy" / "results.jsonl")).values()
+    with pytest.raises(FileNotFoundError, match="run it again"):
+        report.rows_of(tmp_path, runs, "plain")
+
+
+def test_the_tuning_table_marks_the_best_and_warns_at_the_edge():
+    inside = [fake("a", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))]
+    outside = [fake("b", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0), (4.0, 1.5))]
+    table = report.tuning_table(inside + outside)
+    assert "**1.0000**" in table and "**1.5000**" in table
+    assert table.splitlines()[-1].endswith("had there: b.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_readme_can_take_tables_and_says_what_it_does_not_show(name):
+    text = (config.HOME / name / "README.md").read_text()
+    assert text.index("<!-- table -->\n") < text.index("<!-- end -->\n") < text.index("## What this does not show\n")
+
+
+def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
+    (tmp_path / "documents").mkdir()
+    rng, tokens = np.random.default_rng(0), np.full(40, 100.0)
+
+    def row(label, loss):
+        runs = []
+        for seed in (0, 1):
+            nats = 100 * (loss + rng.normal(0, 0.02, 40))
+            run = fake(label, seed, loss=loss)
+            np.savez(tmp_path / "documents" / f"{run['key']}.npz", nats=nats, tokens=tokens, bytes=tokens)
+            runs.append(run)
+        return report.Row(label, tuple(runs), (0, 1))
+
+    cells = {2**power: row(f"2^{power}", 5 - 0.1 * power) for power in (2, 4, 6)}
+    slope, band = log_fit(tmp_path, cells, row("plain", 5.0), draws=300)
+    assert slope.mean == pytest.approx(-0.1, abs=0.01) and slope.low < -0.1 < slope.high
+    np.testing.assert_allclose(band[1], [-0.2, -0.4, -0.6], atol=0.02)
+    assert (band[0] < band[1]).all() and (band[1] < band[2]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_is_drawn_from_the_results_alone(name, tmp_path):
+    module = config.questions(name)
+    cells = [run for run in module.configs(module.SETTING)][:6]
+    home = made_up_results(tmp_path / name, cells, module.BASELINE)
+    path = importlib.import_module(f"experiments.{name}.plot").draw(home)
+    assert path == home / "figure.png" and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def made_up_results(home, cells, baseline):
+    (home / "documents").mkdir(parents=True)
+    rng, tokens = np.random.default_rng(0), np.full(20, 50.0)
+    for run in cells:
+        nats = 50 * (4 - 0.1 * (run.label != baseline) + rng.normal(0, 0.1, 20))
+        record = fake(run.label, loss=float(nats.mean() / 50), cell=run.cell, group=run.group, arm=run.arm)
+        record |= {"key": run.key, "setting": json.loads(run.setting.to_json()), "bpb": 1.0, "corpus": "c"}
+        record |= {"tokens": run.setting.train.tokens, "text_tokens": 10**6, "train_seconds": 1.0}
+        runner.append(home / "results.jsonl", record | {"vocabulary": run.setting.vocab_size})
+        np.savez(home / "documents" / f"{run.key}.npz", nats=nats, tokens=tokens, bytes=3 * tokens)
+    return home
+
+
+def test_a_figure_without_results_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="no runs yet: python -m experiments run"):
+        importlib.import_module("experiments.slots.plot").draw(tmp_path / "slots")
+
+
+def test_the_command_line_fails_where_there_is_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments", "run", "tokens", "--tune"])
+    assert main() == 1
+    assert "nothing to tune" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import os
 import random
 import re
@@ -206,6 +208,26 @@ def test_the_real_validation_text_hardly_overlaps_the_training_text(real):
     sides = split(real)
     overlap = overlap_13gram(sides.train, sides.validation)
     assert overlap.grams > 100_000 and overlap < 0.005
+
+
+def test_service_documentation_is_text_without_markup_and_each_string_once(tmp_path, monkeypatch):
+    def service(name, version, model):
+        folder = tmp_path / "botocore" / "data" / name / version
+        folder.mkdir(parents=True)
+        (folder / "service-2.json.gz").write_bytes(gzip.compress(json.dumps(model).encode()))
+
+    (tmp_path / "botocore" / "data").mkdir(parents=True)
+    (tmp_path / "botocore" / "__init__.py").write_text("raise ImportError('read, never imported')")
+    page = "<p>Sends   a <code>Message</code> &amp; waits.</p> <ul> <li> <p>One</p> </li><li>Two</li> </ul>"
+    service("queue", "2012-01-01", {"documentation": "Old only", "shapes": [{"documentation": page}]})
+    service("queue", "2020-01-01", {"operations": {"send": {"documentation": page}}, "documentation": "Welcome"})
+    service("store", "2020-01-01", {"documentation": "Welcome", "shapes": {"documentation": {"documentation": "Name"}}})
+    service("twin", "2020-01-01", {"documentation": "Welcome"})
+    monkeypatch.syspath_prepend(tmp_path)
+    documents = load_corpus("botocore")
+    assert [d.name for d in documents] == ["queue", "store"]
+    assert documents[0].text == "Sends a Message & waits.\nOne\nTwo\n\nWelcome\n\nOld only"
+    assert documents[1].text == "Name"
 
 
 def test_the_standard_library_is_a_corpus_without_installing_anything():

@@ -6,6 +6,8 @@ The packages of requirements-data.txt are read as files; none of them is ever im
 from __future__ import annotations
 
 import ast
+import gzip
+import html
 import importlib.util
 import json
 import re
@@ -14,7 +16,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -55,8 +57,8 @@ def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
     """Documents of a '+'-joined list of corpora, in a fixed order, exact duplicates of a text dropped (first one kept).
 
     A part is "wiki" (lead sections of Wikipedia articles), "shakespeare" (by scene), "kjv" (by chapter), "stdlib"
-    (Python's own modules), or the path of a text file or of a folder: every *.txt and *.md under it, utf-8, is one
-    document, or several where <|endoftext|> separates them.
+    (Python's own modules), "botocore" (documentation of web services), or the path of a text file or of a folder: every
+    *.txt and *.md under it, utf-8, is one document, or several where <|endoftext|> separates them.
     Raises FileNotFoundError (unknown part, package not installed), ValueError (nothing to read in it, not utf-8).
     """
     # A path may hold a '+' itself, so what exists as a whole is not taken apart.
@@ -266,6 +268,41 @@ def _read_stdlib() -> Iterator[Document]:
         yield Document("stdlib", inside.as_posix(), text)
 
 
+def _read_botocore() -> Iterator[Document]:
+    """One document per service: what its models say of operations and fields; a text that came before is left out."""
+    seen: set[str] = set()
+    for service in sorted(_package_file("botocore", "botocore==1.44.5", "data").iterdir()):
+        texts = []
+        for file in sorted(service.glob("*/service-2.json.gz"), reverse=True):  # the newest version first
+            for markup in _documentation(json.loads(gzip.decompress(file.read_bytes()))):
+                text = _plain_html(markup)
+                if text and text not in seen:
+                    seen.add(text)
+                    texts.append(text)
+        if texts:
+            yield Document("botocore", service.name, "\n\n".join(texts))
+
+
+def _documentation(node: Any) -> Iterator[str]:
+    """Every string named "documentation" in nested JSON, in order."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "documentation" and isinstance(value, str):
+                yield value
+            else:
+                yield from _documentation(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _documentation(value)
+
+
+def _plain_html(markup: str) -> str:
+    """Text with a line per paragraph or list item, without tags."""
+    text = re.sub(r"</?(?:p|li|ul|ol|dl|dt|dd|note|important|table|tr|h\d|br|pre)\b[^>]*>", "\n", markup)
+    text = html.unescape(re.sub(r"<[^<>]*>", "", text))
+    return re.sub(r" *\n[\s]*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
+
+
 def _read_path(part: str) -> Iterator[Document]:
     root = Path(part)
     files = [root]
@@ -282,4 +319,10 @@ def _read_path(part: str) -> Iterator[Document]:
             yield Document(part, name if len(texts) == 1 else f"{name}#{number}", text)
 
 
-READERS = {"wiki": _read_wiki, "shakespeare": _read_shakespeare, "kjv": _read_kjv, "stdlib": _read_stdlib}
+READERS = {
+    "wiki": _read_wiki,
+    "shakespeare": _read_shakespeare,
+    "kjv": _read_kjv,
+    "stdlib": _read_stdlib,
+    "botocore": _read_botocore,
+}

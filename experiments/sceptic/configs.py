@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.arms import vocabulary_for
-from experiments.config import HOME, SETTINGS, Run, change, rate_grid, read_results, tuned
+from experiments.config import HOME, SETTINGS, TABLE_LRS, Run, change, rate_grid, read_results, tuned
 
 BASELINE, SETTING = "plain", "S"
 TUNING = HOME / "sceptic" / "tune.jsonl"
@@ -31,6 +31,8 @@ TRAINED = {
     "moe-active": False,
     "product-key": True,
 }
+# Rows that are added to the hidden state as they are, without a projection, want smaller steps.
+BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
 # The rest is one of these trained again with something else after it, or for longer: label, arm, options, rates of.
 DERIVED = (
     ("longer", "longer", (), "plain"),
@@ -64,8 +66,11 @@ def tune() -> list[Run]:
         setting = SETTINGS["T"]
         if arm == "larger-vocabulary":
             setting = change(setting, vocab_size=vocabulary_for(setting))
+        bare = BARE_ROWS.get(arm)
+        if bare is not None:
+            setting = change(setting, train={"table_lr": bare[1]})
         cell = Run("sceptic", arm, setting)
-        runs += rate_grid([cell], TUNING) if has_rows else rate_grid([cell], TUNING, table_lrs=())
+        runs += rate_grid([cell], TUNING, table_lrs=bare or TABLE_LRS if has_rows else ())
     return runs
 
 

@@ -216,7 +216,10 @@ def generate(
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="hash, lookup, update, step, disk; default: all but disk.")
+        list[str] | None,
+        typer.Argument(
+            help="hash, lookup, update, codecs, step, prefetch, scale, disk; default: hash lookup update step."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

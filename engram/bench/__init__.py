@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from engram.bench.codecs import bench_codecs
 from engram.bench.compare import Row
 from engram.bench.disk import bench_disk
 from engram.bench.hashing import bench_hash
@@ -15,6 +16,7 @@ _BENCHES: dict[str, Callable[[], list[Row]]] = {
     "hash": bench_hash,
     "lookup": bench_lookup,
     "update": bench_update,
+    "codecs": bench_codecs,
     "step": bench_step,
     "prefetch": bench_prefetch,
     "scale": bench_scale,
@@ -26,8 +28,8 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
     """Runs the named benchmarks.
 
     Args:
-        names: out of "hash", "lookup", "update", "step", "prefetch", "scale" (step time against rows stored) and
-            "disk" (writes a file of 4 GiB in the temporary folder).
+        names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored)
+            and "disk" (writes a file of 4 GiB in the temporary folder).
 
     Returns:
         {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a

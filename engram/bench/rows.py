@@ -114,19 +114,19 @@ def _read_and_write(table: HostTable, state: HostTable, ids: Tensor, grad: Tenso
     _halves(len(ids), lambda lo, hi: touch(rows, moments, source, lo, hi, gradient, table.dim))
 
 
-def bench_update() -> list[Row]:
-    """32,768 distinct random rows of 256 bytes in 4 GiB (less where memory is short), gradients given.
+def bench_update(wanted: int = 4 << 30) -> list[Row]:
+    """32,768 distinct random rows of 256 bytes, gradients given, in a table of `wanted` bytes, less if memory is short.
 
     All optimisers train the same table and share their moments, so that three times the table is all that is needed.
     """
     dim, n = 64, 32_768
-    rows = _affordable(4 << 30, 3) // (4 * dim)
+    rows = max(_affordable(wanted, 3) // (4 * dim), n)
     rng = np.random.default_rng(0)
     draws = _in_turn([torch.from_numpy(rng.choice(rows, n, replace=False)) for _ in range(8)])
     grad, table = torch.randn(n, dim) * 1e-3, HostTable(rows, dim)
     rms, adagrad, adam, sinkhorn = (kind(table) for kind in (RowRMS, RowAdagrad, RowAdam, RowSinkhorn))
     halves = adam.state["moments"].tensor.view(2, rows, dim)  # the same memory as two tables of moments
-    sinkhorn.state["m"] = SimpleNamespace(tensor=halves[0])  # type: ignore[assignment]
+    sinkhorn.state["m"] = SimpleNamespace(tensor=halves[0], path=None)  # type: ignore[assignment]
     for each in (table, *(state for o in (rms, adagrad, adam) for state in o.state.values())):
         each.tensor.fill_(0.5)  # every page is there: no page faults in the measurement
     sinkhorn.state["last"].tensor.fill_(0.0)

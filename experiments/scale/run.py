@@ -105,37 +105,48 @@ def disk(steps: int, folder: str | None, exponent: int | None) -> list[Line]:
         print(f"wrote {table.nbytes / 2**30:.1f} GiB in {time.perf_counter() - began:.0f} s", flush=True)
         step_seconds(small, 64)
         facts = {"kind": "disk", "log2_rows_per_head": k, "bytes": table.nbytes, "ram": memory_bytes(), "steps": steps}
-        lines = []
-        for fetch_ahead in (True, False):
+        spent: dict[tuple[bool, str], list[tuple[float, float]]] = {}
+        waited: dict[tuple[bool, str], float] = {}
+        for fetch_ahead in (True, False, False, True):
             big.fetch_ahead = fetch_ahead
-            big.turn, big.ahead = 0, None
             for what in ("cold", "warm"):
                 if what == "cold":
                     table.drop()
                     for state in big.optimizer.row_optimizers[0].state.values():
                         state.drop()
                 big.turn, small.turn, big.ahead = 0, 0, None
-                for name in big.memory.clock:
-                    big.memory.clock[name] = 0.0
-                theirs, ours = [], []
+                clock = big.memory.clock
+                clock["waiting"] = 0.0
+                key = fetch_ahead, what
                 for _ in range(steps):
-                    theirs += step_seconds(small, 1)
-                    ours += step_seconds(big, 1)
-                line = {**facts, "what": f"{what}, {'next batch fetched ahead' if fetch_ahead else 'on demand'}"}
-                line |= {
-                    "value": float(np.median(ours)) * 1e3,
-                    "unit": "ms/step",
-                    "mean_ms": float(np.mean(ours)) * 1e3,
-                }
-                line |= {"ratio": float(np.median(np.array(ours) / theirs)), "reference_ms": np.median(theirs) * 1e3}
-                line["waiting_share"] = big.memory.clock["waiting"] / sum(ours)
-                lines.append(line)
-                print(json.dumps(line), flush=True)
+                    theirs, ours = step_seconds(small, 1)[0], step_seconds(big, 1)[0]
+                    spent.setdefault(key, []).append((ours, theirs))
+                waited[key] = waited.get(key, 0.0) + clock["waiting"]
+        lines = []
+        for (fetch_ahead, what), pairs in spent.items():
+            ours, theirs = np.array(pairs).T
+            line = {**facts, "what": f"{what}, {'next batch fetched ahead' if fetch_ahead else 'on demand'}"}
+            lines.append({**line, **_in_turn(ours, theirs), "waiting_share": waited[fetch_ahead, what] / ours.sum()})
+            print(json.dumps(lines[-1]), flush=True)
         lines += serve(big, small, facts, steps)
         big.memory.close()
         return lines
     finally:
         shutil.rmtree(home)
+
+
+def _in_turn(ours: np.ndarray, theirs: np.ndarray) -> Line:
+    """Seconds of two things that took turns -> medians and quartiles in milliseconds, and the median of the ratios."""
+    low, middle, high = (float(q) * 1e3 for q in np.quantile(ours, (0.25, 0.5, 0.75)))
+    reference = float(np.median(theirs)) * 1e3
+    ratio = float(np.median(ours / theirs))
+    return {
+        "value": middle,
+        "quartiles": [low, high],
+        "mean": ours.mean() * 1e3,
+        "ratio": ratio,
+        "reference": reference,
+    }
 
 
 @torch.no_grad()
@@ -158,10 +169,8 @@ def serve(big: Trainer, small: Trainer, facts: Line, chunks: int) -> list[Line]:
                 now, ahead = ahead, trainer.memory.recall(text[i + 1 : i + 2])
                 trainer.model(text[i : i + 1], recall=now)
                 spent[name].append(time.perf_counter() - began)
-        line = {**facts, "kind": "serve", "what": f"{what} prefill", "unit": "ms/chunk", "tokens": TIME}
-        line |= {"value": float(np.median(spent["big"])) * 1e3, "mean_ms": float(np.mean(spent["big"])) * 1e3}
-        line |= {"ratio": float(np.median(np.array(spent["big"]) / spent["small"]))}
-        lines.append({**line, "reference_ms": float(np.median(spent["small"])) * 1e3})
+        line = {**facts, "kind": "serve", "what": f"{what} prefill, next chunk fetched ahead", "tokens": TIME}
+        lines.append({**line, **_in_turn(np.array(spent["big"]), np.array(spent["small"]))})
         print(json.dumps(lines[-1]), flush=True)
     return lines
 
@@ -185,7 +194,7 @@ def tables(lines: list[Line]) -> str:
             size = f"{line['bytes'] / 1e9:.2f}{mark}"
             text.append(f"| 2^{line['log2_rows_per_head']} | {size} | {line['value']:.0f} | {line['ratio']:.2f} |")
         text += ["", "\\* more than half of memory: only the rows that the text reads were ever written."]
-    for kind, unit in (("disk", "training step"), ("serve", f"prefill of {TIME} tokens")):
+    for kind, unit in (("disk", "training step"), ("serve", f"chunk of {TIME} tokens")):
         if found := [line for line in lines if line["kind"] == kind]:
             one = found[0]
             text += [
@@ -193,13 +202,14 @@ def tables(lines: list[Line]) -> str:
                 f"{one['bytes'] / 2**30:.1f} GiB of written rows (2^{one['log2_rows_per_head']} per head) in a file, "
                 f"{one['ram'] / 2**30:.1f} GiB of memory, {one['steps']} {unit}s:",
                 "",
-                f"| {unit} | median, ms | mean, ms | against 2^{REFERENCE} rows in memory | waiting |",
-                "|---|---|---|---|---|",
+                f"| {unit} | median, ms | quartiles | mean | against 2^{REFERENCE} rows in memory | waiting |",
+                "|---|---|---|---|---|---|",
             ]
             for line in found:
                 waiting = f"{100 * line['waiting_share']:.0f} %" if "waiting_share" in line else ""
                 ratio = f"{line['ratio']:.2f}"
-                text.append(f"| {line['what']} | {line['value']:.0f} | {line['mean_ms']:.0f} | {ratio} | {waiting} |")
+                cells = [line["what"], f"{line['value']:.0f}", "{:.0f} to {:.0f}".format(*line["quartiles"])]
+                text.append(f"| {' | '.join(cells)} | {line['mean']:.0f} | {ratio} | {waiting} |")
     return "\n".join(text)
 
 
@@ -217,6 +227,7 @@ def draw(lines: list[Line]) -> None:
         left.plot(*zip(*points, strict=True), label=name, **style)
     left.set(xscale="log", yscale="log", xlabel="bytes of a row", ylabel="million rows a second")
     left.set_xticks(WIDTHS, [f"{size:,}" for size in WIDTHS], fontsize=8)
+    left.set_yticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
     left.minorticks_off()
     left.set_title("random rows out of 2 GiB, two cores", fontsize=10)
     left.legend(frameon=False, fontsize=8)

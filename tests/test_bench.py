@@ -1,0 +1,46 @@
+"""Benchmarks run small: every arm works, ours comes first, every figure is a number above zero."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from engram.bench.codecs import bench_codecs
+from engram.bench.compare import compare
+from engram.bench.disk import bench_disk
+from engram.bench.rows import bench_update, lookup
+
+
+def check(rows, ours):
+    assert rows[0]["what"].endswith(ours) and rows[0]["ratio"] in (1.0, pytest.approx(1.0))
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 and row["ratio"] > 0 for row in rows)
+    assert len({row["what"] for row in rows}) == len(rows) > 1
+
+
+def test_lookup_measures_every_arm():
+    check(lookup(1 << 20, 64, rounds=1), "engram gather(out=)")
+
+
+def test_update_measures_every_arm():
+    rows = bench_update(1 << 20)
+    check(rows, "engram RowRMS")
+    assert next(row for row in rows if row["what"] == "torch SparseAdam")["of_sparse_adam"] == 1
+
+
+def test_codecs_measure_every_arm():
+    check(bench_codecs(rows=2000, dim=64, n=1000, rounds=1), "gather float32")
+
+
+def test_disk_measures_every_arm(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    check(bench_disk(gigabytes=0.01, rows_per_gather=256, rounds=1), "prefetch + gather")
+    assert not any(tmp_path.iterdir())
+
+
+def test_arms_take_turns_and_what_they_need_is_made_off_the_clock():
+    called, made = [], []
+    arms = {"a": lambda: called.append("a"), "b": (lambda: made.append("x") or "x", lambda given: called.append(given))}
+    rows = compare(arms, 1.0, "1/s", rounds=2, calls=3)
+    assert called == (["a"] * 3 + ["x"] * 3) * 4 and made == ["x"] * 4
+    assert [row["what"] for row in rows] == ["a", "b"]

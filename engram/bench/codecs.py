@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,13 @@ def bench_codecs(rows: int = 1 << 20, dim: int = 256, n: int = 32_768, rounds: i
     for table in (plain, *tables.values()):
         table.tensor.fill_(0)  # every page is there
         table.write(ids, values)
-    reading: dict[str, Callable[[], Any]] = {"gather float32": lambda: plain.gather(ids, out)}
-    writing: dict[str, Callable[[], Any]] = {"write float32": lambda: plain.write(ids, values)}
+    reading: dict[str, Callable[[], Any]] = {"gather float32": partial(plain.gather, ids, out)}
+    writing: dict[str, Callable[[], Any]] = {"write float32": partial(plain.write, ids, values)}
     for name, table in tables.items():
-        reading[f"gather {name}"] = lambda table=table: table.gather(ids, out)  # type: ignore[misc]
-        writing[f"write {name}"] = lambda table=table: table.write(ids, values)  # type: ignore[misc]
+        reading[f"gather {name}"] = partial(table.gather, ids, out)
+        writing[f"write {name}"] = partial(table.write, ids, values)
     for name in ("fp8", "int8", "int4"):
-        writing[f"encode {name} in torch"] = lambda codec=get_codec(name, dim): codec.encode(values)  # type: ignore[misc]
+        writing[f"encode {name} in torch"] = partial(get_codec(name, dim).encode, values)
     size = n * dim * 4 / 1e6
     found = compare(reading, size, "MB/s", rounds) + compare(writing, size, "MB/s", rounds)
     for table in (plain, *tables.values()):

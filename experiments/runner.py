@@ -12,6 +12,7 @@ import resource  # peak memory; Unix only
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engram.lm.evaluate import evaluate
-from engram.lm.run import Data, prepare
+from engram.lm.run import Data
 from engram.lm.train import train
 from engram.memory import EngramMemory
 from experiments import arms
 from experiments.config import HOME, NAMES, Run, read_results
+from experiments.prepared import FOLDER, prepare
 
 CURVE_POINTS, LAST_STEPS = 40, 50
 
@@ -207,10 +209,11 @@ def sweep(
     def one(place: int, run: Run) -> bool | None:
         if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
             return None
-        return _one(home, run, threads, f"[{place}/{len(pending)}] {run.experiment} {run.label} ({run.group})")
+        name = f"[{place}/{len(pending)}] {run.experiment} {run.label} ({run.group})"
+        return _one(home, run, threads, prepared, name)
 
     print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
-    with ThreadPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory(prefix="engram-lab-") as prepared, ThreadPoolExecutor(workers) as pool:
         ended = list(pool.map(one, range(1, len(pending) + 1), pending))
     if None in ended:
         print(f"{ended.count(None)} runs not begun within {limit_minutes:g} minutes", flush=True)
@@ -246,14 +249,14 @@ def _documents(home: Path, experiment: str, key: str) -> Path:
     return home / experiment / "documents" / f"{key}.npz"
 
 
-def _one(home: Path, run: Run, threads: int, name: str) -> bool:
-    """One run in its own process: so its peak memory is its own, and its crash too."""
+def _one(home: Path, run: Run, threads: int, prepared: str, name: str) -> bool:
+    """One run in its own process: so its peak memory is its own, and its crash too. prepared: the sweep's texts."""
     size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     python_path = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         _child_command(home, threads),
         input=run.to_json(),
-        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path},
+        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path, FOLDER: prepared},
         capture_output=True,
         text=True,
     )

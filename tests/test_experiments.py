@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from engram.config import EngramConfig
 from engram.lm.run import Setting, prepare
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
-from experiments import config, report, runner
+from experiments import config, prepared, report, runner
 from experiments.__main__ import main, runs_of, seeds_of
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
 from experiments.slots.plot import log_fit
@@ -218,6 +220,78 @@ def test_a_run_that_another_experiment_has_is_taken_over(setting, finished, tmp_
     assert (line["label"], line["group"], line["experiment"]) == ("base", "g", "mine")
     assert line["loss"] == read_results(home / "toy" / "results.jsonl")[0]["loss"]
     assert (tmp_path / "mine" / "documents" / f"{mine.key}.npz").is_file()
+
+
+def test_a_text_made_ready_for_a_sweep_gives_the_same_record(setting, finished, tmp_path, monkeypatch):
+    home, runs = finished
+    prepared.save(tmp_path / prepared.key_of(setting, "validation"), prepare(setting))
+    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
+    monkeypatch.setattr(prepared, "make", None)  # nothing is made again
+    record, documents = runner.execute(runs[2])
+    before = read_results(home / "toy" / "results.jsonl")[2]
+    record = json.loads(json.dumps(record))
+    measured = {"train_seconds", "evaluation_seconds", "total_seconds", "peak_memory"}
+    assert {name: record[name] for name in record.keys() - measured} == {
+        name: before[name] for name in before.keys() - measured
+    }
+    with np.load(home / "toy" / "documents" / f"{runs[2].key}.npz") as saved:
+        assert all(np.array_equal(documents[name], saved[name]) for name in ("nats", "tokens", "bytes"))
+
+
+@pytest.mark.parametrize("held_out", ["validation", "tune"])
+def test_a_text_survives_its_folder(setting, tmp_path, held_out):
+    made = prepare(setting, held_out)
+    prepared.save(tmp_path / "text", made)
+    read = prepared.load(tmp_path / "text")
+    for name in ("train", "validation"):
+        for a, b in zip(getattr(made, name), getattr(read, name), strict=True):
+            assert a.dtype == b.dtype and np.array_equal(a, b)
+    assert (read.digest, read.token_map.digest) == (made.digest, made.token_map.digest)
+    assert (read.overlap, read.overlap.grams, read.overlap.worst) == (
+        made.overlap,
+        made.overlap.grams,
+        made.overlap.worst,
+    )
+    spelled_out = "a <|endoftext|> b"
+    assert read.tokenizer.encode(spelled_out).ids == made.tokenizer.encode(spelled_out).ids
+
+
+def test_the_runs_of_a_sweep_have_one_folder_of_texts_and_leave_none_behind(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runner, "_child_command", lambda home, threads: [sys.executable, "-c", TEXTS_OF_THE_SWEEP])
+    runs = [Run("toy", "plain", setting, label=label).seeded(seed) for seed, label in enumerate("abc")]
+    assert runner.sweep(runs, tmp_path / "home", workers=2, others=()) == 0
+    results = read_results(tmp_path / "home" / "toy" / "results.jsonl")
+    assert [r["is_folder"] for r in results] == [True] * 3 and len({r["texts"] for r in results}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+TEXTS_OF_THE_SWEEP = f"""
+import json, os
+texts = os.environ["{prepared.FOLDER}"]
+print(json.dumps({{"key": "k", "texts": texts, "is_folder": os.path.isdir(texts), "loss": 1.0, "total_seconds": 1.0}}))
+"""
+
+
+def test_a_text_that_two_runs_need_at_once_is_made_once(setting, tmp_path, monkeypatch):
+    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
+    made = []
+
+    def in_this_process(command, **how):
+        made.append(command)
+        time.sleep(0.2)
+        prepared.save(tmp_path / prepared.key_of(setting, "validation"), prepare(setting))
+
+    monkeypatch.setattr(prepared.subprocess, "run", in_this_process)
+    with ThreadPoolExecutor(3) as pool:
+        texts = list(pool.map(prepared.prepare, [setting, setting, replace(setting, train=TrainConfig(seed=5))]))
+    assert len(made) == 1 and len({text.digest for text in texts}) == 1
+
+
+def test_a_text_that_cannot_be_made_fails_with_its_own_reason(setting, tmp_path, monkeypatch):
+    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no-such-text"):
+        prepared.prepare(replace(setting, corpus="no-such-text"))
 
 
 def test_a_crash_is_written_down_and_the_sweep_goes_on(setting, tmp_path, monkeypatch):

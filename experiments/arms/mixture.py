@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engram.lm.run import Data, Setting, prepare
+from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches
+from experiments.prepared import prepare
 
 TUNE_TOKENS = 65_536  # of the tune slice: one or two numbers are fitted on them
 

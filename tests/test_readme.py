@@ -9,13 +9,16 @@ from pathlib import Path
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_library_example_of_the_readme_runs(capsys):
+def test_the_library_example_of_the_readme_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
     exec(blocks[0], names)
     assert "'rows'" in capsys.readouterr().out
     names.update(i=1, x=names["torch"].zeros(8, 256, 128), ids=names["ids"][:, :-1])
     exec(blocks[1], names)
+    assert names["served"].tables[1].info()["codec"] == "fp8"
+    exec(blocks[2], names)
     assert names["x"].shape == (8, 256, 128)
 
 

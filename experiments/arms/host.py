@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from engram.addressing import HashLayout, TokenMap
+from engram.addressing import TokenMap
 from engram.fusion import EngramFusion
 from engram.lm.run import Data, Setting, build_model
 from engram.lm.transformer import Transformer
-from engram.memory import EngramMemory
+from engram.memory import EngramMemory, hash_layout
 
 
 class Size(NamedTuple):
@@ -62,16 +62,7 @@ def raw_ids(data: Data) -> TokenMap:
 def engram_size(setting: Setting, data: Data) -> Size:
     """Sizes of the memory of `setting`, without building its tables."""
     memory = setting.memory
-    layout = HashLayout.build(
-        compressed_vocab=data.token_map.size,
-        layers=memory.layers,
-        orders=memory.orders,
-        heads=memory.heads,
-        rows_per_head=memory.rows_per_head,
-        pad_id=int(data.token_map.table[memory.pad_id]),
-        seed=memory.seed,
-        family=memory.hash,
-    )
+    layout = hash_layout(memory, data.token_map)
     with torch.device("meta"):
         module = count(EngramFusion(memory, setting.model.hidden_size)) * len(memory.layers)
     rows = sum(layout.rows.values())

@@ -33,6 +33,7 @@ TRAINED = {
 }
 # Rows that are added to the hidden state as they are, without a projection, want smaller steps.
 BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
+DATASTORE = 1_000_000  # keys of kNN-LM at most: a query of the exact index reads them all
 # The rest is one of these trained again with something else after it, or for longer: label, arm, options, rates of.
 DERIVED = (
     ("longer", "longer", (), "plain"),
@@ -51,6 +52,8 @@ def configs(setting_name: str) -> list[Run]:
     runs = []
     for label, arm, options, rates_of in cells:
         mine = change(setting, train=tuned(rates_of))
+        if arm == "knn-lm":
+            options = (*options, ("limit", DATASTORE))
         if arm == "longer":
             mine = change(mine, train={"tokens": round(setting.train.tokens * slowdown())})
         if arm == "larger-vocabulary":

@@ -66,9 +66,9 @@ static INLINE void prefetch_row(const char *p, int64_t bytes, int write) {
     }
 }
 
-/* Look-ahead of a gather: 4 KiB of rows are under way, but no more rows than a core has outstanding misses. */
+/* Look-ahead of a gather: 8 KiB of rows are under way, but no more rows than a core has outstanding misses. */
 static inline int64_t gather_ahead(int64_t bytes) {
-    const int64_t ahead = 4096 / bytes;
+    const int64_t ahead = 8192 / bytes;
     return ahead < 2 ? 2 : ahead > 24 ? 24 : ahead;
 }
 
@@ -76,7 +76,7 @@ typedef uint8_t Line __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint8_t Quarter __attribute__((vector_size(16), aligned(1), may_alias));
 
 /* memcpy for rows: inlined, because a call per row of 64 or 256 bytes costs a third of the copy. */
-static inline void copy_row(void *to, const void *from, int64_t bytes) {
+static INLINE void copy_row(void *to, const void *from, int64_t bytes) {
     char *d = to;
     const char *s = from;
     int64_t o = 0;
@@ -148,6 +148,32 @@ static inline void write_row(const Table *t, int64_t row, const float *in, int s
     }
 }
 
+static INLINE void copy_rows_of(const char *data, const int64_t *ids, int64_t lo, int64_t end, int64_t hi, char *out,
+                                const int64_t row, const int64_t ahead) {
+    const int64_t sure = end < hi - ahead ? end : hi - ahead;
+    for (; lo < sure; lo++) {
+        prefetch_row(data + (uint64_t)ids[lo + ahead] * (uint64_t)row, row, 0);
+        copy_row(out + lo * row, data + ids[lo] * row, row);
+    }
+    for (; lo < end; lo++) copy_row(out + lo * row, data + ids[lo] * row, row);
+}
+
+/* out[i] = row ids[i] for i in [lo, end), rows of `row` bytes. Looks ahead as far as hi, where it may meet an id that is
+ * not checked yet: a prefetch of any address is harmless. The widths that tables have are constants to the compiler,
+ * which unrolls prefetch and copy: two thirds of the time for 64 bytes, four fifths for 1,024. */
+static INLINE void copy_rows(const char *data, const int64_t *ids, int64_t lo, int64_t end, int64_t hi, char *out,
+                             int64_t row) {
+    const int64_t ahead = gather_ahead(row);
+    switch (row) {
+    case 64: copy_rows_of(data, ids, lo, end, hi, out, 64, ahead); break;
+    case 128: copy_rows_of(data, ids, lo, end, hi, out, 128, ahead); break;
+    case 256: copy_rows_of(data, ids, lo, end, hi, out, 256, ahead); break;
+    case 512: copy_rows_of(data, ids, lo, end, hi, out, 512, ahead); break;
+    case 1024: copy_rows_of(data, ids, lo, end, hi, out, 1024, ahead); break;
+    default: copy_rows_of(data, ids, lo, end, hi, out, row, ahead);
+    }
+}
+
 static inline int64_t first_outside(const int64_t *ids, int64_t lo, int64_t hi, int64_t rows) {
     int bad = 0;
     for (int64_t i = lo; i < hi; i++) bad |= (uint64_t)ids[i] >= (uint64_t)rows;
@@ -171,12 +197,8 @@ int64_t engram_gather(const Table *t, const int64_t *ids, int64_t lo, int64_t hi
         end = lo + BLOCK < hi ? lo + BLOCK : hi;
         const int64_t bad = first_outside(ids, lo, end, t->rows);
         if (bad >= 0) return bad;
-        /* the look-ahead may meet an id that is not checked yet: a prefetch of any address is harmless */
         if (plain) {
-            for (int64_t i = lo; i < end; i++) {
-                if (i + ahead < hi) prefetch_row(data + (uint64_t)ids[i + ahead] * (uint64_t)row, row, 0);
-                copy_row((char *)out + i * row, data + ids[i] * row, row);
-            }
+            copy_rows(data, ids, lo, end, hi, out, row);
             continue;
         }
         for (int64_t i = lo; i < end; i++) {
@@ -199,11 +221,7 @@ int64_t engram_gather(const Table *t, const int64_t *ids, int64_t lo, int64_t hi
 /* What a gather can cost at best here, for `engram bench`: prefetch and copy, nothing else. bytes: of one row. */
 CLONES
 void engram_copy_rows(const char *data, const int64_t *ids, int64_t lo, int64_t hi, char *out, int64_t bytes) {
-    const int64_t ahead = gather_ahead(bytes);
-    for (int64_t i = lo; i < hi; i++) {
-        if (i + ahead < hi) prefetch_row(data + ids[i + ahead] * bytes, bytes, 0);
-        copy_row(out + i * bytes, data + ids[i] * bytes, bytes);
-    }
+    copy_rows(data, ids, lo, hi, hi, out, bytes);
 }
 
 /* What a row-wise update can cost at best here, for `engram bench`: row and state read and written, gradient read. */

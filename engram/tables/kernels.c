@@ -224,21 +224,6 @@ void engram_copy_rows(const char *data, const int64_t *ids, int64_t lo, int64_t 
     copy_rows(data, ids, lo, hi, hi, out, bytes);
 }
 
-/* What a row-wise update can cost at best here, for `engram bench`: row and state read and written, gradient read. */
-CLONES
-void engram_touch_rows(float *data, float *state, const int64_t *ids, int64_t lo, int64_t hi, const float *grad,
-                       int64_t dim) {
-    for (int64_t i = lo; i < hi; i++) {
-        if (i + AHEAD < hi) {
-            prefetch_row((const char *)(data + ids[i + AHEAD] * dim), dim * 4, 1);
-            __builtin_prefetch(state + ids[i + AHEAD], 1);
-        }
-        float *row = data + ids[i] * dim;
-        for (int64_t j = 0; j < dim; j++) row[j] += grad[i * dim + j];
-        state[ids[i]] += 1;
-    }
-}
-
 /* Reads [lo, hi) in order: the memory's sequential bandwidth, for `engram bench`. */
 CLONES
 uint64_t engram_read_words(const uint64_t *data, int64_t lo, int64_t hi) {
@@ -301,7 +286,7 @@ typedef struct {
 } Gradient;
 
 /* The summed gradient of distinct row u: where it lies, if the row came once, else added up in `sum`. */
-static inline const float *sum_gradient(const Gradient *g, int64_t u, int64_t d, float *sum) {
+static INLINE const float *sum_gradient(const Gradient *g, int64_t u, int64_t d, float *sum) {
     const int32_t first = g->start[u], last = g->start[u + 1];
     const float *once = g->grad + g->order[first] * d;
     if (last == first + 1) return once;
@@ -314,7 +299,7 @@ static inline const float *sum_gradient(const Gradient *g, int64_t u, int64_t d,
     return sum;
 }
 
-static inline float mean_square(const float *x, int64_t d) {
+static INLINE float mean_square(const float *x, int64_t d) {
     float lane[LANES] = {0};
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES)
@@ -326,23 +311,52 @@ static inline float mean_square(const float *x, int64_t d) {
 }
 
 /* Asks for the row, its state and its gradient a few steps before they are used. */
-static INLINE void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi) {
-    const int64_t size = t->dtype == FLOAT32 ? 4 : 2;
+static INLINE void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi, const int64_t d) {
     if (u + AHEAD >= hi) return;
-    prefetch_row((const char *)t->data + g->unique[u + AHEAD] * t->dim * size, t->dim * size, 1);
-    prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * t->dim), t->dim * 4, 0);
+    const int64_t r = g->unique[u + AHEAD] * d;
+    if (t->dtype == FLOAT32) prefetch_row((const char *)((const float *)t->data + r), d * 4, 1);
+    else prefetch_row((const char *)((const uint16_t *)t->data + r), d * 2, 1);
+    prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * d), d * 4, 0);
+}
+
+/* Calls update(..., d) with the row width as a constant, where it is one that tables have. */
+#define BY_WIDTH(update, d, ...) \
+    switch (d) { \
+    case 16: update(__VA_ARGS__, 16); break; \
+    case 32: update(__VA_ARGS__, 32); break; \
+    case 64: update(__VA_ARGS__, 64); break; \
+    case 128: update(__VA_ARGS__, 128); break; \
+    default: update(__VA_ARGS__, d); \
+    }
+
+static INLINE void touch(float *data, float *state, const int64_t *ids, int64_t lo, int64_t hi, const float *grad,
+                         const int64_t d) {
+    for (int64_t i = lo; i < hi; i++) {
+        if (i + AHEAD < hi) {
+            prefetch_row((const char *)(data + ids[i + AHEAD] * d), d * 4, 1);
+            __builtin_prefetch(state + ids[i + AHEAD], 1);
+        }
+        float *restrict row = data + ids[i] * d;
+        for (int64_t j = 0; j < d; j++) row[j] += grad[i * d + j];
+        state[ids[i]] += 1;
+    }
+}
+
+/* What a row-wise update can cost at best here, for `engram bench`: row and state read and written, gradient read. */
+CLONES
+void engram_touch_rows(float *data, float *state, const int64_t *ids, int64_t lo, int64_t hi, const float *grad,
+                       int64_t dim) {
+    BY_WIDTH(touch, dim, data, state, ids, lo, hi, grad)
 }
 
 /* One second moment per row: v <- b2 v + c2 mean(g^2); row <- row - lr g / (sqrt(v) + eps). With dim 1 this is
  * torch.optim.RMSprop(alpha=b2) where c2 = 1 - b2, and torch.optim.Adagrad where b2 = c2 = 1. */
-CLONES
-void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
-                float eps, int32_t stochastic, uint64_t salt) {
-    const int64_t d = t->dim;
+static INLINE void rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
+                       float eps, int32_t stochastic, uint64_t salt, const int64_t d) {
     const int plain = t->dtype == FLOAT32 && !t->normal; /* updated where they lie, without a copy */
     float sum[d], row[d];
     for (int64_t u = lo; u < hi; u++) {
-        look_ahead(t, g, u, hi);
+        look_ahead(t, g, u, hi, d);
         if (u + AHEAD < hi) __builtin_prefetch(v + g->unique[u + AHEAD], 1);
         const int64_t r = g->unique[u];
         const float *grad = sum_gradient(g, u, d, sum);
@@ -356,17 +370,22 @@ void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t
     }
 }
 
+CLONES
+void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
+                float eps, int32_t stochastic, uint64_t salt) {
+    BY_WIDTH(rms, t->dim, t, v, g, lo, hi, lr, b2, c2, eps, stochastic, salt)
+}
+
 /* torch.optim.SparseAdam: both moments per element, side by side [rows, 2, dim]; bias correction by the number of steps of
  * the whole table.
  * step_size = lr sqrt(1 - b2^t) / (1 - b1^t), computed by the caller in double. */
-CLONES
-void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, int64_t hi, float step_size, float b1,
-                 float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt) {
-    const int64_t d = t->dim;
+static INLINE void adam(const Table *t, float *moments, const Gradient *g, int64_t lo, int64_t hi, float step_size,
+                        float b1, float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt,
+                        const int64_t d) {
     const int plain = t->dtype == FLOAT32 && !t->normal;
     float sum[d], row[d];
     for (int64_t u = lo; u < hi; u++) {
-        look_ahead(t, g, u, hi);
+        look_ahead(t, g, u, hi, d);
         if (u + AHEAD < hi) prefetch_row((const char *)(moments + g->unique[u + AHEAD] * 2 * d), 2 * d * 4, 1);
         const int64_t r = g->unique[u];
         float *restrict mr = moments + r * 2 * d, *restrict vr = mr + d, *restrict now = row;
@@ -380,6 +399,12 @@ void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, 
         }
         if (!plain) write_row(t, r, row, stochastic, salt);
     }
+}
+
+CLONES
+void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, int64_t hi, float step_size, float b1,
+                 float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt) {
+    BY_WIDTH(adam, t->dim, t, moments, g, lo, hi, step_size, b1, c1, b2, c2, eps, stochastic, salt)
 }
 
 /* base to the power of n >= 0, by squaring, so that every machine rounds alike. */
@@ -458,7 +483,7 @@ void engram_sinkhorn_update(const Table *t, const Gradient *g, int64_t lo, int64
     const int64_t d = t->dim;
     float row[d];
     for (int64_t u = lo; u < hi; u++) {
-        look_ahead(t, g, u, hi);
+        look_ahead(t, g, u, hi, d);
         if (norm[u] <= limit) continue;
         const float *x = look + u * d, scale = rate * sqrtf(row_factor(x, weight, d));
         read_row(t, g->unique[u], row);

@@ -8,6 +8,7 @@ begin a document have none before them and keep their count). D has three values
 The last term is uniform over the vocabulary. gamma(h) is what the kept n-grams leave of 1, so every distribution sums
 to 1, pruned or not. Pruning drops n-grams of the highest order, rarest first, then of the next.
 
+base    "plain"; "engram", whose own table then comes on top; "none": no model at all, the counts answer alone.
 Matched: bytes of the arrays here at most those of Engram's table. The weight is fitted on the tune slice.
 Differs from the usual form: <|endoftext|> only stands before a document and is never predicted by counts (evaluate()
 does not ask for it), and n-grams do not reach from one training window into the next.
@@ -15,16 +16,17 @@ does not ask for it), and n-grams do not reach from one training window into the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import END_OF_TEXT_ID
-from engram.lm.transformer import Transformer
+from experiments.arms.controls import engram
 from experiments.arms.host import engram_size, plain, vocabulary
 from experiments.arms.mixture import Mixture, fit_weight, scored, seen_windows, tune_windows
 
@@ -173,11 +175,34 @@ def discounts(c: np.ndarray) -> np.ndarray:
     return d[np.minimum(c, 3)]
 
 
-def build(setting: Setting, data: Data) -> Transformer:
-    return plain(setting, data)
+class NoModel(nn.Module):
+    """Every token is as likely as every other: what stands below counts that answer alone. Training changes nothing."""
+
+    memory = None
+
+    def __init__(self, setting: Setting, data: Data):
+        super().__init__()
+        self.config = replace(setting.model, vocab_size=vocabulary(data))
+        self.embedding = nn.Embedding(1, 1)  # says on which device the model is
+        self.level = nn.Parameter(torch.zeros(1))  # the same for all tokens, so its gradient is zero
+
+    def dense_parameters(self) -> int:
+        return 0
+
+    def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Any = None, recall: Any = None) -> Tensor:
+        return self.level.expand(*ids.shape, self.config.vocab_size)
 
 
-def finish(model: Transformer, setting: Setting, data: Data, *, order: int = 4) -> Mixture:
+BASES: dict[str, Callable[[Setting, Data], Any]] = {"plain": plain, "engram": engram, "none": NoModel}
+
+
+def build(setting: Setting, data: Data, *, base: str = "plain") -> Any:
+    if base not in BASES:
+        raise ValueError(f"base is {', '.join(map(repr, BASES))}, not {base!r}")
+    return BASES[base](setting, data)
+
+
+def finish(model: Any, setting: Setting, data: Data, *, order: int = 4, base: str = "plain") -> Mixture:
     budget = engram_size(setting, data).bytes
     counts = KneserNey(*seen_windows(setting, data), vocabulary(data), order, budget)
     pairs: list[Any] = []
@@ -191,5 +216,9 @@ def finish(model: Transformer, setting: Setting, data: Data, *, order: int = 4) 
         "tune_loss_lm": float(-np.log(p_lm).mean()),
         "tune_loss_counts": float(-np.log(p_counts).mean()),
     }
-    stored = {"parameters": counts.values, "bytes": counts.nbytes}
-    return Mixture(model, counts, fit_weight(p_lm, p_counts), stored, facts)
+    held = [] if model.memory is None else model.memory.tables.values()
+    stored = {
+        "parameters": counts.values + sum(table.rows * table.dim for table in held),
+        "bytes": counts.nbytes + sum(table.nbytes for table in held),
+    }
+    return Mixture(model, counts, 1.0 if base == "none" else fit_weight(p_lm, p_counts), stored, facts)

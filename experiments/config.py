@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,10 @@ from engram.lm.train import TrainConfig
 from engram.lm.transformer import TransformerConfig
 
 HOME = Path(__file__).parent
-NAMES = ("sceptic", "lookup_or_module", "components", "slots", "allocation", "vocabulary", "tokens")
+NAMES = (
+    *("sceptic", "lookup_or_module", "components", "slots", "allocation", "vocabulary", "tokens"),
+    *("kneser_ney", "sensitivity", "depth", "recall"),
+)
 
 # S is the main job. T is for sweeps: its budget is what the plain model trains in about a minute on one thread.
 SETTINGS: dict[str, Setting] = {
@@ -106,6 +109,17 @@ def questions(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(NAMES)}")
     return importlib.import_module(f"experiments.{name}.configs")
+
+
+def hook(experiment: str, name: str) -> Callable[..., Any] | None:
+    """What an experiment's configs module does itself beside listing runs; None where it leaves that to the lab.
+
+    train(run, model, data, on_step) -> TrainLog: in place of engram.lm.train.train.
+    measure(run, model, data) -> dict: called with the evaluated model; its NumPy arrays go into the side file of the
+        run as measured_<name>, all else is small and goes into the record as "measures".
+    summary(home) -> Markdown: tables of its own, before those that `report` makes for every experiment.
+    """
+    return getattr(questions(experiment), name, None) if experiment in NAMES else None
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:

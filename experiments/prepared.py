@@ -8,6 +8,7 @@ sweep, so no text is ever older than the sweep that uses it.
 from __future__ import annotations
 
 import fcntl  # Unix only, like the runner
+import importlib
 import json
 import os
 import shutil
@@ -20,12 +21,15 @@ import tokenizers
 import xxhash
 
 from engram.addressing import TokenMap
+from engram.lm import run as text
 from engram.lm.corpus import Overlap
 from engram.lm.run import Data, Setting
-from engram.lm.run import prepare as make
 from engram.lm.tokenizer import Encoded
 
 FOLDER = "ENGRAM_LAB_PREPARED"
+# Texts that an experiment makes itself: what stands before the colon in the corpus' name, and the module whose
+# prepare(setting, held_out) makes it.
+MADE = {"facts": "experiments.sensitivity.facts", "recall": "experiments.recall.task"}
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
@@ -43,6 +47,12 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
             )
     # Where that failed, this process makes the text itself and meets the error, if there is one.
     return load(folder) if folder.exists() else make(setting, held_out)
+
+
+def make(setting: Setting, held_out: str) -> Data:
+    """The text of a setting, made from its corpus. Raises what engram.lm.run.prepare raises."""
+    module = MADE.get(setting.corpus.partition(":")[0])
+    return (importlib.import_module(module) if module else text).prepare(setting, held_out)
 
 
 def key_of(setting: Setting, held_out: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,17 +213,19 @@ def _at_the_edge(row: dict[tuple[float, float], float]) -> bool:
     return False
 
 
-def document(home: Path, baseline: str) -> str:
-    """All tables of an experiment as Markdown."""
+def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> str:
+    """All tables of an experiment as Markdown. summary: of home, what the experiment adds in front of them."""
     parts = []
     for group, runs in sorted(groups_of(read_results(home / "results.jsonl")).items()):
         rows = rows_of(home, runs, baseline)
         parts.append(f"### {group}\n\n{table(rows, baseline)}\n\n{facts(rows)}")
+    if parts and summary is not None:
+        parts.insert(0, summary(home))
     tuning = tuning_table(read_results(home / "tune.jsonl"))
     return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
 
 
-def write_tables(home: Path, baseline: str) -> None:
+def write_tables(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> None:
     """Writes the tables between the marks of home/README.md, and nothing else in it.
 
     Raises:
@@ -233,4 +236,4 @@ def write_tables(home: Path, baseline: str) -> None:
     _, closing, after = rest.partition("<!-- end -->\n")
     if not opening or not closing:
         raise ValueError(f"{readme} needs a line <!-- table --> and below it a line <!-- end -->, to write between")
-    write_whole(readme, f"{before}{opening}{document(home, baseline)}\n{closing}{after}".encode())
+    write_whole(readme, f"{before}{opening}{document(home, baseline, summary)}\n{closing}{after}".encode())

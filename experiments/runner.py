@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,8 +31,9 @@ from engram.lm.run import Data
 from engram.lm.train import train
 from engram.memory import EngramMemory
 from experiments import arms
-from experiments.config import HOME, NAMES, Run, read_results
+from experiments.config import HOME, NAMES, Run, hook, read_results
 from experiments.prepared import FOLDER, prepare
+from experiments.version import code_version, sources_digest
 
 CURVE_POINTS, LAST_STEPS = 40, 50
 
@@ -43,8 +43,9 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
 
     Returns:
         (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
-        document). Times are in seconds, losses in nats per token. train_loss is the mean of the last 50 steps,
-        training FLOPs are three times the forward ones, peak_memory is of this process and in bytes.
+        document, and the arrays that the experiment measured besides). Times are in seconds, losses in nats per token.
+        train_loss is the mean of the last 50 steps, training FLOPs are three times the forward ones, peak_memory is of
+        this process and in bytes.
     """
     torch.set_num_threads(threads)
     began = time.perf_counter()
@@ -57,11 +58,19 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     model = arms.build(run.arm, setting, data, **options)
     stored, looked_up = _stored(model), arms.tables(model)
     flops = forward_flops(model, data, setting.train.context)
-    log = train(model, data.train, setting.train, on_step=on_step)
+    own = hook(run.experiment, "train")
+    if own is None:
+        log = train(model, data.train, setting.train, on_step=on_step)
+    else:
+        log = own(replace(run, setting=setting), model, data, on_step)
     weights = [p for p in model.parameters() if p.requires_grad]
     model = arms.finish(run.arm, model, setting, data, **options)
     tested = time.perf_counter()
     result = evaluate(model, data.validation)
+    evaluated = time.perf_counter()
+    measure = hook(run.experiment, "measure")
+    measured = {} if measure is None else measure(replace(run, setting=setting), model, data)
+    arrays = {name: value for name, value in measured.items() if isinstance(value, np.ndarray)}
     table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
     record = {
         "key": run.key,
@@ -83,7 +92,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "tokens": log.tokens,
         "text_tokens": len(data.train.ids),
         "train_seconds": log.seconds,
-        "evaluation_seconds": time.perf_counter() - tested,
+        "evaluation_seconds": evaluated - tested,
         "total_seconds": time.perf_counter() - began,
         "threads": threads,
         "peak_memory": _peak_memory(),
@@ -101,12 +110,14 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "bpb": result.bits_per_byte,
         "extra": dict(getattr(model, "extra_facts", None) or {}),
     }
+    if measure is not None:
+        record["measures"] = {name: value for name, value in measured.items() if name not in arrays}
     documents = {
         "nats": result.document_nats.astype(np.float32),
         "tokens": result.document_tokens.astype(np.int32),
         "bytes": data.validation.bytes.astype(np.int32),
     }
-    return record, documents
+    return record, documents | {f"measured_{name}": array for name, array in arrays.items()}
 
 
 def forward_flops(model: nn.Module, data: Data, context: int) -> float:
@@ -134,29 +145,6 @@ def _stored(model: nn.Module) -> dict[str, int]:
 def _peak_memory() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def code_version() -> str:
-    """The commit, with -dirty where the code in engram/ or experiments/ is not the commit's; "unknown" without git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=HOME, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ":(top)engram", ":(top,glob)experiments/**/*.py")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def sources_digest() -> str:
-    """XXH3-64 (hex) of the code in engram/ and experiments/: says which code ran where there is no commit to name."""
-    digest = xxhash.xxh3_64()
-    root = HOME.parent
-    files = [file for folder in ("engram", "experiments") for file in (root / folder).rglob("*") if file.is_file()]
-    for file in sorted(file for file in files if file.suffix in (".py", ".c", ".h")):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def append(file: Path, record: dict[str, Any]) -> None:
@@ -225,15 +213,22 @@ def _file(home: Path, experiment: str, run: Run) -> Path:
 
 
 def _is_done(home: Path, run: Run) -> bool:
-    lines = [line for line in read_results(_file(home, run.experiment, run)) if line["key"] == run.key]
+    lines = [line for line in read_results(_file(home, run.experiment, run)) if _is_of(line, run, run.experiment)]
     return bool(lines) and (lines[-1]["label"], lines[-1]["group"]) == (run.label, run.group)
+
+
+def _is_of(record: dict[str, Any], run: Run, experiment: str) -> bool:
+    """Whether a record in the file of `experiment` is this run's. The key leaves out what is measured besides the loss:
+    an experiment that does so needs runs of its own, and those from before it did are made again."""
+    measured = experiment == run.experiment and "measures" in record
+    return record["key"] == run.key and (measured or hook(run.experiment, "measure") is None)
 
 
 def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
     """Copies a finished run of the same key from another experiment, or from this one under an older label."""
     for other in (run.experiment, *others):
         for record in read_results(_file(home, other, run)):
-            if record["key"] != run.key:
+            if not _is_of(record, run, other):
                 continue
             mine, theirs = (_documents(home, name, run.key) for name in (run.experiment, other))
             if theirs.exists() and mine != theirs:

@@ -1,0 +1,57 @@
+"""LogitLens KL by layer, and the likeness of each layer to each of plain's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from experiments.depth.configs import BASELINE
+from experiments.depth.summary import compare, lens
+from experiments.measures import mean_of, measured
+from experiments.plots import COLOURS, INK, STYLE, curve, new_figure, save
+
+
+def draw(home: Path) -> Path:
+    groups = {group: labels for group, labels in measured(home).items() if any(labels.values())}
+    if not groups:
+        raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
+    maps = []  # (title, [layers, plain's layers])
+    for group, labels in groups.items():
+        for label, runs in labels.items():
+            found = compare(home, runs, labels.get(BASELINE, {}))
+            if found:
+                side = 1 if label == BASELINE else 0
+                title = f"CKA, {group}: {label} against {BASELINE} of other seeds"
+                maps.append((title, np.mean([pair[side] for pair in found.values()], axis=0)))
+    figure, panels = new_figure(7.2, [3.4] * len(groups) + [2.6] * len(maps))
+    with matplotlib.rc_context(STYLE):
+        for axes, (group, labels) in zip(panels, groups.items(), strict=False):
+            for colour, (label, runs) in zip(COLOURS, labels.items(), strict=False):
+                depth = min((len(run["measures"]["lens_kl"]) for run in runs.values()), default=0)
+                points = [mean_of(runs, lens(layer)) for layer in range(depth)]
+                known = [point for point in points if point is not None]
+                if known:
+                    curve(axes, range(depth), [_finite(point) for point in known], colour, label)
+            axes.set_xlabel("layer (0: embedding)")
+            axes.set_ylabel("KL to the final distribution, nats")
+            axes.set_title(f"{home.name}, {group}: LogitLens (bars: 95 % over seeds)")
+            axes.legend()
+        for axes, (title, matrix) in zip(panels[len(groups) :], maps, strict=True):
+            axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            for i, j in np.ndindex(matrix.shape):
+                colour = INK if matrix[i, j] < 0.6 else "white"
+                axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=7)
+            axes.set_xticks(range(matrix.shape[1]), [f"{j + 1}" for j in range(matrix.shape[1])])
+            axes.set_yticks(range(matrix.shape[0]), [f"{i + 1}" for i in range(matrix.shape[0])])
+            axes.grid(visible=False)
+            axes.set_xlabel(f"layer of {BASELINE}")
+            axes.set_ylabel("layer")
+            axes.set_title(title)
+    return save(figure, home)
+
+
+def _finite(point):
+    """One seed has no interval: a bar of length 0."""
+    return point if np.isfinite(point.low) else point._replace(low=point.mean, high=point.mean)

@@ -1,0 +1,93 @@
+"""Tables of the lens and of likeness, from the records and the hidden states in the side files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram.lm.statistics import Interval
+from experiments.depth.measure import alignment, cka
+from experiments.measures import mean_of, measured, over_seeds, paired, shown, table
+from experiments.report import Record
+
+
+def lens(layer: int) -> Callable[[Any], float]:
+    return lambda measures: measures["lens_kl"][layer]
+
+
+def early_lens(measures: Any) -> float:
+    """Mean over the layers between the embedding and the last."""
+    return float(np.mean(measures["lens_kl"][1:-1]))
+
+
+def states_of(home: Path, run: Record) -> np.ndarray:
+    """float16 [layers + 1, positions, d]. Raises FileNotFoundError, KeyError: a side file that is not there or old."""
+    with np.load(home / "documents" / f"{run['key']}.npz") as arrays:
+        return arrays["measured_states"]
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """CKA [layers of a, layers of b], without the embeddings."""
+    return np.array([[cka(x, y) for y in b[1:]] for x in a[1:]])
+
+
+def compare(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """{seed: (likeness of the seed's run to plain of every other seed, likeness of plain to the same)}, means over the
+    other seeds. Other seeds only, on both sides: runs of one seed share their first weights."""
+    states = {seed: states_of(home, run) for seed, run in plain.items()}
+    found = {}
+    for seed in sorted(set(runs) & set(plain)):
+        others = [states[other] for other in states if other != seed]
+        if others:
+            ours = states_of(home, runs[seed])
+            pair = ([likeness(x, other) for other in others] for x in (ours, states[seed]))
+            found[seed] = tuple(np.mean(part, axis=0) for part in pair)
+    return found  # type: ignore[return-value]
+
+
+def shift(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> Interval | None:
+    """How many layers deeper the layers are, on average, in terms of plain, than plain's own are: over seeds. None
+    without two seeds of plain."""
+    found = compare(home, runs, plain).values()
+    return over_seeds([float(np.mean(alignment(ours) - alignment(own))) for ours, own in found]) if found else None
+
+
+def summary(home: Path) -> str:
+    parts = []
+    for group, labels in measured(home).items():
+        if not any(labels.values()):
+            continue
+        plain = labels.get("plain", {})
+        depth = max(len(run["measures"]["lens_kl"]) for runs in labels.values() for run in runs.values())
+        lines = []
+        for label, runs in labels.items():
+            for words, get in [(f"{i}", lens(i)) for i in range(depth - 1)] + [("mean of 1 and up", early_lens)]:
+                difference = None if label == "plain" else paired(runs, plain, get)
+                lines.append((label, words, shown(mean_of(runs, get)), shown(difference, "+.3f")))
+        head = ("arm", "layer", "KL to the last layer's distribution, nats", "minus plain's")
+        parts.append(
+            f"### LogitLens, {group}\n\nLayer 0 is the embedding. Means over seeds, with 95 % intervals over seeds "
+            f"alone (Student's t).\n\n{table(head, lines)}"
+        )
+        for label, runs in labels.items():
+            found = {} if label == "plain" else compare(home, runs, plain)
+            if found:
+                parts.append(_likeness_table(home, label, group, found, shift(home, runs, plain)))
+    return "\n\n".join(parts)
+
+
+def _likeness_table(home: Path, label: str, group: str, found: Any, deeper: Interval | None) -> str:
+    ours, own = (np.mean([pair[side] for pair in found.values()], axis=0) for side in (0, 1))
+    lines = []
+    for i, row in enumerate(ours):
+        cells = [f"**{value:.3f}**" if value == row.max() else f"{value:.3f}" for value in row]
+        depths = [f"{alignment(matrix)[i] + 1:.2f}" for matrix in (ours, own)]
+        lines.append((f"{i + 1}", *cells, *depths))
+    head = ("layer", *(f"plain's {j + 1}" for j in range(ours.shape[1])), "like layer", "plain's own is like")
+    return (
+        f"### CKA of {label} and plain, {group}\n\nBetween different seeds, also for plain's own; means over pairs.\n\n"
+        f"{table(head, lines)}\n\nLayers of {label} are deeper by {shown(deeper, '+.2f')} layers on average."
+    )

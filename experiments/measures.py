@@ -1,0 +1,73 @@
+"""What experiments share that measure more than the loss: their measures by seed, and intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram.lm.statistics import Interval
+from experiments.config import read_results
+from experiments.report import Record, groups_of
+
+# Two-sided 95 % points of Student's t, by degrees of freedom; beyond these the approximation is good to 0.01.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval (Student's t) of one number per seed: all that varies from run to run is in it, and with
+    two or three seeds it is wide. One seed has no interval: its ends are infinite. Raises ValueError on no value."""
+    if not len(values):
+        raise ValueError("an interval over seeds needs a seed")
+    mean, freedom = float(np.mean(values)), len(values) - 1
+    if not freedom or not np.isfinite(values).all():
+        return Interval(mean, -math.inf, math.inf)
+    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.4 / freedom
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def measured(home: Path) -> dict[str, dict[str, dict[int, Record]]]:
+    """{group: {label: {seed: run}}} of the runs that carry measures."""
+    groups = groups_of(read_results(home / "results.jsonl"))
+    return {
+        group: {label: {run["seed"]: run for run in runs if "measures" in run} for label, runs in labels.items()}
+        for group, labels in sorted(groups.items())
+    }
+
+
+def mean_of(runs: dict[int, Record], get: Callable[[Any], float | None]) -> Interval | None:
+    """get(measures) over seeds; None where no seed has it."""
+    values = [get(run["measures"]) for run in runs.values()]
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return over_seeds(known) if known else None
+
+
+def paired(
+    ours: dict[int, Record], theirs: dict[int, Record], get: Callable[[Any], float | None], other: Any = None
+) -> Interval | None:
+    """get(ours) - other(theirs), seed by seed, over the seeds that both have; other: default get."""
+    values = []
+    for seed in sorted(set(ours) & set(theirs)):
+        a, b = get(ours[seed]["measures"]), (other or get)(theirs[seed]["measures"])
+        if a is not None and b is not None and np.isfinite(a) and np.isfinite(b):
+            values.append(a - b)
+    return over_seeds(values) if values else None
+
+
+def shown(value: Interval | None, form: str = ".3f") -> str:
+    """ "0.123 (0.101 .. 0.145)"; the mean alone where there is one seed; nothing without a value."""
+    if value is None:
+        return ""
+    if math.isinf(value.low):
+        return f"{value.mean:{form}} (one seed)"
+    return f"{value.mean:{form}} ({value.low:{form}} .. {value.high:{form}})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column to the left, all others to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,0 +1,39 @@
+"""Accuracy of each task: plain, with the memory on, with it off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from experiments.measures import mean_of, measured
+from experiments.plots import COLOURS, INK, STYLE, new_figure, save
+from experiments.recall.summary import accuracy
+
+
+def draw(home: Path) -> Path:
+    groups = {group: labels for group, labels in measured(home).items() if any(labels.values())}
+    if not groups:
+        raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
+    figure, panels = new_figure(6.4, [1.9] * len(groups))
+    with matplotlib.rc_context(STYLE):
+        for axes, (group, labels) in zip(panels, groups.items(), strict=True):
+            names = []
+            for label, runs in labels.items():
+                for state, filled in (("on", True), ("off", False)):
+                    found = mean_of(runs, accuracy(state))
+                    if found is None:
+                        continue
+                    place, colour = len(names), COLOURS[0] if filled else COLOURS[1]
+                    if np.isfinite(found.low):
+                        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=1.6)
+                    axes.plot(found.mean, place, "o", color=colour, markerfacecolor=colour if filled else "white")
+                    names.append(label if filled else f"{label}, memory off")
+            axes.set_yticks(range(len(names)), names, color=INK)
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.set_xlim(-0.03, 1.03)
+            axes.grid(axis="y", visible=False)
+            axes.set_title(f"{home.name}, {group}")
+        panels[-1].set_xlabel("share of answers right (bars: 95 % over seeds)")
+    return save(figure, home)

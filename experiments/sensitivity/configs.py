@@ -1,0 +1,22 @@
+"""What is lost when the memory is switched off: facts that were taught, or the reading of text?"""
+
+from __future__ import annotations
+
+from experiments.config import SETTINGS, Run, change, tuned
+from experiments.sensitivity.measure import measure
+from experiments.sensitivity.summary import summary
+
+__all__ = ["BASELINE", "SETTING", "configs", "measure", "summary"]
+
+BASELINE, SETTING = "plain", "T"
+CORPUS, EPOCHS = "facts:wiki", 1.0  # one pass: every copy of a fact is met once
+ARMS = ("plain", "engram", "one-row")
+
+
+def configs(setting_name: str) -> list[Run]:
+    setting = SETTINGS[setting_name]
+    return [
+        Run("sensitivity", arm, change(setting, train=tuned(arm), corpus=CORPUS), (("epochs", EPOCHS),), arm, group)
+        for group in (f"{setting_name}: {CORPUS}",)
+        for arm in ARMS
+    ]

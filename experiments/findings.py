@@ -1,0 +1,146 @@
+"""What the runs say to a claim: one number with its interval for each table of runs that has it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engram.lm.statistics import Interval
+from experiments.config import read_results
+from experiments.depth.summary import early_lens, shift
+from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
+from experiments.measures import measured, paired
+from experiments.recall.summary import accuracy
+from experiments.report import Row, groups_of, rows_of
+from experiments.sensitivity.summary import retention_gap
+from experiments.slots.plot import cells_of, log_fit
+
+INF = math.inf
+
+
+class Finding(NamedTuple):
+    """What one table of runs says. value: with an infinite interval where nothing is known of the spread."""
+
+    group: str
+    value: Interval
+    seeds: int
+
+
+def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Finding]]:
+    """Nats per token of one label minus another's of an experiment, in every table that has both."""
+
+    def figure(home: Path) -> list[Finding]:
+        found = []
+        for group, runs in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
+            if ours in runs and theirs in runs:
+                row = rows_of(home / name, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
+                if row.nats is not None:
+                    found.append(Finding(group, row.nats, len(row.paired)))
+        return found
+
+    return figure
+
+
+def slots_slope(home: Path) -> list[Finding]:
+    """Nats per doubling of the rows."""
+    found, folder = [], home / "slots"
+    for group, runs in sorted(groups_of(read_results(folder / "results.jsonl")).items()):
+        if "plain" not in runs:
+            continue
+        rows = rows_of(folder, runs, "plain")
+        cells = cells_of(rows, "engram")
+        if len(cells) >= 3:
+            seeds = set.intersection(*({run["seed"] for run in row.runs} for row in (rows[0], *cells.values())))
+            if seeds:
+                found.append(Finding(group, log_fit(folder, cells, rows[0])[0], len(seeds)))
+    return found
+
+
+def slots_ahead(home: Path) -> list[Finding]:
+    """Engram minus OverEncoding with as many rows, at the most rows that both ran with."""
+    found, folder = [], home / "slots"
+    for group, runs in sorted(groups_of(read_results(folder / "results.jsonl")).items()):
+        sizes = [{_rows(label) for label in runs if label.startswith(arm)} for arm in ("engram, ", "over-encoding, ")]
+        if sizes[0] & sizes[1]:
+            most = max(sizes[0] & sizes[1])
+            ours, theirs = (f"{arm}, {most:,} rows" for arm in ("engram", "over-encoding"))
+            row: Row = rows_of(folder, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
+            if row.nats is not None:
+                found.append(Finding(f"{group}, {most:,} rows", row.nats, len(row.paired)))
+    return found
+
+
+def _rows(label: str) -> int:
+    return int(label.split(", ", 1)[1].removesuffix(" rows").replace(",", ""))
+
+
+def kneser_ney(home: Path) -> list[Finding]:
+    """Plain with counts minus engram of as many bytes."""
+    return [
+        Finding(f"{group}, {rows:,} rows", row.nats, len(row.paired))
+        for group, rows, name, row, _ in against_engram(home / "kneser_ney")
+        if name == WITH_PLAIN and row.nats is not None
+    ]
+
+
+def of_measures(
+    name: str, compare: Callable[[Path, dict[str, Any]], Interval | None]
+) -> Callable[[Path], list[Finding]]:
+    """A number from the measures of an experiment, in every table: compare(folder, {label: {seed: run}})."""
+
+    def figure(home: Path) -> list[Finding]:
+        found = []
+        for group, labels in measured(home / name).items():
+            value = compare(home / name, labels)
+            if value is not None:
+                found.append(Finding(group, value, len(set(labels["engram"]) & set(labels["plain"]))))
+        return found
+
+    return figure
+
+
+def lens_gap(home: Path, labels: dict[str, Any]) -> Interval | None:
+    return paired(labels.get("engram", {}), labels.get("plain", {}), early_lens)
+
+
+def cka_shift(home: Path, labels: dict[str, Any]) -> Interval | None:
+    ours, plain = labels.get("engram", {}), labels.get("plain", {})
+    return shift(home, ours, plain) if ours and plain else None
+
+
+def left_of_facts(home: Path, labels: dict[str, Any]) -> Interval | None:
+    return retention_gap(labels["engram"]) if "plain" in labels and "engram" in labels else None
+
+
+def recall(task: str) -> Callable[[Path], list[Finding]]:
+    """Accuracy minus plain's, in the tables of one task."""
+
+    def gap(home: Path, labels: dict[str, Any]) -> Interval | None:
+        return paired(labels.get("engram", {}), labels.get("plain", {}), accuracy("on"))
+
+    return lambda home: [found for found in of_measures("recall", gap)(home) if task in found.group]
+
+
+def throughput(home: Path) -> list[Finding]:
+    """Tokens per second with a host table over without, minus 1; the script gives medians without an interval."""
+    return [
+        Finding(f"{row['device']}, batch {row['batch']}, {phase}", Interval(row[f"{phase}_ratio"] - 1, -INF, INF), 1)
+        for row in _lines(home / "gpu_offload" / "results.jsonl")
+        for phase in ("prefill", "decode")
+    ]
+
+
+def fp8(home: Path) -> list[Finding]:
+    """Nats per token of a trained model after its rows were stored as fp8, minus before; one model a budget."""
+    return [
+        Finding(f"{row['tokens'] / 1e6:.2f}M tokens", Interval(row["difference"], *row["interval"]), 1)
+        for row in _lines(home / "codecs" / "results.jsonl")
+        if row["codec"] == "fp8"
+    ]
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -1,0 +1,541 @@
+"""What the lab measures besides the loss: counts, facts, depth, recall; and the claims that are judged by it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engram import EngramConfig, TokenMap, TransformerConfig
+from engram.lm.corpus import Document, Split
+from engram.lm.run import Data, Setting, build_model
+from engram.lm.statistics import Interval
+from engram.lm.tokenizer import END_OF_TEXT_ID, train_tokenizer
+from engram.lm.train import TrainConfig
+from experiments import arms, claims, config, prepared, report, runner
+from experiments.arms import mixture
+from experiments.config import NAMES, Run
+from experiments.depth.measure import alignment, cka, layer_states
+from experiments.depth.measure import measure as measure_depth
+from experiments.depth.summary import shift
+from experiments.findings import Finding
+from experiments.measures import over_seeds, paired
+from experiments.recall import task
+from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
+from experiments.sensitivity import facts as facts_module
+from experiments.sensitivity import measure as sensitivity
+from experiments.sensitivity.facts import Fact, fact_of
+from experiments.sensitivity.summary import retention, retention_gap
+
+TASK = Task(3, 5)
+SETTING = Setting(
+    "recall:3+5",
+    VOCABULARY,
+    TransformerConfig(vocab_size=VOCABULARY, hidden_size=16, layers=2, heads=2, max_length=TASK.length),
+    EngramConfig(layers=(1,), orders=(2, 3), heads=2, head_dim=4, rows_per_head=97),
+    TrainConfig(tokens=4 * 8 * TASK.length, batch_size=8, context=TASK.length, warmup_steps=2),
+)
+MEASURED = [name for name in NAMES if config.hook(name, "measure")]
+
+
+@pytest.fixture(scope="module")
+def data():
+    train, held = task.documents_of(TASK, 200, 0), task.documents_of(TASK, 40, 1)
+    made = task._encoded(train), task._encoded(held)
+    return Data(None, TokenMap.identity(VOCABULARY), *made, prepared.Overlap(0.0), "toy")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def small_texts(data, monkeypatch):
+    """prepare() without making the whole task."""
+    monkeypatch.setattr(runner, "prepare", lambda setting, held_out="validation": data)
+    monkeypatch.setattr(mixture, "prepare", lambda setting, held_out="validation": data)
+
+
+def noisy(model):
+    """The model with rows that are not zero, so that the memory says something."""
+    for table in model.memory.tables.values():
+        table.tensor.normal_()
+    return model
+
+
+# Kneser-Ney
+
+
+def test_counts_alone_answer_without_a_model(data, small_texts):
+    model = arms.build("kneser-ney", SETTING, data, base="none")
+    log = runner.train(model, data.train, SETTING.train)
+    mixed = arms.finish("kneser-ney", model, SETTING, data, base="none")
+    assert log.curve[0][1] == pytest.approx(math.log(VOCABULARY)) and mixed.weight == 1
+    ids = torch.from_numpy(data.validation.ids[: TASK.length]).long()[None]
+    assert torch.equal(mixed(ids), mixed.other(ids).log())
+    assert mixed(ids).exp().sum(-1).sub(1).abs().max() < 1e-5
+
+
+def test_counts_beside_engram_are_stored_on_top_of_its_table(data, small_texts):
+    alone = arms.finish("kneser-ney", build_model(SETTING, "plain", data.token_map), SETTING, data)
+    engram = arms.build("kneser-ney", SETTING, data, base="engram")
+    table = sum(table.nbytes for table in engram.memory.tables.values())
+    both = arms.finish("kneser-ney", engram, SETTING, data, base="engram")
+    assert table > 0 and arms.tables(both)["bytes"] == arms.tables(alone)["bytes"] + table
+
+
+def test_a_base_that_does_not_exist_is_refused(data):
+    with pytest.raises(ValueError, match="base is 'plain', 'engram', 'none', not 'moe'"):
+        arms.build("kneser-ney", SETTING, data, base="moe")
+
+
+def test_engram_with_counts_has_the_bytes_of_engram():
+    runs = {(run.group, run.label): run for run in config.questions("kneser_ney").configs("T")}
+    for (group, label), run in runs.items():
+        if label.startswith("engram + "):
+            whole = runs[group, label.replace("engram + kneser-ney", "engram")]
+            assert 2 * run.setting.memory.rows_per_head == whole.setting.memory.rows_per_head
+
+
+# The hooks of the runner
+
+
+def test_an_experiment_measures_with_the_model_that_was_evaluated(small_texts, monkeypatch):
+    seen = []
+
+    def measure(run, model, data):
+        seen.append(model(torch.zeros(1, 2, dtype=torch.int64)).shape)
+        return {"share": 0.5, "states": np.ones((2, 3), np.float16)}
+
+    monkeypatch.setattr(runner, "hook", lambda name, what: measure if what == "measure" else None)
+    run = Run("toy", "engram", SETTING)
+    record, documents = runner.execute(run)
+    assert seen == [(1, 2, VOCABULARY)] and record["measures"] == {"share": 0.5} and record["key"] == run.key
+    np.testing.assert_array_equal(documents["measured_states"], np.ones((2, 3), np.float16))
+    json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    "other, measures, taken",
+    [("toy", {}, True), ("toy", None, False), ("elsewhere", {}, False), ("elsewhere", None, False)],
+)
+def test_a_run_without_its_own_measures_is_made_again(other, measures, taken, tmp_path, monkeypatch):
+    run = Run("toy", "plain", SETTING)
+    record = {"key": run.key, "label": run.label, "group": run.group}
+    (tmp_path / other).mkdir()
+    runner.append(tmp_path / other / "results.jsonl", record | ({} if measures is None else {"measures": measures}))
+    monkeypatch.setattr(runner, "hook", lambda name, what: len if (name, what) == ("toy", "measure") else None)
+    there = runner._is_done(tmp_path, run) or runner._take_over(tmp_path, run, ("elsewhere",))
+    assert there == taken
+
+
+def test_a_measured_run_serves_an_experiment_that_asks_for_the_loss_alone(tmp_path):
+    run = Run("toy", "plain", SETTING)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "toy").mkdir()
+    record = {"key": run.key, "label": run.label, "group": run.group, "measures": {}}
+    runner.append(tmp_path / "elsewhere" / "results.jsonl", record)
+    assert runner._take_over(tmp_path, run, ("elsewhere",))
+
+
+# Statistics over seeds
+
+
+def test_the_interval_over_seeds_is_students():
+    found = over_seeds([1.0, 2.0, 3.0])
+    assert found.mean == 2 and found.high - 2 == pytest.approx(4.303 / math.sqrt(3)) == 2 - found.low
+
+
+def test_one_seed_has_no_interval():
+    assert over_seeds([1.5]) == Interval(1.5, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="needs a seed"):
+        over_seeds([])
+
+
+def test_differences_are_taken_within_seeds():
+    ours, theirs = (
+        {seed: {"measures": seed * 10 + shift} for seed in seeds} for seeds, shift in (((0, 1, 2), 1), ((1, 2), 0))
+    )
+    assert paired(ours, theirs, lambda measures: measures) == Interval(1, 1, 1)
+
+
+# Depth
+
+
+def test_cka_is_1_up_to_rotation_and_scale():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6))
+    rotation, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    assert cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
+
+
+def test_cka_of_independent_states_is_0_however_wide():
+    rng = np.random.default_rng(0)
+    draws = [cka(rng.normal(size=(50, 200)), rng.normal(size=(50, 200))) for _ in range(40)]
+    assert abs(np.mean(draws)) < 0.02  # the plain estimator gives 0.8 here
+
+
+def test_cka_refuses_other_positions():
+    with pytest.raises(ValueError, match="same positions"):
+        cka(np.ones((5, 2)), np.ones((6, 2)))
+
+
+def test_the_alignment_is_the_weighted_mean_of_the_likest_layers():
+    similarity = np.array([[0.9, 0.1, 0.0], [0.0, 0.25, 0.75]])
+    np.testing.assert_allclose(alignment(similarity, most=1), [0, 2])
+    np.testing.assert_allclose(alignment(similarity), [0.1, 1.75])
+
+
+def test_the_lens_reads_each_layer_as_if_it_were_the_last(data):
+    run, model = Run("depth", "engram", SETTING), noisy(build_model(SETTING, "engram", data.token_map))
+    found = measure_depth(run, model, data)
+    ids, documents = (
+        torch.from_numpy(part[: 32 * TASK.length].reshape(32, -1)).long()
+        for part in (data.validation.ids, data.validation.documents)
+    )
+    model.eval()
+    with torch.no_grad():
+        final = model(ids, documents).softmax(-1)
+        lens = model.head(model.norm(model.embedding(ids))).softmax(-1)
+    assert found["lens_kl"][0] == pytest.approx(float((final * (final / lens).log()).sum(-1).mean()), rel=1e-4)
+    assert found["lens_kl"][-1] == 0 and min(found["lens_kl"][:-1]) > 0
+    assert found["states"].shape == (3, 512, 16) and found["tokens"] == 32 * TASK.length
+
+
+def test_the_states_of_a_pass_lead_to_its_logits_and_leave_no_hook(data):
+    model = noisy(build_model(SETTING, "engram", data.token_map)).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        states = layer_states(model, ids)
+        assert torch.equal(model.head(model.norm(states[-1])), model(ids)) and len(states) == 3
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_whose_layers_are_plains_next_ones_is_a_layer_deeper(tmp_path):
+    (tmp_path / "documents").mkdir()
+    rng = np.random.default_rng(0)
+    layers = [rng.normal(size=(40, 5)) for _ in range(6)]
+    states = {"plain": layers[:5], "engram": [layers[0], *layers[2:]]}
+    runs = {label: {seed: {"key": f"{label}{seed}"} for seed in (0, 1)} for label in states}
+    for label, seed in ((label, seed) for label in states for seed in (0, 1)):
+        noise = 0.01 * rng.normal(size=(5, 40, 5))
+        np.savez(tmp_path / "documents" / f"{label}{seed}.npz", measured_states=np.array(states[label]) + noise)
+    deeper = shift(tmp_path, runs["engram"], runs["plain"])
+    assert deeper.mean == pytest.approx(0.75, abs=0.3)  # three of four layers are the next, the last is like none
+    assert shift(tmp_path, runs["engram"], {0: runs["plain"][0]}) is None
+
+
+# Recall
+
+
+@pytest.mark.parametrize("made", [Task(1, 0), Task(3, 5), Task(16, 0), Task(KEYS, 2)])
+def test_every_key_is_asked_once_and_its_answer_stands_in_the_text(made):
+    for text in task.documents_of(made, 20, seed=0).tolist():
+        bar = made.asked[0]
+        keys = [place for place in range(1, bar) if 1 <= text[place] <= KEYS]
+        asked = {text[place]: text[place + 1] for place in made.asked}
+        assert asked == {text[place]: text[place + 1] for place in keys} and len(asked) == made.pairs
+        assert all(KEYS < value <= KEYS + VALUES for value in asked.values())
+        assert len(text) == made.length and text[0] == END_OF_TEXT_ID
+        assert sum(token > KEYS + VALUES for token in text) == made.filler
+
+
+def test_seeds_make_other_documents_and_the_held_out_ones_are_new():
+    first, again, held = (task.documents_of(TASK, 50, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not {tuple(row) for row in first} & {tuple(row) for row in held}
+
+
+@pytest.mark.parametrize("name", ["recall:", "recall:0+3", "recall:65+0", "recall:2+-1", "wiki", "recall:two"])
+def test_a_task_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=r"recall:pairs\+filler"):
+        Task.of(name)
+
+
+class Copies(torch.nn.Module):
+    """Says for a token what followed it at its first place in the text."""
+
+    memory = None
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(1, 1)
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, VOCABULARY)
+        for row, time in np.ndindex(*ids.shape):
+            first = int((ids[row] == ids[row, time]).nonzero()[0])
+            if first < time:
+                logits[row, time, ids[row, first + 1]] = 50
+        return logits
+
+
+def test_a_model_that_copies_has_all_answers_right(data):
+    found = task.measure(Run("recall", "plain", SETTING), Copies(), data)
+    assert found == {"on": {"accuracy": 1.0, "nats": pytest.approx(0, abs=1e-6)}}
+
+
+def test_the_memory_is_switched_off_for_one_measurement_and_on_again(data):
+    model = noisy(build_model(SETTING, "engram", data.token_map))
+    memory, run = model.memory, Run("recall", "engram", SETTING)
+    found = task.measure(run, model, data)
+    assert model.memory is memory and model.training and found["on"]["nats"] != found["off"]["nats"]
+    model.memory = None
+    assert task.measure(run, model, data) == {"on": found["off"]}
+
+
+def test_recall_trains_at_the_answers_alone(data):
+    _, targets, _ = runner.train.__globals__["Batches"](data.train, TASK.length, 8)(0)
+    masked = task.only_answers(targets, TASK)
+    assert ((masked != -100).sum(1) == TASK.pairs).all()
+    assert ((masked == -100) | ((masked > KEYS) & (masked <= KEYS + VALUES))).all()
+
+
+def test_recall_learns_and_logs_like_any_training(data):
+    setting = config.change(SETTING, train={"tokens": 60 * 8 * TASK.length, "lr": 1e-2})
+    model = build_model(setting, "engram", data.token_map)
+    log = task.train(Run("recall", "engram", setting), model, data)
+    assert len(log.curve) == 60 and log.tokens == 60 * 8 * TASK.length and log.row_state_bytes > 0
+    assert np.mean([loss for _, loss in log.curve[-5:]]) < log.curve[0][1] - 0.5
+    assert any(table.tensor.abs().max() > 0 for table in model.memory.tables.values())
+
+
+def test_windows_that_are_no_documents_are_refused(data):
+    setting = config.change(SETTING, train={"context": 7})
+    with pytest.raises(ValueError, match="18 tokens, context is 7"):
+        task.train(Run("recall", "plain", setting), None, data)
+
+
+# Facts
+
+
+def test_ended_lives_were_and_all_else_is():
+    assert fact_of("Mozart", "Composer (1756–1791)").text == "Mozart was Composer (1756–1791)"
+    assert fact_of("Lego", "Plastic toy").prompt == "Lego is"
+    assert fact_of("Cher", "American singer (born 1946)").prompt == "Cher is"
+
+
+@pytest.fixture
+def wiki(tmp_path, monkeypatch):
+    """Articles named after their numbers, and descriptions of them."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(40)]
+    documents = [Document("wiki", f"T{i}", f"T{i}\n\n{' '.join(rng.choice(words, 20))}") for i in range(40)]
+    described = {str(i): {"title": f"T{i}", "description": f"thing {i} of {words[i]}"} for i in range(40)}
+    described["0"]["description"] = None
+    (tmp_path / "summaries.json").write_text(json.dumps(described))
+    monkeypatch.setattr(facts_module, "_package_file", lambda *path: tmp_path / "summaries.json")
+    monkeypatch.setattr(facts_module, "load_corpus", lambda name: documents)
+    monkeypatch.setattr(facts_module, "split", lambda *_, **__: Split(documents[:30], documents[30:33], documents[33:]))
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(facts_module, "TAUGHT", 5)
+    return Setting("facts:wiki", 300)
+
+
+def test_taught_facts_are_in_the_training_text_and_no_others_are(wiki):
+    taught, untaught = facts_module.facts_of(wiki)
+    made = prepared.make(wiki, "validation")
+    text = [made.tokenizer.decode(ids[1:].tolist()) for ids in np.split(made.train.ids, made.train.starts[1:-1])]
+    assert {fact.text: text.count(fact.text) for fact in taught} == {fact.text: facts_module.COPIES for fact in taught}
+    assert len(taught) == len(untaught) == 5 and not any(text.count(fact.text) for fact in untaught)
+    assert len(text) == 30 + 5 * facts_module.COPIES
+
+
+def test_facts_are_of_articles_on_the_training_side(wiki):
+    titles = {fact.title for part in facts_module.facts_of(wiki) for fact in part}
+    assert titles < {f"T{i}" for i in range(1, 30)} and len(titles) == 10
+
+
+def test_what_is_held_out_has_no_facts(wiki):
+    made = prepared.make(wiki, "validation")
+    assert len(made.validation.bytes) == 7 and prepared.make(wiki, "tune").digest == made.digest
+
+
+def test_a_corpus_without_facts_is_refused():
+    with pytest.raises(ValueError, match="'facts:' and a list of corpora with 'wiki'"):
+        facts_module.facts_of(Setting("facts:kjv"))
+
+
+class Knows(torch.nn.Module):
+    """Goes on with any of the texts that begin as what it was given does, and says nothing of others."""
+
+    memory, training = None, False
+
+    def __init__(self, texts, vocab):
+        super().__init__()
+        self.texts, self.vocab = texts, vocab
+        self.embedding = torch.nn.Embedding(1, 1)
+        self.config = TransformerConfig(vocab, max_length=64)
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, self.vocab)
+        for row, time in np.ndindex(*ids.shape):
+            seen = ids[row, 1 : time + 1].tolist()
+            for text in self.texts:
+                if text[: len(seen)] == seen and len(text) > len(seen):
+                    logits[row, time, text[len(seen)]] += 20
+        return logits
+
+
+def test_a_model_that_knows_a_fact_says_it_and_ranks_it_first():
+    facts = [Fact(f"T{i}", f"T{i} is", f" {answer}") for i, answer in enumerate(("red", "green", "blue", "blue"))]
+    tokenizer = train_tokenizer(["T0 is red green blue"], 257)
+    texts = [tokenizer.encode(fact.text).ids for fact in facts]
+    everything = sensitivity.ask(Knows(texts, 257), tokenizer, facts)
+    assert (everything["exact"], everything["rank"], everything["top1"]) == (1, 1, 1) and everything["nats"] < 1e-4
+    half = sensitivity.ask(Knows(texts[:2], 257), tokenizer, facts)
+    assert (half["exact"], half["rank"]) == (0.5, 0.5)
+
+
+def test_scores_are_of_the_tokens_behind_the_prompt_whatever_the_order():
+    lines = [([0, 1, 2, 3, 4], 3), ([0, 5, 6], 2), ([0, 1, 9], 2)]
+    nats, hits = sensitivity.score(Knows([[1, 2, 3, 4], [5, 6]], 10), lines, batch=2)
+    assert [len(part) for part in nats] == [2, 1, 1]
+    assert [part.tolist() for part in hits] == [[True, True], [True], [False]]
+
+
+def test_pairs_that_stood_in_the_text_before_are_found():
+    assert sensitivity.occurred_before([1, 2, 3, 1, 2, 2]).tolist() == [False, False, False, True, False]
+
+
+def test_what_is_left_of_a_share_is_counted_above_chance():
+    measures = {"on": {"taught_rank": 9 / 16, "reading_top1": 0.4}, "off": {"taught_rank": 5 / 16, "reading_top1": 0.3}}
+    assert retention("taught_rank")(measures) == pytest.approx(0.5)
+    assert retention("reading_top1")(measures) == pytest.approx(0.75)
+    assert retention("taught_rank")({"on": measures["on"]}) is None
+    assert retention("taught_rank")({"on": {"taught_rank": 1 / 16}, "off": {"taught_rank": 0.0}}) is None
+
+
+# Tables, figures, claims
+
+
+def made_up(name, home, seeds=(0, 1)):
+    """Results of every cell with measures such as the experiment makes: engram is the better one."""
+    (home / "documents").mkdir(parents=True)
+    rng, tokens = np.random.default_rng(0), np.full(20, 50.0)
+    for run in (run.seeded(seed) for run in config.questions(name).configs("T") for seed in seeds):
+        good = float(run.arm == "engram")
+        level = 0.4 + 0.3 * good + 0.01 * rng.random()
+        states = {"on": level, "off": 0.2} if run.arm != "plain" else {"on": level}
+        measures = {
+            "depth": {"lens_kl": [3.0, 2.0 - good + 0.01 * rng.random(), 1.0, 0.0], "tokens": 100},
+            "recall": {state: {"accuracy": value, "nats": 1.0} for state, value in states.items()},
+            "sensitivity": {
+                state: {key: value if "taught" in key else 0.3 for key in SENSITIVITY}
+                for state, value in states.items()
+            },
+        }[name]
+        nats = 50 * (4 - 0.1 * good + rng.normal(0, 0.1, 20))
+        setting = json.loads(run.setting.to_json())
+        record = {"key": run.key, "cell": run.cell, "group": run.group, "label": run.label, "arm": run.arm}
+        record |= {"seed": run.seed, "setting": setting, "loss": nats.mean() / 50, "bpb": 1.0, "corpus": "c"}
+        runner.append(home / "results.jsonl", record | {"measures": measures, "tokens": 1, "train_seconds": 1.0})
+        arrays = {"nats": nats, "tokens": tokens, "bytes": 3 * tokens, "measured_states": rng.normal(size=(4, 30, 6))}
+        np.savez(home / "documents" / f"{run.key}.npz", **arrays)
+    return home
+
+
+SENSITIVITY = [f"{kind}_{what}" for kind in ("taught", "untaught") for what in ("nats", "top1", "exact", "rank")]
+SENSITIVITY += ["reading_nats", "reading_top1", "copied_top1"]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_figures_and_tables_are_made_from_the_measures_alone(name, tmp_path):
+    home = made_up(name, tmp_path / name)
+    path = importlib.import_module(f"experiments.{name}.plot").draw(home)
+    assert path == home / "figure.png" and path.read_bytes()[:4] == b"\x89PNG"
+    text = config.hook(name, "summary")(home)
+    assert "| engram |" in text and "nan" not in text
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") >= 4
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_one_seed_is_drawn_too(name, tmp_path):
+    home = made_up(name, tmp_path / name, seeds=(0,))
+    assert importlib.import_module(f"experiments.{name}.plot").draw(home).is_file()
+    assert "(one seed)" in config.hook(name, "summary")(home)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_figure_without_measures_says_what_to_run(name, tmp_path):
+    with pytest.raises(ValueError, match=f"no runs yet: python -m experiments run {name}"):
+        importlib.import_module(f"experiments.{name}.plot").draw(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "rule, interval, seeds, expected",
+    [
+        ("below", (-0.2, -0.3, -0.1), 3, "agrees"),
+        ("below", (-0.2, -0.3, 0.1), 3, "cannot tell"),
+        ("below", (0.2, 0.1, 0.3), 3, "disagrees"),
+        ("below", (-0.2, -0.3, -0.1), 1, "cannot tell"),
+        ("below", (-0.2, -math.inf, math.inf), 3, "cannot tell"),
+        ("above", (0.2, 0.1, 0.3), 2, "agrees"),
+        ("above", (-0.2, -0.3, -0.1), 2, "disagrees"),
+        ("near", (0.0, -0.001, 0.001), 3, "agrees"),
+        ("near", (0.004, 0.001, 0.008), 3, "cannot tell"),
+        ("near", (0.1, 0.05, 0.2), 3, "disagrees"),
+        ("no worse", (-0.1, -0.2, 0.001), 3, "agrees"),
+        ("no worse", (0.1, 0.05, 0.2), 3, "disagrees"),
+    ],
+)
+def test_verdicts_follow_from_the_interval(rule, interval, seeds, expected):
+    assert claims.verdict(Finding("g", Interval(*interval), seeds), rule) == expected
+
+
+def test_claims_without_runs_say_so(tmp_path):
+    lines = [line for line in claims.document(tmp_path).splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(claims.CLAIMS) and all("not run yet" in line for line in lines)
+
+
+def test_claims_are_filled_from_the_results(tmp_path):
+    for name in MEASURED:
+        made_up(name, tmp_path / name, seeds=(0, 1, 2))
+    rows = [line for line in claims.document(tmp_path).splitlines() if line.startswith("| ")]
+    lines = {line.split(" | ")[1]: line for line in rows}
+    needles = lines["several needles are found more often"]
+    assert (
+        "T: needles, 4 in 112, 3 seeds" in needles
+        and "| agrees |" in needles
+        and ("| +0.29" in needles or "| +0.30" in needles)
+    )
+    assert "| disagrees |" in lines["a single needle slightly less often"]
+    assert "| agrees |" in lines["switched off, facts lose more than reading"]
+    assert "| agrees |" in lines["early layers are nearer to prediction"]
+    assert "not run yet" in lines["the gate earns its place"]
+
+
+def test_every_label_of_a_claim_is_one_that_its_experiment_runs():
+    labels = {
+        (name, run.label) for name in NAMES for setting in "ST" for run in config.questions(name).configs(setting)
+    }
+    for claim in claims.CLAIMS:
+        if " minus " in claim.ours and claim.figure.__qualname__.startswith("difference"):
+            name, pair = claim.command.split()[-1], claim.ours.removesuffix(", nats a token").split(" minus ")
+            assert all((name, label) in labels for label in pair), claim
+
+
+def test_facts_lean_on_the_memory_more_than_reading_where_less_is_left_of_them():
+    def run(fact_off, text_off):
+        on = {"taught_top1": 0.8, "reading_top1": 0.4}
+        return {"measures": {"on": on, "off": {"taught_top1": fact_off, "reading_top1": text_off}}}
+
+    gap = retention_gap({0: run(0.2, 0.3), 1: run(0.2, 0.3)})
+    assert gap.mean == pytest.approx(0.25 - 0.75)
+
+
+def test_a_summary_stands_before_the_tables_of_the_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "groups_of", lambda records: {"g": {}})
+    monkeypatch.setattr(report, "rows_of", lambda *_: [])
+    monkeypatch.setattr(report, "table", lambda *_: "losses")
+    monkeypatch.setattr(report, "facts", lambda *_: "")
+    text = report.document(tmp_path, "plain", lambda home: "measures")
+    assert text.index("measures") < text.index("losses")
+
+
+def test_a_run_keeps_its_json_and_its_options_for_a_base():
+    run = Run("kneser_ney", "kneser-ney", SETTING, (("base", "none"),))
+    assert Run.from_json(run.to_json()) == run and run.key != replace(run, options=()).key

@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from experiments.claims import write_claims
 from experiments.config import HOME, NAMES, SETTINGS, Run, hook, questions, read_results
 from experiments.report import write_tables
 from experiments.runner import sweep
@@ -127,7 +126,8 @@ def main() -> int:
         else:
             for name in [arguments.name] if arguments.name else NAMES:
                 write_tables(HOME / name, questions(name).BASELINE, hook(name, "summary"))
-            write_claims()
+            if not arguments.name:
+                importlib.import_module("experiments.claims").write_claims()  # not above: it brings matplotlib along
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

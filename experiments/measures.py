@@ -13,7 +13,7 @@ from engram.lm.statistics import Interval
 from experiments.config import read_results
 from experiments.report import Record, groups_of
 
-# Two-sided 95 % points of Student's t, by degrees of freedom; beyond these the approximation is good to 0.01.
+# Two-sided 95 % points of Student's t, by degrees of freedom; beyond these the formula below is good to 0.01.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -25,7 +25,7 @@ def over_seeds(values: Sequence[float]) -> Interval:
     mean, freedom = float(np.mean(values)), len(values) - 1
     if not freedom or not np.isfinite(values).all():
         return Interval(mean, -math.inf, math.inf)
-    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.4 / freedom
+    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.37 / freedom + 2.82 / freedom**2
     half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
@@ -67,7 +67,7 @@ def shown(value: Interval | None, form: str = ".3f") -> str:
     return f"{value.mean:{form}} ({value.low:{form}} .. {value.high:{form}})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column to the left, all others to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Markdown; the first columns, as many as hold words, to the left, all others to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * words + "---:|" * (len(head) - words)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -190,7 +190,7 @@ class NoModel(nn.Module):
         return 0
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Any = None, recall: Any = None) -> Tensor:
-        return self.level.expand(*ids.shape, self.config.vocab_size)
+        return self.level + torch.zeros(*ids.shape, self.config.vocab_size, device=ids.device)
 
 
 BASES: dict[str, Callable[[Setting, Data], Any]] = {"plain": plain, "engram": engram, "none": NoModel}

@@ -70,7 +70,7 @@ def summary(home: Path) -> str:
         head = ("arm", "layer", "KL to the last layer's distribution, nats", "minus plain's")
         parts.append(
             f"### LogitLens, {group}\n\nLayer 0 is the embedding. Means over seeds, with 95 % intervals over seeds "
-            f"alone (Student's t).\n\n{table(head, lines)}"
+            f"alone (Student's t).\n\n{table(head, lines, words=2)}"
         )
         for label, runs in labels.items():
             found = {} if label == "plain" else compare(home, runs, plain)

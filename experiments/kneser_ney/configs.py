@@ -72,19 +72,11 @@ def against_engram(home: Path) -> list[tuple[str, int, str, Row, Row]]:
 
 def summary(home: Path) -> str:
     """Counts against engram directly: who is ahead, at how many tokens and bytes."""
-    head = (
-        "table",
-        "rows a head",
-        "arm",
-        "MB of its table and counts",
-        "MB of engram's",
-        "nats minus engram's",
-        "ahead",
-    )
+    head = ("table", "arm", "rows a head", "MB of its table", "MB of engram's", "nats minus engram's", "ahead")
     lines = []
     for group, rows, name, row, base in against_engram(home):
         assert row.nats is not None
         ahead = "engram" if row.nats.low > 0 else name if row.nats.high < 0 else "cannot tell"
         sizes = [f"{one.mean('bytes', 'table') / 1e6:.2f}" for one in (row, base)]
-        lines.append((group, f"{rows:,}", name, *sizes, interval(row.nats), ahead))
-    return f"### Against engram of as many bytes\n\n{table(head, lines)}"
+        lines.append((group, name, f"{rows:,}", *sizes, interval(row.nats), ahead))
+    return f"### Against engram of as many bytes\n\n{table(head, lines, words=2)}"

@@ -28,5 +28,5 @@ def summary(home: Path) -> str:
     return (
         "### Accuracy of the answers\n\nMeans over seeds, with 95 % intervals over seeds alone (Student's t). "
         f"By chance it is 1/64; with all values of the text known and their keys not, 1 over the number of pairs.\n\n"
-        f"{table(head, lines)}"
+        f"{table(head, lines, words=2)}"
     )

@@ -1,8 +1,8 @@
 """In-context recall with made-up tokens: pairs of key and value, filler between them, then all keys ask their values.
 
 Source: MQAR of Zoology (arXiv 2312.04927) where there is no filler; with filler, the multi-needle retrieval that the
-paper reports after its long-context training. A corpus "recall:16+0" has 16 pairs and no filler, "recall:4+112" four
-pairs in 112 tokens of filler. One document:
+paper reports after its long-context training. A corpus "recall:16+0" has 16 pairs and no filler, "recall:4+48" four
+pairs in 48 tokens of filler. One document:
 
     <|endoftext|>  filler .. key value filler .. key value ..  |  key value  key value ..  (another order)
 

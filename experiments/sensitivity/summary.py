@@ -68,9 +68,12 @@ def summary(home: Path) -> str:
                 losses.append((words, label, shown(on), shown(off), shown(cost, "+.3f"), shown(gain, "+.3f")))
         loss_head = ("nats a token", "arm", "memory on", "memory off", "off, minus on", "on, minus plain's")
         gap = retention_gap(labels.get("engram", {}))
-        parts.append(
-            f"### Memory on and off, {group}\n\nMeans over seeds, with 95 % intervals over seeds alone (Student's t)."
-            f"\n\n{table(head, lines)}\n\n{table(loss_head, losses)}\n\nLeft of the next tokens of taught facts, minus "
-            f"left of those of held-out text, engram: {shown(gap, '+.2f') or 'no runs'}."
-        )
+        parts += [
+            f"### Memory on and off, {group}",
+            "Means over seeds, with 95 % intervals over seeds alone (Student's t).",
+            table(head, lines, words=2),
+            table(loss_head, losses, words=2),
+            "Left of the next tokens of taught facts, minus left of those of held-out text, engram: "
+            f"{shown(gap, '+.2f') or 'no runs'}.",
+        ]
     return "\n\n".join(parts)

@@ -202,7 +202,7 @@ def test_the_lens_reads_each_layer_as_if_it_were_the_last(data):
         lens = model.head(model.norm(model.embedding(ids))).softmax(-1)
     assert found["lens_kl"][0] == pytest.approx(float((final * (final / lens).log()).sum(-1).mean()), rel=1e-4)
     assert found["lens_kl"][-1] == 0 and min(found["lens_kl"][:-1]) > 0
-    assert found["states"].shape == (3, 512, 16) and found["tokens"] == 32 * TASK.length
+    assert found["states"].shape == (3, 320, 16) and found["tokens"] == 32 * TASK.length
 
 
 def test_the_states_of_a_pass_lead_to_its_logits_and_leave_no_hook(data):

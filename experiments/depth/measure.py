@@ -14,7 +14,7 @@ from engram.lm.run import Data
 from experiments.config import Run
 
 WINDOWS = 32  # of held-out text, for the lens
-POSITIONS = 512  # of these, kept for CKA: the same in every run, so that any two runs can be compared
+POSITIONS = 320  # of these, kept for CKA: the same in every run, so that any two runs can be compared
 
 
 @torch.no_grad()

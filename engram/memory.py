@@ -58,6 +58,7 @@ class Recall:
 
     Attributes:
         documents: run number of each position [B, T] on the model's device, or None.
+        dead: True at DEAD positions [B, T] (id -1) on the model's device; None where there are none.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Recall:
         device: torch.device,
     ):
         self.documents, self.device = documents, device
+        dead = ids == -1 if memory.config.boundary == "dead" else None
+        self.dead = dead.to(device) if dead is not None and dead.any() else None
         self.cache: MemoryCache | None = None
         self._memory = memory
         self._trains = memory.training and torch.is_grad_enabled() and memory.trains_tables
@@ -134,6 +137,9 @@ def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
         pad_id=int(token_map.table[config.pad_id]),
         seed=config.seed,
         family=config.hash,
+        boundary=config.boundary,
+        generator=config.generator,
+        row_multiple=config.row_multiple,
     )
 
 
@@ -226,7 +232,7 @@ class EngramMemory(nn.Module):
         """Hashes the ids for all layers and starts fetching their rows.
 
         Args:
-            ids: int64 [B, T] token ids, -1 not allowed.
+            ids: int64 [B, T] token ids; -1 is a DEAD position with boundary="dead", else not allowed.
             documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
             lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece.
             cache: decoding state; replaces `lookback`, and is brought up to date.
@@ -258,7 +264,7 @@ class EngramMemory(nn.Module):
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
         history = None if recall.cache is None else recall.cache.conv.get(layer)
-        update, inputs = self.fusions[str(layer)](recall.rows(layer), hidden, recall.documents, history)
+        update, inputs = self.fusions[str(layer)](recall.rows(layer), hidden, recall.documents, history, recall.dead)
         if recall.cache is not None and inputs is not None:
             recall.cache.conv[layer] = inputs if history is None else torch.cat([history, inputs], dim=1)
         return update

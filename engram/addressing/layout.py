@@ -43,7 +43,7 @@ class HashLayout:
     family:           "multiply_xor", the paper's hash; "xxh64", XXH64 of the n compressed ids as little-endian int64
                       in text order with seed + 10007*layer, the same moduli; "one_row", a control: every modulus is 1.
     boundary:         what ends a window. "pad": the start of the text. "dead" (DeepSeek-V4.1): also DEAD positions,
-                      which have the id -1 (images). "eos" (Qwen): also the compressed id `pad_id` itself, so that a text
+                      which have the id -1 (images). "eos" (Qwen): also the compressed id `pad_id` itself: a text
                       restarts behind every end-of-sequence token. What was met and all that is older reads as pad_id.
     generator:        where the multipliers come from: "pcg64" seeded with seed + 10007*layer, or "splitmix64" (Qwen)
                       with seed + 10007*(index of the layer in `layers`).

@@ -148,10 +148,8 @@ def test_rows_of_a_v41_checkpoint_read_from_our_folder_as_values_times_scales(v4
         assert torch.equal(table.gather(torch.arange(table.rows)).double(), values)
 
 
-@pytest.mark.parametrize(("to", "shards", "by"), [
-    ("deepseek-v4.1", 1, "row"), ("deepseek-v4.1", 3, "row"), ("deepseek-v4.1", 4, "head"), ("deepseek-v4.1", 5, "head"),
-    ("deepseek-v4.1-interleaved", 1, "row"), ("deepseek-v4.1-interleaved", 2, "head"),
-])  # fmt: skip
+@pytest.mark.parametrize("to", ["deepseek-v4.1", "deepseek-v4.1-interleaved"])
+@pytest.mark.parametrize(("shards", "by"), [(1, "row"), (3, "row"), (4, "head"), (5, "head")])
 def test_every_layout_of_v41_tensors_reads_back_as_the_same_rows(v41, tmp_path, to, shards, by):
     convert(v41, tmp_path / "there", to, shards=shards, by=by)
     before, after = open_source(v41), open_source(tmp_path / "there")
@@ -290,8 +288,9 @@ def test_blocks_smaller_than_the_table_give_the_same_files(v41, tmp_path, monkey
     convert(v41, tmp_path / "one", "engram", token_map=TOKENS)
     monkeypatch.setattr(formats, "BLOCK", 4 * 64 * 10)  # ten rows
     convert(v41, tmp_path / "many", "engram", token_map=TOKENS)
-    for name in ("layer-1.fp8", "layer-3.fp8", "manifest.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+    one, many = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "many"))
+    assert one["tables"] == many["tables"]  # digests of the rows are in there
+    assert all(one["files"][name] == many["files"][name] for name in ("layer-1.fp8", "layer-3.fp8"))
 
 
 # --- GGUF ---
@@ -366,7 +365,7 @@ NAN_VALUE = e4m3((ROWS, 64), 0).view(torch.uint8).index_fill(0, torch.tensor([77
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
-    ("embed.scale", e8m0((ROWS, 1), 0), r"layers.1.engram.embed.scale is F8_E8M0 \[\d+, 1\], expected F8_E8M0 \[\d+, 2\]"),
+    ("embed.scale", e8m0((ROWS, 1), 0), r"embed.scale is F8_E8M0 \[\d+, 1\], expected F8_E8M0 \[\d+, 2\]"),
     ("embed.scale", torch.ones(ROWS, 2), r"layers.1.engram.embed.scale is F32 .* expected F8_E8M0"),
     ("embed.scale", None, r"layers.1.engram.embed.scale is missing: layers.1.engram.embed.weight is e4m3"),
     ("embed.scale", NAN_SCALE, r"layers.1.engram.embed.weight, rows 0 to \d+: row 77 .* NaN"),

@@ -197,10 +197,8 @@ def _check_numbers(files: list[Path]) -> None:
             for number in range(first, int(count) + first):
                 name = f"{stem}{number:0{len(digits)}}{word}{count}.safetensors" if digits.startswith("0") else None
                 name = name or f"{stem}{number}{word}{count}.safetensors"
-                if len(files) > 1 and not (files[0].parent / name).is_file():
-                    raise ValueError(
-                        f"the shard {files[0].parent / name} is missing: {match[0]} says there are {count}"
-                    )
+                if not (files[0].parent / name).is_file():
+                    raise ValueError(f"the shard {files[0].parent / name} is missing: there are {count} of them")
 
 
 class Writer:

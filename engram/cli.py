@@ -216,7 +216,8 @@ def generate(
 @app.command()
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="hash, lookup, update, step, disk; default: all but disk.")
+        list[str] | None,
+        typer.Argument(help="hash, lookup, update, step, prefetch, scale, disk, convert; default: the first four."),
     ] = None,
     as_json: Json = False,
 ) -> None:

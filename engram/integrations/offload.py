@@ -32,6 +32,8 @@ class HostedRows(nn.Module):
     `weight` holds no values; its dtype and device follow the model's, as callers expect of an embedding.
     """
 
+    weight: Tensor
+
     def __init__(self, dtype: torch.dtype, table: HostTable | None = None):
         super().__init__()
         self.table = table
@@ -43,9 +45,10 @@ class HostedRows(nn.Module):
         return self.table.gather(row_ids.cpu()).to(row_ids.device, self.weight.dtype)
 
 
-def _embeddings(model: nn.Module) -> dict[int, nn.Module]:
+def _embeddings(model: nn.Module) -> dict[int, Any]:
     """{0-based layer: the module that hashes and looks up} of a Qwen4-Exp model."""
-    return {int(m.layer_idx): m for m in model.modules() if type(m).__name__ == "Qwen4ExpTextNGramEmbedding"}
+    modules: list[Any] = [m for m in model.modules() if type(m).__name__ == "Qwen4ExpTextNGramEmbedding"]
+    return {int(m.layer_idx): m for m in modules}
 
 
 def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -> dict[int, HostTable]:

@@ -169,14 +169,14 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
     for layer, weights in source.weights.items():
         memory.fusions[str(layer)].load_state_dict(weights, assign=True)
 
-    def rows(layer: int, path: Path) -> dict[str, Any]:
+    def write(layer: int, path: Path) -> dict[str, Any]:
         recoder = recoders[layer]
         entry = write_blocks(path, _stream(recoder, 0, recoder.rows.rows), step)
         if bad := bad_blocks(path, entry, on_bytes=step):
             raise OSError(f"{path}: block {bad[0]} does not read back as it was written")
         return entry
 
-    save_memory(memory, home, rows=rows)
+    save_memory(memory, home, rows=write)
 
 
 def write_blocks(path: Path, blocks: Iterator[Tensor], step: Step) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Stored:
     def read_bytes(self, offset: int, nbytes: int) -> Tensor:
         """Bytes of the file as uint8 [nbytes]."""
         data = torch.empty(nbytes, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
+        view, done = data.numpy().data, 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(offset)
             while done < nbytes:
@@ -89,7 +89,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         try:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
-            tensors = {
+            tensors: dict[str, Any] = {
                 str(name): (str(v["dtype"]), tuple(int(n) for n in v["shape"]), *(int(o) for o in v["data_offsets"]))
                 for name, v in header.items()
             }
@@ -209,18 +209,19 @@ class Writer:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]):
-        self.path, header, at = path, {"__metadata__": {"format": "pt", **metadata}}, 0
+        self.path, at = path, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         sizes: dict[str, int] = {}
         for name, (dtype, shape) in specs.items():
             sizes[name] = DTYPES[dtype].itemsize * int(torch.Size(shape).numel())
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}  # type: ignore[dict-item]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
             at += sizes[name]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = open(path, "wb", buffering=0)
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.truncate(8 + len(text) + at)
-        starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}  # type: ignore[index]
+        starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
         self.stored = {n: Stored(n, path, *specs[n], starts[n], sizes[n]) for n in specs}
         self.digests = {name: xxhash.xxh3_128() for name in specs}
         self._written = dict.fromkeys(specs, 0)

@@ -343,6 +343,15 @@ def test_decoding_with_dead_positions_equals_the_full_forward(pieces):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
 
 
+def test_rows_of_dead_positions_get_no_gradient():
+    memory = EngramMemory(V41_SMALL, small_map(), hidden_size=12, streams=3).train()
+    ids = torch.tensor([[3, 4, -1, 5, -1]])
+    recall = memory.recall(ids)
+    memory[1](torch.randn(1, 5, 3, 12), recall).sum().backward()
+    ((row_ids, gradient),) = memory.gradients[1]
+    assert torch.equal(row_ids, recall.row_ids[1][ids >= 0]) and len(gradient) == 3
+
+
 def test_a_convolution_sees_nothing_from_dead_positions():
     config = V41_SMALL.replace(conv_kernel=4, conv_init="uniform")
     memory = EngramMemory(config, small_map(), hidden_size=12).double()

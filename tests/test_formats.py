@@ -19,7 +19,8 @@ from engram.integrations import formats
 from engram.integrations.formats import convert, inspect
 from engram.integrations.gguf import read_gguf
 from engram.integrations.sources import open_source
-from engram.integrations.tensors import open_checkpoint
+from engram.integrations.tensors import Stored, open_checkpoint
+from engram.tables.files import verify
 
 VOCAB, D, M = 40, 6, 2
 TOKENS = TokenMap(np.concatenate([np.arange(VOCAB), np.arange(10)]))
@@ -124,6 +125,7 @@ def rewrite(home: Path, name: str, value: torch.Tensor | None) -> None:
 def test_v41_tensors_survive_the_way_into_our_folder_and_back_bit_for_bit(v41, tmp_path):
     report = convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
     assert report["lossless"] and report["rows"] == rows_of(V41)
+    assert all(result["problem"] is None for result in verify(tmp_path / "ours"))
     convert(tmp_path / "ours", tmp_path / "back", "deepseek-v4.1")
     before, after = tensors_of(v41), tensors_of(tmp_path / "back")
     for layer in V41.layers:
@@ -291,6 +293,31 @@ def test_blocks_smaller_than_the_table_give_the_same_files(v41, tmp_path, monkey
     one, many = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "many"))
     assert one["tables"] == many["tables"]  # digests of the rows are in there
     assert all(one["files"][name] == many["files"][name] for name in ("layer-1.fp8", "layer-3.fp8"))
+
+
+def test_no_more_than_a_block_is_ever_read_at_once(v41, tmp_path, monkeypatch):
+    asked, read = [], Stored.read
+    monkeypatch.setattr(formats, "BLOCK", 4 * 64 * 10)
+
+    def spy(self, first=0, stop=None):
+        if "embed" in self.name or self.name.endswith(".fp8"):
+            asked.append((self.shape[0] if stop is None else stop) - first)
+        return read(self, first, stop)
+
+    monkeypatch.setattr(Stored, "read", spy)
+    convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
+    convert(tmp_path / "ours", tmp_path / "back", "deepseek-v4.1")
+    assert max(asked) == 10 and sum(asked) > 4 * sum(rows_of(V41).values())
+
+
+def test_the_tokenizer_beside_a_checkpoint_gives_its_token_map(v41, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    words = [f"w{i}" for i in range(VOCAB)] + [f"W{i}" for i in range(10)]  # equal to the first ten but for their case
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.save(str(v41 / "tokenizer.json"))
+    convert(v41, tmp_path / "ours", "engram")
+    assert EngramMemory.load(tmp_path / "ours", mode="shared").hasher.token_map.digest == TOKENS.digest
 
 
 # --- GGUF ---
@@ -483,6 +510,28 @@ def test_a_target_that_exists_is_not_touched(v41, tmp_path):
         convert(v41, tmp_path / "there", "deepseek-v4.1")
     with pytest.raises(ValueError, match="demo has no shards"):
         convert(v41, tmp_path / "new", "demo", shards=2)
+
+
+def test_more_ranks_than_columns_are_refused(v41, tmp_path):
+    with pytest.raises(ValueError, match="6 columns cannot be given to 99 ranks"):
+        convert(v41, tmp_path / "there", "deepseek-v4.1", shards=99, by="head")
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(v41, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats.shutil, "disk_usage", lambda path: Free)
+    with pytest.raises(OSError, match=r"no room for .*there: its tables take [\d,]+ bytes, 100 are free"):
+        convert(v41, tmp_path / "there", "deepseek-v4.1")
+
+
+class Free:
+    free = 100
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_makes_no_sense_is_refused_by_name(v41, text):
+    (v41 / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json cannot be read"):
+        open_source(v41)
 
 
 def test_a_disk_that_gives_back_something_else_is_noticed(v41, tmp_path, monkeypatch):

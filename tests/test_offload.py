@@ -84,6 +84,14 @@ def test_casting_an_offloaded_model_casts_its_rows_as_it_would_have_cast_the_tab
         assert torch.equal(model.bfloat16()(text()).logits, twin.bfloat16()(text()).logits)
 
 
+def test_an_offloaded_model_is_saved_without_its_rows(tmp_path):
+    model = qwen()
+    offload(model, tmp_path / "rows")
+    model.save_pretrained(tmp_path / "saved")
+    names = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
+    assert any(".ple.key_proj" in name for name in names) and not any("ngram_embedding" in name for name in names)
+
+
 def test_offloaded_rows_pass_engram_verify_and_a_changed_byte_does_not(tmp_path):
     offload(qwen(), tmp_path / "rows")
     assert [r["problem"] for r in verify(tmp_path / "rows")] == [None, None]

@@ -13,8 +13,10 @@ and compared by digest, and random rows are compared with the source through the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,9 @@ def convert(
         raise ValueError(f"{source} comes without its tokenizer: give token_map (--tokenizer), which addresses need")
     recoders = {i: Recoder(rows, _target_form(to, rows.form)) for i, rows in opened.rows.items()}
     total, done = sum(_bytes(opened, i, r.form) for i, r in recoders.items()), [0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < total:
+        raise OSError(errno.ENOSPC, f"no room for {target}: its tables take {total:,} bytes, {free:,} are free")
 
     def step(count: int) -> None:
         done[0] += count
@@ -145,7 +150,6 @@ def convert(
             on_bytes(min(done[0], 2 * total), 2 * total)  # written once, read back once
 
     if to == "gguf":
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
             write_gguf(opened, recoders, partial, step)

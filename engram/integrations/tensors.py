@@ -151,7 +151,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     given = Path(path)
     home = given if given.is_dir() else given.parent
-    config = json.loads((home / "config.json").read_text()) if (home / "config.json").is_file() else None
+    config = _read_json(home / "config.json") if (home / "config.json").is_file() else None
     if not given.exists():
         raise FileNotFoundError(f"{given} does not exist: give a safetensors file or a folder of them")
     files = [given] if given.is_file() else sorted(home.glob("*.safetensors"))
@@ -160,7 +160,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     index = home / "model.safetensors.index.json"
     if given.is_dir() and index.is_file():
         by_file: dict[str, list[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        for name, file in _read_json(index, "weight_map").items():
             by_file.setdefault(str(file), []).append(name)
         if any(Path(file).name != file for file in by_file):
             raise ValueError(f"{index} names a file outside its folder")
@@ -186,6 +186,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for name, file in listed.items():
         if file not in found.missing and name not in found.tensors:
             raise ValueError(f"tensor {name} is not in {home / file}, where {index} says it is")
+    return found
+
+
+def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    """An object from a JSON file, or the object under a key of it."""
+    try:
+        found = json.loads(path.read_text())
+        found = found if key is None else found[key]
+        if not isinstance(found, dict):
+            raise TypeError(f"expected an object, not {type(found).__name__}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
     return found
 
 

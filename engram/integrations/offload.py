@@ -19,6 +19,7 @@ from engram.integrations.formats import BLOCK, Recoder
 from engram.integrations.rows import Rows
 from engram.integrations.sources import open_source
 from engram.integrations.targets import write_blocks
+from engram.integrations.tensors import NAMES, Stored
 from engram.tables import EncodedTable, HostTable
 from engram.tables.files import load_manifest, manifest_digest, whole_folder
 
@@ -196,8 +197,13 @@ def _check_same(rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dic
     for layer, table in tables.items():
         if (table.rows, table.dim) != (rows[layer].rows, rows[layer].dim):
             raise ValueError(f"{home} holds {table.rows:,} x {table.dim} of layer {layer}: another checkpoint's")
+        assert table.path is not None
+        shape, dtype = tuple(table.tensor.shape), NAMES[table.tensor.dtype]
+        file = Stored(
+            table.path.name, table.path, dtype, shape, 0, table.nbytes
+        )  # read, not mapped: stays out of memory
         for row in torch.randint(0, table.rows, (_SAMPLE,), generator=generator).tolist():
-            if not torch.equal(recoders[layer].read(row, row + 1), table.tensor[row : row + 1]):
+            if not torch.equal(recoders[layer].read(row, row + 1), file.read(row, row + 1)):
                 raise ValueError(
                     f"row {row:,} of layer {layer} in {home} is not the checkpoint's: another one was here"
                 )

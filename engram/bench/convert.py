@@ -23,12 +23,17 @@ from engram.tables import HostTable
 _RUN = """
 import json, resource, sys, time
 from engram.integrations.formats import convert
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # KiB; getrusage would count what the parent process held when it forked
+    try:
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 began = time.perf_counter()
 report = convert(sys.argv[1], sys.argv[2], "engram")
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "bytes": report["bytes"], "kib": peak, "kib_before": before}))
+print(json.dumps({"seconds": seconds, "bytes": report["bytes"], "kib": peak(), "kib_before": before}))
 """
 
 

@@ -3,6 +3,8 @@
 from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.bench import bench
 from engram.config import EngramConfig
+from engram.integrations.formats import convert
+from engram.integrations.offload import offload
 from engram.lm.ablate import ablate
 from engram.lm.evaluate import evaluate
 from engram.lm.generate import generate
@@ -24,7 +26,9 @@ __all__ = [
     "ablate",
     "bench",
     "build_optimizer",
+    "convert",
     "evaluate",
     "generate",
+    "offload",
     "train",
 ]

@@ -218,7 +218,7 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="hash, lookup, update, codecs, step, prefetch, scale, disk; default: hash lookup update step."
+            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert; default: a few of them."
         ),
     ] = None,
     as_json: Json = False,
@@ -271,6 +271,83 @@ def verify(
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         sys.exit(2)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A saved memory, or safetensors (file or folder) of a released model.")
+    ],
+    target: Annotated[Path, typer.Argument(help="New folder; with --to gguf a new file.")],
+    to: Annotated[
+        str, typer.Option(help="engram, demo, deepseek-v4.1, deepseek-v4.1-interleaved, qwen or gguf.")
+    ] = "engram",
+    config: Annotated[str | None, typer.Option(help="A config.json, or a preset, where the source has none.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json, or a saved token map; default: looked for beside the source.")
+    ] = None,
+    shards: Annotated[int, typer.Option(help="Tensor-parallel ranks of deepseek-v4.1; parts of qwen's table.")] = 1,
+    by: Annotated[str, typer.Option(help="row: ranks hold equally many rows; head: whole hash columns.")] = "row",
+    as_json: Json = False,
+) -> None:
+    """Write a memory in another format, streaming, and verify what was written."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from engram.integrations.formats import convert as run
+    from engram.integrations.sources import read_config, read_token_map
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{source.name} to {to}, then reading it back", total=None)
+        report = run(
+            source,
+            target,
+            to,
+            config=None if config is None else read_config(config),
+            token_map=None if tokenizer is None else read_token_map(tokenizer),
+            shards=shards,
+            by=by,
+            on_bytes=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print(json.dumps(report))
+        return
+    rows = ", ".join(f"layer {layer}: {count:,} rows" for layer, count in report["rows"].items())
+    exact = "nothing was rounded" if report["lossless"] else f"largest rounding error {report['max_error']:.3g}"
+    print(f"wrote {target} ({to}): {rows}, {report['bytes']:,} bytes; {exact}; read back and equal")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A saved memory, safetensors (file or folder), or a GGUF file.")],
+    config: Annotated[str | None, typer.Option(help="A config.json, or a preset, where the source has none.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint holds: tensors, which model's n-gram memory it is, rows and bytes. Reads headers only."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engram.integrations.formats import inspect as run
+    from engram.integrations.sources import read_config
+
+    found = run(path, None if config is None else read_config(config))
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(title=f"{path}: {found['kind']}", title_justify="left")
+    for heading in ("tensor", "dtype", "shape", "bytes", "file"):
+        table.add_column(heading, justify="right" if heading == "bytes" else "left")
+    for tensor in found["tensors"]:
+        shape = " x ".join(f"{n:,}" for n in tensor["shape"])
+        table.add_row(tensor["name"], tensor["dtype"], shape, f"{tensor['bytes']:,}", tensor["file"])
+    if found["tensors"]:
+        Console().print(table)
+    for layer, facts in found["tables"].items():
+        size = f"{facts['bytes']:,} bytes ({facts['bytes'] / 2**30:.2f} GiB)"
+        print(f"layer {layer}: {facts['rows']:,} rows x {facts['dim']}, {facts['form']}, {size}")
+    if found["problem"]:
+        print(f"not a memory that can be used: {found['problem']}")
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ _CHOICES = {
     "table_init": ("zero", "normal"),
     "table_dtype": ("float32", "bfloat16"),
     "conv_init": ("zero", "uniform"),
+    "boundary": ("pad", "dead", "eos"),
+    "generator": ("pcg64", "splitmix64"),
 }
 
 
@@ -26,10 +28,15 @@ class EngramConfig:
         heads: hash heads per order; each reads one row, so a position reads len(orders) * heads rows.
         head_dim: values per row (D). The module sees d_mem = len(orders) * heads * head_dim per position.
         rows_per_head: rows of one head; the true count is the next unused prime above it. An int, or one per order.
-        pad_id: raw token id that stands for positions before the start (mapped through the token map).
+        pad_id: raw token id that stands for positions before the start (mapped through the token map). With
+            boundary="eos" the id of the end-of-sequence token.
+        boundary: what ends the look-back of a window besides the start and another document: nothing ("pad"), positions
+            with the id -1, whose gate is 0 ("dead", DeepSeek-V4.1), or end-of-sequence tokens ("eos", Qwen).
         seed: of the hash multipliers, and of a normal table init.
         hash: "multiply_xor" (the paper), "xxh64" (another family, to test that the family does not matter) or "one_row"
             (control: every n-gram reads the same row, so only the module is left).
+        generator: of the multipliers: "pcg64" (the paper, DeepSeek) or "splitmix64" (Qwen).
+        row_multiple: tables are padded to a multiple of so many rows (Qwen: 128).
         gate: "signed_sqrt" (released code), "plain" (the paper's equation), "none" (gate fixed to 1).
         conv_kernel: taps of the causal depthwise convolution; 0 leaves it out.
         conv_dilation: lag between taps; None means the longest order.
@@ -65,6 +72,9 @@ class EngramConfig:
     gate_eps: float | None = 1e-6
     conv_eps: float = 1e-6
     compressed_vocab: int | None = None
+    boundary: str = "pad"
+    generator: str = "pcg64"
+    row_multiple: int = 1
 
     def __post_init__(self) -> None:
         for name in ("layers", "orders"):
@@ -88,6 +98,10 @@ class EngramConfig:
             raise ValueError("conv_kernel must be >= 0 and conv_dilation >= 1")
         if self.table_init == "zero" and not self.train_tables:
             raise ValueError("a frozen table of zeros is no memory: use table_init='normal' with train_tables=False")
+        if self.generator == "splitmix64" and self.hash != "multiply_xor":
+            raise ValueError(f"generator='splitmix64' draws multipliers, which hash={self.hash!r} does not use")
+        if self.row_multiple < 1:
+            raise ValueError(f"row_multiple must be >= 1, not {self.row_multiple}")
         if self.pad_id < 0:
             raise ValueError(f"pad_id is a raw token id >= 0, not {self.pad_id}")
 
@@ -129,7 +143,8 @@ class EngramConfig:
 
     @classmethod
     def preset(cls, name: str) -> EngramConfig:
-        """A published configuration: "demo", "paper-27b" or "paper-40b".
+        """A published configuration: "demo", "paper-27b", "paper-40b", "deepseek-v4.1-flash" (with its rows as fp8) or
+        "qwen3.8-flash-next".
 
         Raises:
             ValueError: an unknown name; the message lists the known ones.
@@ -161,4 +176,31 @@ PRESETS = {
     # arXiv 2601.07372: 5.7B and 18.5B table parameters, hidden size 2,560, 4 residual streams.
     "paper-27b": _PAPER,
     "paper-40b": _PAPER.replace(rows_per_head=7_239_680),
+    # Hidden size 5,120, 4 streams; 196B table parameters in fp8 (encode_tables("fp8")): 264 bytes a row.
+    "deepseek-v4.1-flash": EngramConfig(
+        layers=(1, 14),
+        orders=(2, 3, 4),
+        heads=8,
+        head_dim=256,
+        rows_per_head=16_000_000,
+        pad_id=2,
+        conv_kernel=0,
+        boundary="dead",
+        table_dtype="bfloat16",
+        compressed_vocab=99_092,
+    ),
+    # Hidden size 2,560, 4 streams; raw ids (TokenMap.identity); its config counts the layer as 2.
+    "qwen3.8-flash-next": EngramConfig(
+        layers=(1,),
+        heads=8,
+        head_dim=160,
+        rows_per_head=20_000_000,
+        pad_id=248_044,
+        seed=1234,
+        boundary="eos",
+        generator="splitmix64",
+        row_multiple=128,
+        table_dtype="bfloat16",
+        compressed_vocab=248_320,
+    ),
 }

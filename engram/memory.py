@@ -58,6 +58,7 @@ class Recall:
 
     Attributes:
         documents: run number of each position [B, T] on the model's device, or None.
+        dead: True at DEAD positions [B, T] on the model's device; None where there are none.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Recall:
         lookback: Tensor | None,
         documents: Tensor | None,
         device: torch.device,
+        dead: Tensor | None = None,
     ):
         self.documents, self.device = documents, device
+        self.dead = None if dead is None else dead.to(device)
         self.cache: MemoryCache | None = None
         self._memory = memory
         self._trains = memory.training and torch.is_grad_enabled() and memory.trains_tables
@@ -106,7 +109,8 @@ class Recall:
             self._memory.clock["waiting"] += waited
             rows = fetched.rows()
             if self._trains:
-                keep = partial(_keep_gradient, self._memory.gradients[layer], self.row_ids[layer])
+                live = None if self.dead is None else ~self.dead
+                keep = partial(_keep_gradient, self._memory.gradients[layer], self.row_ids[layer], live)
                 rows.requires_grad_().register_post_accumulate_grad_hook(keep)
             self._rows[layer] = rows
         return self._rows[layer].flatten(2)
@@ -116,10 +120,13 @@ class Recall:
         return self._pending[layer].result().patch(touched) if layer in self._pending else 0
 
 
-def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, rows: Tensor) -> None:
+def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live: Tensor | None, rows: Tensor) -> None:
     """Hands the gradient of fetched rows to the optimiser. No method of Recall: a cycle would keep the rows alive."""
     assert rows.grad is not None
-    gradients.append((row_ids, rows.grad))
+    if live is None:
+        gradients.append((row_ids, rows.grad))
+    else:  # dead positions have used no row: an optimiser with momentum would move it all the same
+        gradients.append((row_ids[live.to(row_ids.device)], rows.grad[live]))
     rows.grad = None
 
 
@@ -134,6 +141,9 @@ def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
         pad_id=int(token_map.table[config.pad_id]),
         seed=config.seed,
         family=config.hash,
+        boundary=config.boundary,
+        generator=config.generator,
+        row_multiple=config.row_multiple,
     )
 
 
@@ -226,7 +236,7 @@ class EngramMemory(nn.Module):
         """Hashes the ids for all layers and starts fetching their rows.
 
         Args:
-            ids: int64 [B, T] token ids, -1 not allowed.
+            ids: int64 [B, T] token ids; -1 is a DEAD position with boundary="dead", else not allowed.
             documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
             lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece.
             cache: decoding state; replaces `lookback`, and is brought up to date.
@@ -246,7 +256,10 @@ class EngramMemory(nn.Module):
             runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
         if cache is not None:
             cache.ids = host if cache.ids is None else torch.cat([cache.ids, host], dim=1)
-        recall = Recall(self, host, None if lookback is None else lookback.cpu(), runs, ids.device)
+        dead = None
+        if self.config.boundary == "dead" and bool((host == -1).any()):
+            dead = host == -1
+        recall = Recall(self, host, None if lookback is None else lookback.cpu(), runs, ids.device, dead)
         recall.cache = cache
         self._recalls.add(recall)
         return recall
@@ -258,7 +271,9 @@ class EngramMemory(nn.Module):
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
         history = None if recall.cache is None else recall.cache.conv.get(layer)
-        update, inputs = self.fusions[str(layer)](recall.rows(layer), hidden, recall.documents, history)
+        given = (recall.rows(layer), recall.documents, recall.dead)  # on the device of the ids, in a model that spans
+        rows, documents, dead = (None if x is None else x.to(hidden.device) for x in given)  # several another one
+        update, inputs = self.fusions[str(layer)](rows, hidden, documents, history, dead)
         if recall.cache is not None and inputs is not None:
             recall.cache.conv[layer] = inputs if history is None else torch.cat([history, inputs], dim=1)
         return update

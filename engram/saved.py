@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,16 @@ FORMAT = "engram-memory-1"
 _SMALL = ("config.json", "token_map.safetensors", "fusion.safetensors")
 
 
-def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Writes a memory as one folder, which appears whole or not at all; see EngramMemory.save."""
+def save_memory(
+    memory: EngramMemory,
+    folder: str | os.PathLike[str],
+    overwrite: bool = False,
+    rows: Callable[[int, Path], dict[str, Any]] | None = None,
+) -> Path:
+    """Writes a memory as one folder, which appears whole or not at all; see EngramMemory.save.
+
+    rows: writes the rows of a layer to a path and returns write_rows' entry, where they are not in the memory's tables.
+    """
     target = Path(folder)
     if target.exists():
         if not overwrite:
@@ -76,7 +84,8 @@ def save_memory(memory: EngramMemory, folder: str | os.PathLike[str], overwrite:
                 manifest["files"][name] = file_entry(partial / name)
             for layer, table in memory.tables.items():
                 name = f"layer-{layer}.{memory.codec or 'rows'}"
-                entry = manifest["files"][name] = write_rows(partial / name, table.tensor)
+                entry = rows(layer, partial / name) if rows else write_rows(partial / name, table.tensor)
+                manifest["files"][name] = entry
                 digests = [entry["xxh3_128"]]
                 if isinstance(table, EncodedTable) and isinstance(table.codec, PQ):
                     books = partial / f"{name}.codebooks"

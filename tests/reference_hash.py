@@ -28,6 +28,8 @@ def row_ids(layout: HashLayout, token_map: TokenMap, ids, lookback=None, documen
 
 def window_of(layout: HashLayout, token_map: TokenMap, b, t, ids, lookback, documents) -> list[int]:
     """Compressed ids of token t and the N-1 before it, current token first, pad from the first boundary on."""
+    if ids[b][t] < 0:  # DEAD
+        return [layout.pad_id] * max(layout.orders)
     window = [int(token_map.table[ids[b][t]])]
     for step in range(1, max(layout.orders)):
         place = t - step
@@ -40,6 +42,8 @@ def window_of(layout: HashLayout, token_map: TokenMap, b, t, ids, lookback, docu
             same_document = documents is None or documents[b][0] == documents[b][t]
         if raw < 0 or not same_document:
             break
+        if layout.boundary == "eos" and token_map.table[raw] == layout.pad_id:
+            break  # reads as the end-of-sequence token itself, and so does all before it
         window.append(int(token_map.table[raw]))
     return window + [layout.pad_id] * (max(layout.orders) - len(window))
 

@@ -30,6 +30,8 @@ struct engram_hash_plan {
     int64_t longest;             // N, the largest order
     int64_t xxh64;               // 1: XXH64 of the n-gram; 0: multiply and xor
     int64_t large_moduli;        // 1: every modulus is at least 2^15
+    int64_t dead;                // 1: an id of -1 is a boundary in the midst of a text; 0: it is an error there
+    int64_t eos;                 // 1: a token with the compressed id `pad` is a boundary for those behind it
     const int64_t *order;        // [orders] ascending
     const uint64_t *multipliers; // [layers, N], the current token's first
     const uint64_t *seeds;       // [layers] of XXH64
@@ -103,7 +105,7 @@ struct text {
 };
 
 // window[i][t] = compressed id of the token i steps before position start + t, pad from the first boundary on.
-// Returns 0, or 1 at an id outside the vocabulary.
+// Returns 0, or 1 at an id outside the vocabulary. The window of a DEAD position is all pad.
 INLINE int fill_window(const struct engram_hash_plan *plan, const struct text *text, int64_t start, int64_t count,
                        uint64_t window[LONGEST][BLOCK]) {
     const int64_t steps = plan->longest - 1, *table = plan->table;
@@ -116,14 +118,16 @@ INLINE int fill_window(const struct engram_hash_plan *plan, const struct text *t
         if (at < -text->back) continue;
         if (at + AHEAD < text->time) __builtin_prefetch(table + text->ids[at + AHEAD]); // of any id: it reads nothing
         const int64_t id = at < 0 ? text->before[text->back + at] : text->ids[at];
-        if (at < 0 && id < 0) { // before the start, and so is everything older
+        if (id < 0 && (at < 0 || (plan->dead && id == -1))) { // before the start or DEAD, and so is everything older
             inside = 0;
+            reach[steps + t] = -1;
             continue;
         }
         if ((uint64_t)id >= vocab) return 1;
         if (text->documents && at > 0 && text->documents[at] != text->documents[at - 1]) inside = 0;
         compressed[steps + t] = (uint64_t)table[id];
         reach[steps + t] = inside++;
+        if (plan->eos && compressed[steps + t] == pad) inside = 0;
     }
     for (int64_t i = 0; i <= steps; i++)
         for (int64_t t = 0; t < count; t++)

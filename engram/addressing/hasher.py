@@ -25,7 +25,7 @@ class _Plan(ctypes.Structure):
     _fields_ = (
         [("table", ctypes.c_void_p)]
         + [(name, ctypes.c_int64) for name in ("vocab", "pad", "layers", "orders", "heads")]
-        + [(name, ctypes.c_int64) for name in ("longest", "xxh64", "large_moduli")]
+        + [(name, ctypes.c_int64) for name in ("longest", "xxh64", "large_moduli", "dead", "eos")]
         + [(name, ctypes.c_void_p) for name in ("order", "multipliers", "seeds", "moduli")]
         + [(name, ctypes.c_void_p) for name in ("reciprocals", "inverses", "offsets")]
     )
@@ -42,7 +42,7 @@ class NgramHasher:
 
     hasher(ids, lookback=None, documents=None, out=None) -> {layer: int64 [B, T, C]}, offsets included, order-major.
 
-    ids:       [B, T] raw token ids, int32 or int64.
+    ids:       [B, T] raw token ids, int32 or int64; -1 at DEAD positions where the layout's boundary rule has them.
     lookback:  [B, <= N-1] the ids just before them (N = the longest order), oldest first, so that a text hashed in
                pieces equals the whole. They belong to the document of position 0. A negative id stands before the
                start of the text, and so does everything older.
@@ -51,8 +51,9 @@ class NgramHasher:
                more than the hashing.
     All are NumPy arrays, or torch tensors on one device; the result is of the same kind, on the same device.
 
-    Before the start of a text stands the layout's pad_id. Once a step back meets the start or another document, every
-    older position of that window is pad as well.
+    Before the start of a text stands the layout's pad_id. Once a step back meets the start, another document or what
+    else the layout's boundary rule names, every older position of that window is pad as well. The window of a DEAD
+    position is all pad; its rows are not to be used.
 
     ValueError: a negative id in ids, wrong shapes, a token map of another size than the layout was built for.
     IndexError: an id outside the token map. TypeError: other dtypes or kinds.
@@ -93,6 +94,8 @@ class NgramHasher:
             longest=layout.orders[-1],
             xxh64=layout.family == "xxh64",
             large_moduli=int(self._moduli.min()) >= 2**15,
+            dead=layout.boundary == "dead",
+            eos=layout.boundary == "eos",
             **{name: array.ctypes.data for name, array in self._plan_arrays.items()},
         )
         # Waking another core takes about 50 us, longer than hashing fewer than this many row ids.
@@ -190,7 +193,8 @@ class NgramHasher:
         if lookback is None:
             lookback = ids[:, :0]
         vocab = len(self.token_map.table)
-        if bool(((ids < 0) | (ids >= vocab)).any()) or bool((lookback >= vocab).any()):
+        lowest = -1 if layout.boundary == "dead" else 0
+        if bool(((ids < lowest) | (ids >= vocab)).any()) or bool((lookback >= vocab).any()):
             self._refuse(ids.cpu().numpy(), lookback.cpu().numpy())
         if ids.device not in self._constants:
             arrays = (self.token_map.table, self._multipliers, self._moduli, self._offsets)
@@ -203,13 +207,15 @@ class NgramHasher:
         compressed = table[text.clamp(min=0)]
         if documents is not None:
             documents = torch.cat([documents[:, :1].expand(-1, steps), documents], dim=1)
-        window = [compressed[:, steps:]]  # [i] is [B, T], i steps back
-        alive = torch.ones_like(ids, dtype=torch.bool)
+        alive = ids >= 0
+        window = [torch.where(alive, compressed[:, steps:], layout.pad_id)]  # [i] is [B, T], i steps back
         for i in range(1, steps + 1):
             there = slice(steps - i, steps - i + time)
             alive = alive & (text[:, there] >= 0)
             if documents is not None:
                 alive = alive & (documents[:, there] == documents[:, steps:])
+            if layout.boundary == "eos":
+                alive = alive & (compressed[:, there] != layout.pad_id)
             window.append(torch.where(alive, compressed[:, there], layout.pad_id))
 
         out = ids.new_empty((len(layout.layers), batch, time, layout.columns), dtype=torch.int64)
@@ -233,14 +239,15 @@ class NgramHasher:
     def _refuse(self, ids: np.ndarray, lookback: np.ndarray | None) -> NoReturn:
         """Raises for the first id that cannot be hashed; negative ones may stand in lookback only."""
         vocab = len(self.token_map.table)
-        name, array, bad = "ids", ids, (ids < 0) | (ids >= vocab)
+        dead = self.layout.boundary == "dead"
+        name, array, bad = "ids", ids, (ids < (-1 if dead else 0)) | (ids >= vocab)
         if lookback is not None and (lookback >= vocab).any():
             name, array, bad = "lookback", lookback, lookback >= vocab
         row, t = (int(i) for i in np.argwhere(bad)[0])
         if array[row, t] < 0:
             raise ValueError(
                 f"{name}[{row}, {t}] is {array[row, t]}: placeholder ids (rejected draft tokens, padding, ignored "
-                "labels) must be removed before hashing"
+                f"labels) must be removed before hashing{'; only -1 is a DEAD position' if dead else ''}"
             )
         raise IndexError(
             f"{name}[{row}, {t}] is {array[row, t]}, outside the token map's vocabulary of {vocab}: "

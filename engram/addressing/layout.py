@@ -19,9 +19,13 @@ import numpy as np
 
 FORMAT = "engram-hash-layout-1"
 FAMILIES = ("multiply_xor", "xxh64", "one_row")
+BOUNDARIES = ("pad", "dead", "eos")
+GENERATORS = ("pcg64", "splitmix64")
 LONGEST = 16  # tokens in an n-gram; hash.c keeps the window in an array of this length
 LAYER_SEED = 10007  # the released code's step between the seeds of two layers
 PARAMETERS = ("family", "compressed_vocab", "layers", "orders", "heads", "rows_per_head", "pad_id", "seed")
+# Written only where they differ, so that the digests of layouts without them stay what they were.
+DIALECT = {"boundary": "pad", "generator": "pcg64", "row_multiple": 1}
 DERIVED = ("multipliers", "moduli", "offsets", "rows")
 
 
@@ -38,12 +42,18 @@ class HashLayout:
     seed:             of the multipliers (and of XXH64).
     family:           "multiply_xor", the paper's hash; "xxh64", XXH64 of the n compressed ids as little-endian int64
                       in text order with seed + 10007*layer, the same moduli; "one_row", a control: every modulus is 1.
+    boundary:         what ends a window. "pad": the start of the text. "dead" (DeepSeek-V4.1): also DEAD positions,
+                      which have the id -1 (images). "eos" (Qwen): also the compressed id `pad_id` itself: a text
+                      restarts behind every end-of-sequence token. What was met and all that is older reads as pad_id.
+    generator:        where the multipliers come from: "pcg64" seeded with seed + 10007*layer, or "splitmix64" (Qwen)
+                      with seed + 10007*(index of the layer in `layers`).
+    row_multiple:     each table is padded to a multiple of so many rows; those at the end are never addressed.
 
     Derived, per layer (C = orders x heads columns, order-major):
     multipliers[layer]  max(orders) ints; [i] multiplies the token i steps back. Not used by xxh64.
     moduli[layer]       per order, per head; primes, no two equal in the whole model.
     offsets[layer]      C ints: first row of each column in the layer's one flat table.
-    rows[layer]         rows that table needs.
+    rows[layer]         rows of that table: the sum of its moduli, padded.
     Source: the paper, section 2.2, and the released demo (primes, multipliers).
     """
 
@@ -55,6 +65,9 @@ class HashLayout:
     pad_id: int
     seed: int = 0
     family: str = "multiply_xor"
+    boundary: str = "pad"
+    generator: str = "pcg64"
+    row_multiple: int = 1
     multipliers: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     moduli: dict[int, tuple[tuple[int, ...], ...]] = field(init=False, repr=False, compare=False)
     offsets: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
@@ -71,6 +84,9 @@ class HashLayout:
         pad_id: int,
         seed: int = 0,
         family: str = "multiply_xor",
+        boundary: str = "pad",
+        generator: str = "pcg64",
+        row_multiple: int = 1,
     ) -> HashLayout:
         """rows_per_head: one int for all orders, or one int per order. ValueError where an argument makes no sense."""
         layers, orders = _whole_numbers("layers", layers), _whole_numbers("orders", orders)
@@ -87,6 +103,9 @@ class HashLayout:
             _whole("pad_id", pad_id),
             _whole("seed", seed),
             family,
+            boundary,
+            generator,
+            _whole("row_multiple", row_multiple),
         )
 
     def __post_init__(self) -> None:
@@ -97,7 +116,7 @@ class HashLayout:
             "multipliers": {layer: self._multipliers(layer) for layer in self.layers},
             "moduli": moduli,
             "offsets": {layer: tuple(accumulate(flat[layer][:-1], initial=0)) for layer in self.layers},
-            "rows": {layer: sum(flat[layer]) for layer in self.layers},
+            "rows": {layer: -(-sum(flat[layer]) // self.row_multiple) * self.row_multiple for layer in self.layers},
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -105,6 +124,14 @@ class HashLayout:
     def _check(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown hash family {self.family!r}: choose one of {', '.join(FAMILIES)}")
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(f"unknown boundary rule {self.boundary!r}: choose one of {', '.join(BOUNDARIES)}")
+        if self.generator not in GENERATORS:
+            raise ValueError(f"unknown generator {self.generator!r}: choose one of {', '.join(GENERATORS)}")
+        if self.generator != "pcg64" and self.family != "multiply_xor":
+            raise ValueError(f"generator {self.generator!r} draws multipliers, which family {self.family!r} has not")
+        if not 1 <= self.row_multiple <= 2**20:
+            raise ValueError(f"row_multiple must be in [1, 2**20], not {self.row_multiple}")
         if not 1 <= self.compressed_vocab < 2**31:
             raise ValueError(f"compressed_vocab must be in [1, 2**31), not {self.compressed_vocab}")
         if not self.layers:
@@ -137,6 +164,9 @@ class HashLayout:
     def _multipliers(self, layer: int) -> tuple[int, ...]:
         """Odd numbers small enough that compressed id x multiplier stays below 2**63."""
         half = max(1, ((2**63 - 1) // self.compressed_vocab) // 2)
+        if self.generator == "splitmix64":
+            state = self.seed + LAYER_SEED * self.layers.index(layer)
+            return tuple(2 * (_splitmix64(state + _GOLDEN * (i + 1)) % half) + 1 for i in range(self.orders[-1]))
         generator = np.random.default_rng(self.seed + LAYER_SEED * layer)
         drawn = generator.integers(0, half, size=self.orders[-1], dtype=np.int64)
         return tuple(2 * int(r) + 1 for r in drawn)
@@ -176,6 +206,7 @@ class HashLayout:
         """Canonical JSON. Multipliers and seed are strings: they can exceed 2**53, where JSON doubles lose digits."""
         fields: dict[str, Any] = {"format": FORMAT}
         fields.update({name: getattr(self, name) for name in PARAMETERS + DERIVED})
+        fields.update({name: getattr(self, name) for name, usual in DIALECT.items() if getattr(self, name) != usual})
         fields["seed"] = str(self.seed)
         fields["multipliers"] = {layer: [str(m) for m in self.multipliers[layer]] for layer in self.layers}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -190,11 +221,11 @@ class HashLayout:
         wanted = {"format", *PARAMETERS, *DERIVED}
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f'not a hash layout: "format" must be {FORMAT!r}')
-        if set(found) != wanted:
-            raise ValueError(f"hash layout: missing or unknown fields {sorted(wanted ^ set(found))}")
+        if set(found) - set(DIALECT) != wanted:
+            raise ValueError(f"hash layout: missing or unknown fields {sorted(wanted ^ (set(found) - set(DIALECT)))}")
         if not isinstance(found["seed"], str):
             raise ValueError('hash layout: "seed" must be a string, since a JSON number may have been rounded')
-        parameters = {name: found[name] for name in PARAMETERS}
+        parameters = {name: found[name] for name in (*PARAMETERS, *DIALECT) if name in found}
         try:
             parameters["seed"] = int(found["seed"])
             # A claimed size must be paid for in the file before primes are searched for it.
@@ -209,12 +240,12 @@ class HashLayout:
         except TypeError as error:
             raise ValueError(f"hash layout: {error}") from error
         expected = json.loads(layout.to_json())
-        for name in sorted(wanted):
-            if found[name] != expected[name]:
+        for name in sorted({*found, *expected}):
+            if found.get(name) != expected.get(name):
                 raise ValueError(
                     f'hash layout: "{name}" is not what the parameters give '
-                    f"({_difference(found[name], expected[name])}); the file was altered, rounded or written for "
-                    "another hash"
+                    f"({_difference(found.get(name), expected.get(name))}); the file was altered, rounded or written "
+                    "for another hash"
                 )
         return layout
 
@@ -243,6 +274,17 @@ def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
     return tuple(_whole(name, value) for value in values)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's step
+
+
+def _splitmix64(state: int) -> int:
+    """The output of splitmix64 for a state, modulo 2**64."""
+    z = (state + _GOLDEN) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
 
 
 def _next_prime(n: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from engram.bench.codecs import bench_codecs
 from engram.bench.compare import Row
+from engram.bench.convert import bench_convert
 from engram.bench.disk import bench_disk
 from engram.bench.hashing import bench_hash
 from engram.bench.rows import bench_lookup, bench_update
@@ -21,6 +22,7 @@ _BENCHES: dict[str, Callable[[], list[Row]]] = {
     "prefetch": bench_prefetch,
     "scale": bench_scale,
     "disk": bench_disk,
+    "convert": bench_convert,
 }
 
 
@@ -28,8 +30,8 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
     """Runs the named benchmarks.
 
     Args:
-        names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored)
-            and "disk" (writes a file of 4 GiB in the temporary folder).
+        names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
+            "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder).
 
     Returns:
         {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a

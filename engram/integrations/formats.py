@@ -1,0 +1,238 @@
+"""convert and inspect: memories between our folder, the released dialects and GGUF, a block of rows at a time.
+
+    engram                      our folder (engram/saved.py); e4m3 rows stay e4m3, in rows of dim + dim / 32 bytes
+    demo                        float32 rows, one state dict
+    deepseek-v4.1               e4m3 and e8m0 tensors; with shards > 1 one file per tensor-parallel rank
+    deepseek-v4.1-interleaved   the same in one uint8 tensor, values and scales of a row side by side
+    qwen                        bfloat16 or float32 rows in `shards` tensors
+    gguf                        one file with the tables alone, for export
+
+The memory in use does not depend on the table's size: blocks of 64 MiB as float32. What was written is read back whole
+and compared by digest, and random rows are compared with the source through the reader of the target's own format.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.addressing import TokenMap
+from engram.config import EngramConfig
+from engram.integrations.dialects import check_dialect
+from engram.integrations.gguf import read_gguf
+from engram.integrations.rows import Rows
+from engram.integrations.sources import Source, dialect_of_tensors, open_source
+from engram.integrations.targets import write_engram, write_gguf, write_safetensors
+from engram.integrations.tensors import open_checkpoint
+from engram.tables import EncodedTable
+from engram.tables.files import whole_folder
+
+FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")
+BLOCK = 64 << 20  # bytes of a block's rows as float32
+_SAMPLE = 256  # rows per table compared one by one
+
+
+class Recoder:
+    """Blocks of one table's rows, checked and turned into the target's form.
+
+    error: the largest difference between a value and what is stored for it; 0.0 where nothing was rounded.
+    """
+
+    def __init__(self, rows: Rows, form: str):
+        self.rows, self.form, self.error = rows, form, 0.0
+        self.block = max(1, min(BLOCK // (4 * rows.dim), rows.rows))
+        fp8 = "fp8" in (rows.form, form)
+        self._scratch = EncodedTable(self.block, rows.dim, "fp8") if fp8 else None
+        self._ids = torch.arange(self.block)
+
+    def read(self, first: int, stop: int) -> Tensor:
+        """Rows first .. stop - 1, at most `block` of them, in the target's form. Raises ValueError for NaN."""
+        block, scratch = self.rows.read(first, stop), self._scratch
+        n = stop - first
+        try:
+            if self.rows.form == "fp8":
+                assert scratch is not None
+                scratch.tensor[:n] = block
+                scratch.validate(0, n)
+            elif not torch.stack(torch.aminmax(block)).isfinite().all():
+                raise ValueError("a value is NaN or infinite")
+        except ValueError as error:
+            raise ValueError(f"tensor {self.rows.name}, rows {first:,} to {stop - 1:,}: {error}") from error
+        if self.form == self.rows.form:
+            return block
+        if self.rows.form == "fp8":
+            assert scratch is not None
+            wide = scratch.gather(self._ids[:n])
+        else:
+            wide = block.float()
+        if self.form == "fp8":
+            assert scratch is not None
+            scratch._store(wide)
+            stored, back = scratch.tensor[:n].clone(), scratch.gather(self._ids[:n])
+        else:
+            stored = wide.to(getattr(torch, self.form))
+            back = stored.float()
+        self.error = max(self.error, float((back - wide).abs().max()))
+        return stored
+
+
+def _target_form(to: str, form: str) -> str:
+    """How rows of a form are stored in a format."""
+    if to == "demo":
+        return "float32"
+    if to.startswith("deepseek"):
+        return "fp8"
+    if to == "engram":
+        return "float32" if form == "float16" else form
+    return {"fp8": "bfloat16", "float16": "float32"}.get(form, form)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    *,
+    config: EngramConfig | None = None,
+    token_map: TokenMap | None = None,
+    shards: int = 1,
+    by: str = "row",
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes the memory at `source` as `target` in another format, which appears whole and verified or not at all.
+
+    Args:
+        source: our folder; or safetensors of a dialect, a file or a folder.
+        target: a folder, or with "gguf" a file, that does not exist.
+        to: one of FORMATS. A memory whose rules the format has no words for is refused.
+        config: of a source without config.json. token_map: of the model's tokenizer; "engram" needs it.
+        shards: tensor-parallel ranks of "deepseek-v4.1", or parts of the table of "qwen".
+        by: "row", ranks hold equally many rows; or "head", each rank holds whole columns (order-major).
+        on_bytes: told (bytes done, bytes of all), for a progress bar.
+
+    Returns:
+        {"target", "to", "rows", "bytes", "max_error", "lossless"}; max_error is of values that had to be rounded.
+
+    Raises:
+        ValueError: what is wrong with which tensor. FileExistsError: a target that is there. OSError: no disk space, or
+        a disk that gives back something else than was written.
+    """
+    target = Path(target)
+    if to not in FORMATS:
+        raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
+    if by not in ("row", "head") or shards < 1:
+        raise ValueError(f'shards is >= 1 and by is "row" or "head", not {shards} and {by!r}')
+    if shards > 1 and to not in ("deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen"):
+        raise ValueError(f"{to} has no shards")
+    if target.exists():
+        raise FileExistsError(f"{target} exists: convert writes a new one")
+    opened = open_source(source, config, token_map)
+    if to not in ("engram", "gguf"):
+        check_dialect(opened.config, to.removesuffix("-interleaved"))
+    if to == "engram" and opened.token_map is None:
+        raise ValueError(f"{source} comes without its tokenizer: give token_map (--tokenizer), which addresses need")
+    recoders = {i: Recoder(rows, _target_form(to, rows.form)) for i, rows in opened.rows.items()}
+    total, done = sum(_bytes(opened, i, r.form) for i, r in recoders.items()), [0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < total:
+        raise OSError(errno.ENOSPC, f"no room for {target}: its tables take {total:,} bytes, {free:,} are free")
+
+    def step(count: int) -> None:
+        done[0] += count
+        if on_bytes:
+            on_bytes(min(done[0], 2 * total), 2 * total)  # written once, read back once
+
+    if to == "gguf":
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            write_gguf(opened, recoders, partial, step)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    else:
+        with whole_folder(target, overwrite=False) as home:
+            if to == "engram":
+                write_engram(opened, recoders, home / "memory", step)
+                for file in (home / "memory").iterdir():
+                    os.replace(file, home / file.name)
+                (home / "memory").rmdir()
+            else:
+                write_safetensors(opened, recoders, home, to, shards, by, step)
+            _compare(opened, recoders, open_source(home))
+    error = max(r.error for r in recoders.values())
+    rows = {i: r.rows for i, r in opened.rows.items()}
+    facts = {"target": str(target), "to": to, "rows": rows, "bytes": total}
+    return {**facts, "max_error": error, "lossless": error == 0.0}
+
+
+def _bytes(source: Source, layer: int, form: str) -> int:
+    rows = source.rows[layer]
+    width = rows.dim + rows.dim // 32 if form == "fp8" else rows.dim * getattr(torch, form).itemsize
+    return rows.rows * width
+
+
+def _compare(source: Source, recoders: dict[int, Recoder], written: Source) -> None:
+    """Random rows and all dense weights of what was written, read through the target format's own reader."""
+    generator = torch.Generator().manual_seed(0)
+    for layer, recoder in recoders.items():
+        rows = source.rows[layer].rows
+        picked = torch.randint(0, rows, (min(_SAMPLE, rows),), generator=generator).tolist()
+        for row in {0, rows - 1, *picked}:
+            if not torch.equal(recoder.read(row, row + 1), written.rows[layer].read(row, row + 1)):
+                raise OSError(f"row {row:,} of {written.rows[layer].name} does not read back as it was written")
+        for name, value in source.weights[layer].items():
+            if not torch.allclose(value, written.weights[layer][name], rtol=0, atol=2e-7 * float(value.abs().max())):
+                raise OSError(f"the weights {name} of layer {layer} do not read back as they were written")
+
+
+def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) -> dict[str, Any]:
+    """What a memory or checkpoint holds: a folder of ours, safetensors (file or folder) or a GGUF file. Headers only.
+
+    Returns:
+        {"path", "kind", "tensors": [{"name", "dtype", "shape", "bytes", "file"}], "tables": {layer: {"rows", "dim",
+        "form", "bytes"}}, "config": EngramConfig's fields or None, "problem": why it cannot be converted, or None}.
+        kind: "engram", a dialect, "gguf", or "other" where there is no n-gram table.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: a torn file.
+    """
+    given = Path(path)
+    found: dict[str, Any] = {"path": str(given), "kind": "other", "tables": {}, "config": None, "problem": None}
+    if given.is_file() and given.suffix == ".gguf":
+        tensors, facts = read_gguf(given)
+        stored = list(tensors.values())
+        found["kind"] = "gguf"
+        if "engram.config" in facts:
+            found["config"] = json.loads(facts["engram.config"])
+    elif (given / "manifest.json").is_file():
+        stored, found["kind"] = [], "engram"
+    else:
+        checkpoint = open_checkpoint(given)
+        stored = [place for places in checkpoint.tensors.values() for place in places]
+        try:
+            found["kind"] = dialect_of_tensors(checkpoint)
+        except ValueError as error:
+            found["problem"] = str(error)
+    found["tensors"] = [
+        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "bytes": s.nbytes, "file": s.path.name}
+        for s in stored
+    ]
+    if found["kind"] in ("other", "gguf"):
+        return found
+    try:
+        source = open_source(given, config)
+    except ValueError as error:
+        found["problem"] = str(error)
+        return found
+    found["config"] = json.loads(source.config.to_json())
+    for layer, rows in source.rows.items():
+        size = _bytes(source, layer, rows.form)
+        found["tables"][layer] = {"rows": rows.rows, "dim": rows.dim, "form": rows.form, "bytes": size}
+    return found

@@ -1,0 +1,209 @@
+"""offload: the n-gram table of a Qwen4-Exp model of transformers moves out of the model, to disk or host memory.
+
+The model keeps its own hashing, gate and convolution; where its nn.Embedding stood, rows are gathered from a table.
+They are the same bits, so logits are too. It is for inference: the rows get no gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.integrations.formats import BLOCK, Recoder
+from engram.integrations.rows import Rows
+from engram.integrations.sources import open_source
+from engram.integrations.targets import write_blocks
+from engram.integrations.tensors import NAMES, Stored
+from engram.tables import EncodedTable, HostTable
+from engram.tables.files import load_manifest, manifest_digest, whole_folder
+
+FORMAT = "engram-offload-1"
+_SAMPLE = 256  # rows compared with their source
+
+
+class HostedRows(nn.Module):
+    """Stands where nn.Embedding stood: row ids [...] -> rows [..., dim], in the model's dtype, where the ids are.
+
+    `weight` holds no values; its dtype and device follow the model's, as callers expect of an embedding.
+    """
+
+    weight: Tensor
+
+    def __init__(self, dtype: torch.dtype, table: HostTable | None = None):
+        super().__init__()
+        self.table = table
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, row_ids: Tensor) -> Tensor:
+        if self.table is None:
+            raise RuntimeError("these rows were never loaded")
+        return self.table.gather(row_ids.cpu()).to(row_ids.device, self.weight.dtype)
+
+
+def _embeddings(model: nn.Module) -> dict[int, Any]:
+    """{0-based layer: the module that hashes and looks up} of a Qwen4-Exp model."""
+    modules: list[Any] = [m for m in model.modules() if type(m).__name__ == "Qwen4ExpTextNGramEmbedding"]
+    return {int(m.layer_idx): m for m in modules}
+
+
+def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -> dict[int, HostTable]:
+    """Moves the n-gram tables of a loaded Qwen4-Exp model into HostTables; the model goes on with the same logits.
+
+    Args:
+        hf_model: Qwen4ExpForCausalLM or any model that contains one. folder: a new folder for the rows, which are then
+            mapped read-only (`engram verify` checks them); None keeps them in host memory.
+
+    Returns:
+        {0-based layer: HostTable}. The model's memory falls by the tables' size (with folder=None only a device's).
+        save_pretrained no longer writes the rows.
+
+    Raises:
+        ValueError: a model without such a table, one that was offloaded already, or rows that are neither float32 nor
+        bfloat16. FileExistsError: the folder is there.
+    """
+    found = _embeddings(hf_model)
+    if not found:
+        raise ValueError(f"{type(hf_model).__name__} has no n-gram table: offload knows Qwen4-Exp's PLE layers")
+    weights: dict[int, Tensor] = {}
+    for layer, module in found.items():
+        weight = module.ngram_embedding.weight
+        if isinstance(module.ngram_embedding, HostedRows):
+            raise ValueError(f"the table of layer {layer} is offloaded already")
+        if weight.device.type == "meta":
+            raise ValueError(f"the table of layer {layer} is not loaded: use load_offloaded on the checkpoint instead")
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"the table of layer {layer} is {weight.dtype}: expected torch.float32 or torch.bfloat16")
+        weights[layer] = weight.detach()
+
+    def blocks(layer: int) -> Iterator[Tensor]:
+        weight = weights[layer]
+        yield from (piece.cpu() for piece in weight.split(max(1, BLOCK // (4 * weight.shape[1]))))
+
+    facts = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
+    tables = _store(facts, blocks, folder, None)
+    for layer, module in found.items():
+        ids = torch.randint(0, tables[layer].rows, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+        if not torch.equal(tables[layer].gather(ids), weights[layer][ids.to(weights[layer].device)].cpu()):
+            raise OSError(f"the rows of layer {layer} do not read back as they were written")
+        module.ngram_embedding = HostedRows(weights[layer].dtype, tables[layer])
+    return tables
+
+
+def _store(facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, digest: str | None) -> dict[int, HostTable]:
+    """Tables filled with blocks(layer). facts: {layer: (rows, dim, form)}; digest: of the hash layout."""
+    if folder is None:
+        tables = {}
+        for layer, (rows, dim, form) in facts.items():
+            table = EncodedTable(rows, dim, "fp8") if form == "fp8" else HostTable(rows, dim, getattr(torch, form))
+            first = 0
+            for block in blocks(layer):
+                table.tensor[first : first + len(block)] = block
+                first += len(block)
+            tables[layer] = table
+        return tables
+    home = Path(folder)
+    with whole_folder(home, overwrite=False) as partial:
+        manifest: dict[str, Any] = {"format": FORMAT, "layout_digest": digest, "tables": {}, "files": {}}
+        for layer, (rows, dim, form) in facts.items():
+            name = f"layer-{layer}.{form}"
+            manifest["files"][name] = write_blocks(partial / name, blocks(layer), lambda count: None)
+            manifest["tables"][str(layer)] = {"file": name, "rows": rows, "dim": dim, "form": form}
+        manifest["digest"] = manifest_digest(manifest)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return _open(home)
+
+
+def _open(home: Path) -> dict[int, HostTable]:
+    tables: dict[int, HostTable] = {}
+    for layer, table in load_manifest(home)["tables"].items():
+        path, shape = home / table["file"], (table["rows"], table["dim"])
+        if table["form"] == "fp8":
+            tables[int(layer)] = EncodedTable(*shape, "fp8", path, mode="r")
+        else:
+            tables[int(layer)] = HostTable(*shape, getattr(torch, table["form"]), path, mode="r")
+    return tables
+
+
+def load_offloaded(
+    checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> Any:
+    """A Qwen4-Exp model from a safetensors checkpoint whose n-gram table never enters the model, nor memory as a whole.
+
+    The rows are streamed from the checkpoint's shards into `folder`, and everything else is loaded by from_pretrained.
+    A folder that an earlier call made of the same checkpoint is opened again at once, after a look at random rows.
+
+    Args:
+        checkpoint: folder with config.json and safetensors. folder: for the rows; None keeps them in host memory.
+        kwargs: of from_pretrained (dtype, attn_implementation, device_map ...).
+
+    Returns:
+        The model, in eval mode. `_embeddings`' tables are reachable as module.ngram_embedding.table.
+
+    Raises:
+        ValueError: a checkpoint that open_source refuses; a folder with other rows than the checkpoint's.
+    """
+    import transformers
+
+    source = open_source(checkpoint)
+    if source.kind != "qwen":
+        raise ValueError(f"{checkpoint} is a {source.kind} memory: load_offloaded reads Qwen4-Exp checkpoints")
+    forms = {i: "float32" if rows.form == "float16" else rows.form for i, rows in source.rows.items()}
+    recoders = {layer: Recoder(rows, forms[layer]) for layer, rows in source.rows.items()}
+
+    def blocks(layer: int) -> Iterator[Tensor]:
+        rows, block = recoders[layer].rows.rows, recoders[layer].block
+        yield from (recoders[layer].read(lo, min(lo + block, rows)) for lo in range(0, rows, block))
+
+    if folder is not None and (Path(folder) / "manifest.json").is_file():
+        tables = _open(Path(folder))
+        _check_same(source.rows, recoders, tables, Path(folder))
+    else:
+        facts = {layer: (rows.rows, rows.dim, forms[layer]) for layer, rows in source.rows.items()}
+        tables = _store(facts, blocks, folder, source.layout.digest)
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    base = getattr(transformers, (config.architectures or ["Qwen4ExpForCausalLM"])[0])
+
+    class Hosted(base):  # type: ignore[misc, valid-type]
+        """The model as from_pretrained builds it, without the tables: their tensors are then nobody's, and not read."""
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            for module in _embeddings(self).values():
+                module.ngram_embedding = HostedRows(torch.get_default_dtype())
+
+    Hosted.__name__ = base.__name__
+    Hosted._keys_to_ignore_on_load_unexpected = [
+        *(base._keys_to_ignore_on_load_unexpected or []),
+        r"ngram_embedding\.(shard_\d+\.)?weight",
+    ]
+    model = Hosted.from_pretrained(checkpoint, config=config, **kwargs)
+    model.__class__ = base
+    for layer, module in _embeddings(model).items():
+        module.ngram_embedding.table = tables[layer]
+    return model.eval()
+
+
+def _check_same(rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, HostTable], home: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if set(rows) != set(tables):
+        raise ValueError(f"{home} holds tables of layers {sorted(tables)}, the checkpoint has {sorted(rows)}")
+    for layer, table in tables.items():
+        if (table.rows, table.dim) != (rows[layer].rows, rows[layer].dim):
+            raise ValueError(f"{home} holds {table.rows:,} x {table.dim} of layer {layer}: another checkpoint's")
+        assert table.path is not None
+        shape, dtype = tuple(table.tensor.shape), NAMES[table.tensor.dtype]
+        file = Stored(
+            table.path.name, table.path, dtype, shape, 0, table.nbytes
+        )  # read, not mapped: stays out of memory
+        for row in torch.randint(0, table.rows, (_SAMPLE,), generator=generator).tolist():
+            if not torch.equal(recoders[layer].read(row, row + 1), file.read(row, row + 1)):
+                raise ValueError(
+                    f"row {row:,} of layer {layer} in {home} is not the checkpoint's: another one was here"
+                )

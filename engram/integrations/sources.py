@@ -1,0 +1,212 @@
+"""A memory in any of the formats, opened for reading: config, fusion weights, and rows a block at a time.
+
+Nothing is believed that can be checked against the layout: rows, widths, block sizes, offsets, moduli, vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram.addressing import HashLayout, TokenMap
+from engram.config import EngramConfig
+from engram.integrations.dialects import (
+    TABLE,
+    config_from_hf,
+    dialect_of_config,
+    fusion_from,
+    layout_of,
+)
+from engram.integrations.rows import FORMS, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
+from engram.integrations.tensors import Checkpoint, Stored, open_checkpoint
+from engram.tables import EncodedTable
+
+
+@dataclass
+class Source:
+    """An opened memory. kind: "engram" or a dialect; weights: {layer: EngramFusion's}, float32; token_map: None where
+    none was found."""
+
+    kind: str
+    path: Path
+    config: EngramConfig
+    layout: HashLayout
+    token_map: TokenMap | None
+    hidden_size: int
+    streams: int
+    rows: dict[int, Rows]
+    weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def open_source(
+    path: str | os.PathLike[str], config: EngramConfig | None = None, token_map: TokenMap | None = None
+) -> Source:
+    """Opens a memory: our folder, or safetensors of a released dialect (a file, or a folder with config.json).
+
+    Args:
+        config: where no config.json says it (demo state dicts). token_map: of the model's tokenizer; else looked for
+            beside the tensors, as token_map.safetensors or tokenizer.json.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: a tensor that is missing, in another shape, dtype or block size
+        than the layout needs, by name; a token map of another size.
+    """
+    given = Path(path)
+    if (given / "manifest.json").is_file():
+        return _open_engram(given, token_map)
+    checkpoint = open_checkpoint(given)
+    kind = dialect_of_tensors(checkpoint)
+    if config is None:
+        if checkpoint.config is None:
+            raise ValueError(f"{checkpoint.home} has no config.json: say which configuration its {kind} tensors follow")
+        if dialect_of_config(checkpoint.config) != kind:
+            raise ValueError(f"{checkpoint.home / 'config.json'} is no {kind} config, but the tensors are {kind}'s")
+        config = config_from_hf(checkpoint.config)
+    token_map = _token_map(checkpoint.home, kind, config, token_map)
+    pad = 0 if token_map is None else int(token_map.table[config.pad_id])
+    vocab = config.compressed_vocab or (None if token_map is None else token_map.size)
+    layout = layout_of(config.replace(compressed_vocab=vocab), pad)
+    prefixes, tables = find_tables(checkpoint, kind, config)
+    source = Source(kind, given, config, layout, token_map, 0, 0, {})
+    for layer in config.layers:
+        rows = layout.rows[layer]
+        source.rows[layer] = table_rows(checkpoint, kind, config, layer, prefixes[layer], tables[layer], rows, layout)
+        check_buffers(checkpoint, kind, prefixes[layer], layout, layer)
+        _read_fusion(source, checkpoint, layer, prefixes[layer])
+    return source
+
+
+def read_config(name: str) -> EngramConfig:
+    """A preset by name, or a published config.json by path, or an EngramConfig's own JSON."""
+    if not Path(name).is_file():
+        return EngramConfig.preset(name)
+    fields = json.loads(Path(name).read_text())
+    fields = fields.get("config", fields)  # of a saved memory
+    return EngramConfig.from_json(json.dumps(fields)) if "rows_per_head" in fields else config_from_hf(fields)
+
+
+def read_token_map(path: Path) -> TokenMap:
+    """A saved token map, or the map of a tokenizer.json."""
+    if path.suffix != ".json":
+        return TokenMap.load(path)
+    from tokenizers import Tokenizer
+
+    return TokenMap.from_tokenizer(Tokenizer.from_file(str(path)))
+
+
+def dialect_of_tensors(checkpoint: Checkpoint) -> str:
+    """Which dialect the tensors' names belong to. Raises ValueError for none."""
+    names = [*checkpoint.tensors, *(name for missing in checkpoint.missing.values() for name in missing)]
+    for kind, pattern in TABLE.items():
+        if any(pattern.fullmatch(name) for name in names):
+            return kind
+    raise ValueError(
+        f"no n-gram table among the {len(names)} tensors of {checkpoint.home}: expected "
+        f"multi_head_embedding.embedding.weight (demo), layers.<i>.engram.embed.weight (DeepSeek-V4.1) or "
+        f"layers.<i>.ple.ple_embedding.ngram_embedding.shard_<n>.weight (Qwen4-Exp)"
+    )
+
+
+def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | None) -> TokenMap | None:
+    if kind == "qwen":
+        assert config.compressed_vocab is not None
+        found = TokenMap.identity(config.compressed_vocab)
+        if given is not None and given.digest != found.digest:
+            raise ValueError("Qwen4-Exp hashes raw token ids: it takes no token map")
+        return found
+    saved = TokenMap.load(home / "token_map.safetensors") if (home / "token_map.safetensors").is_file() else None
+    if saved is None and given is None and (home / "tokenizer.json").is_file():
+        saved = read_token_map(home / "tokenizer.json")
+    if saved is not None and given is not None and saved.digest != given.digest:
+        raise ValueError(
+            f"the token map given ({given.size:,} ids, {given.digest[:12]}) is not the one in {home} ({saved.size:,} "
+            f"ids, {saved.digest[:12]}): another tokenizer or version, every row would be wrong"
+        )
+    found_map = given or saved
+    if found_map is None:
+        return None
+    if config.compressed_vocab not in (None, found_map.size) or config.pad_id >= len(found_map.table):
+        raise ValueError(
+            f"the token map has {found_map.size:,} compressed ids, the config's engram_compressed_vocab_size is "
+            f"{config.compressed_vocab:,}: it comes from another tokenizer version, every row would be wrong"
+        )
+    return found_map
+
+
+def _read_fusion(source: Source, checkpoint: Checkpoint, layer: int, prefix: str) -> None:
+    from engram.fusion import EngramFusion
+
+    gain = {"demo": None, "deepseek-v4.1": "q_weight", "qwen": "norm_query.weight"}[source.kind]
+    if gain is None:
+        width = checkpoint.one(prefix + "value_proj.weight").shape[0]
+        streams = sum(name.startswith(prefix + "norm1.") for name in checkpoint.tensors)
+    elif source.kind == "qwen":
+        width = checkpoint.one(prefix + "value_proj.weight").shape[0]
+        streams = checkpoint.one(prefix + gain).shape[0] // width
+    else:
+        streams, width = (*checkpoint.one(prefix + gain).shape, 0)[:2]
+    if source.streams and (source.streams, source.hidden_size) != (streams, width):
+        raise ValueError(f"layer {layer} has {streams} streams x {width}, another has {source.streams}")
+    source.streams, source.hidden_size = streams, width
+    with torch.device("meta"):
+        wanted = EngramFusion(source.config, width, streams).state_dict()
+    weights = fusion_from(source.kind, lambda name: _dense(checkpoint, prefix + name), source.config, streams)
+    for name, value in wanted.items():
+        if name not in weights or weights[name].shape != value.shape:
+            found = list(weights[name].shape) if name in weights else "missing"
+            raise ValueError(f"below {prefix} the weights of {name} are {found}, expected {list(value.shape)}")
+        if not weights[name].isfinite().all():
+            raise ValueError(f"below {prefix} the weights of {name} hold a value that is not finite")
+    source.weights[layer] = {name: weights[name].float().contiguous() for name in wanted}
+
+
+def _dense(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A small tensor as float32; e4m3 weights are multiplied by their blocks' scales (32 x 32 in DeepSeek-V4.1)."""
+    stored = checkpoint.one(name)
+    value = stored.read().float()
+    if stored.dtype != "F8_E4M3":
+        return value
+    scale_name = scale_of(checkpoint, name)
+    if scale_name is None:
+        raise ValueError(f"tensor {name.removesuffix('weight')}scale is missing: {name} is e4m3 and needs scales")
+    scale = checkpoint.one(scale_name).read().float()
+    blocks = [-(-n // s) for n, s in zip(value.shape, scale.shape, strict=True)]
+    if blocks not in ([32, 32], [128, 128], [1, 32]) or scale.isnan().any():
+        raise ValueError(
+            f"tensor {scale_name} is {list(scale.shape)} for {name} {list(value.shape)}: expected a scale per 32 x 32, "
+            f"128 x 128 or 1 x 32 values, none of them NaN"
+        )
+    wide = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
+    return value * wide[: value.shape[0], : value.shape[1]]
+
+
+def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:
+    """Our folder: rows are read from their files, except where only a table can say what they are."""
+    from engram.memory import EngramMemory
+
+    memory = EngramMemory.load(folder, mode="shared", token_map=token_map)
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    rows: dict[int, Rows] = {}
+    for layer, table in memory.tables.items():
+        path = folder / manifest["tables"][str(layer)]["file"]
+        encoded = isinstance(table, EncodedTable)
+        if (encoded and memory.codec != "fp8") or (not encoded and table.init == "normal"):
+            rows[layer] = TableRows(str(path), table)
+            continue
+        dtype = "U8" if encoded else {torch.float32: "F32", torch.bfloat16: "BF16"}[table.dtype]
+        width = table.nbytes // table.rows if encoded else table.dim
+        stored = Stored(path.name, path, dtype, (table.rows, width), 0, table.nbytes)
+        rows[layer] = Rows(str(path), table.dim, FORMS[dtype], [(0, stored, None)], table.rows)
+        table.close()
+    config, hasher = memory.config, memory.hasher
+    weights = {i: {k: v.float() for k, v in memory.fusions[str(i)].state_dict().items()} for i in config.layers}
+    config = config.replace(compressed_vocab=config.compressed_vocab or hasher.token_map.size)
+    return Source(
+        "engram", folder, config, memory.layout, hasher.token_map, memory.hidden_size, memory.streams, rows, weights
+    )

@@ -1,0 +1,258 @@
+"""Safetensors files larger than memory: headers, rows read a block at a time, files written a block at a time.
+
+The safetensors package maps a whole file, and a mapped table counts as resident memory; here rows go through a buffer
+of the caller's size, whatever the tensor's. The format is eight bytes of header length, a JSON header, the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors package allows
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: where its bytes lie. dtype is the format's name for it ("BF16")."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
+    def read(self, first: int = 0, stop: int | None = None) -> Tensor:
+        """Rows first .. stop - 1 (by default all) in a new tensor. Raises OSError where the file ends too early."""
+        if not self.shape:
+            return self.read_bytes(self.offset, self.nbytes).view(DTYPES[self.dtype]).view(())
+        stop = self.shape[0] if stop is None else stop
+        data = self.read_bytes(self.offset + first * self.row_bytes, (stop - first) * self.row_bytes)
+        return data.view(DTYPES[self.dtype]).view(stop - first, *self.shape[1:])
+
+    def read_bytes(self, offset: int, nbytes: int) -> Tensor:
+        """Bytes of the file as uint8 [nbytes]."""
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        view, done = data.numpy().data, 0
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while done < nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError(f"{self.path} was truncated: tensor {self.name} ends at byte {offset + nbytes:,}")
+                done += count
+        return data
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """All tensors of a safetensors file, by name, and the file's metadata.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a torn or foreign file: a header that is no JSON, tensors that
+        overlap, leave gaps, have another size than their shape says, or end beyond the file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"{path} is no safetensors file, or torn: it holds {size:,} bytes")
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            tensors: dict[str, Any] = {
+                str(name): (str(v["dtype"]), tuple(int(n) for n in v["shape"]), *(int(o) for o in v["data_offsets"]))
+                for name, v in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is no safetensors file, or torn: its header cannot be read ({error})") from error
+    at, found = 0, {}
+    for name, (dtype, shape, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        values = 1
+        for n in shape:
+            values *= n
+        wanted = values * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        if begin != at or end - begin != wanted or min(shape, default=0) < 0 or 8 + length + end > size:
+            raise ValueError(
+                f"{path}: tensor {name} ({dtype} {list(shape)}) is said to lie at bytes {begin:,} to {end:,} of "
+                f"{size:,}: expected {wanted:,} bytes from {at:,} on. The file is torn, or two tensors share bytes"
+            )
+        at = end
+        found[name] = Stored(name, path, dtype, shape, 8 + length + begin, end - begin)
+    return found, metadata
+
+
+@dataclass
+class Checkpoint:
+    """Tensors of one or several safetensors files, and the config beside them.
+
+    tensors: name -> where it lies; several places, in rank order, where tensor-parallel ranks each hold a part.
+    config: of config.json, or None. home: the folder. metadata: of the files. missing: file -> tensors it should hold.
+    """
+
+    home: Path
+    tensors: dict[str, list[Stored]]
+    config: dict[str, Any] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def one(self, name: str, shape: tuple[int, ...] | None = None) -> Stored:
+        """The one place of a tensor. ValueError where it is missing, in parts, or of another shape."""
+        self.require(name)
+        places = self.tensors[name]
+        if any(p.shape != places[0].shape for p in places) or (shape is not None and places[0].shape != shape):
+            expected = f"expected {list(shape)}" if shape is not None else "expected one shape on all ranks"
+            raise ValueError(f"{places[0].path}: tensor {name} is {[list(p.shape) for p in places]}, {expected}")
+        return places[0]
+
+    def require(self, name: str) -> None:
+        """Raises ValueError where the tensor is not there."""
+        for file, names in self.missing.items():
+            if name in names:
+                raise ValueError(f"tensor {name} lies in the shard {self.home / file}, which is missing")
+        if name not in self.tensors:
+            raise ValueError(f"tensor {name} is missing from {self.home}")
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """A safetensors file, or a folder of them: with an index, as model-00001-of-000NN, or as model<rank>-mp<ranks>.
+
+    Raises:
+        FileNotFoundError: no safetensors there. ValueError: a torn file; a shard that is missing.
+    """
+    given = Path(path)
+    home = given if given.is_dir() else given.parent
+    config = _read_json(home / "config.json") if (home / "config.json").is_file() else None
+    if not given.exists():
+        raise FileNotFoundError(f"{given} does not exist: give a safetensors file or a folder of them")
+    files = [given] if given.is_file() else sorted(home.glob("*.safetensors"))
+    files = [file for file in files if file.name != "token_map.safetensors"]
+    found = Checkpoint(home, {}, config)
+    index = home / "model.safetensors.index.json"
+    if given.is_dir() and index.is_file():
+        by_file: dict[str, list[str]] = {}
+        for name, file in _read_json(index, "weight_map").items():
+            by_file.setdefault(str(file), []).append(name)
+        if any(Path(file).name != file for file in by_file):
+            raise ValueError(f"{index} names a file outside its folder")
+        found.missing = {file: names for file, names in by_file.items() if not (home / file).is_file()}
+        files = [home / file for file in sorted(by_file) if file not in found.missing]
+        listed: dict[str, str] = {name: file for file, names in by_file.items() for name in names}
+    else:
+        listed = {}
+        if given.is_dir():
+            _check_numbers(files)
+    if not files and not found.missing:
+        raise FileNotFoundError(f"{given} holds no safetensors file")
+    files.sort(key=lambda file: int(m[1]) if (m := re.search(r"model(\d+)-mp\d+", file.name)) else -1)
+    for file in files:
+        tensors, metadata = read_header(file)
+        found.metadata |= metadata
+        for name, stored in tensors.items():
+            if listed and listed.get(name) != file.name:
+                continue  # the index says where a tensor is to be taken from
+            if name in found.tensors and "-mp" not in file.name:
+                raise ValueError(f"tensor {name} is in {found.tensors[name][0].path} and in {file}: which one counts?")
+            found.tensors.setdefault(name, []).append(stored)
+    for name, file in listed.items():
+        if file not in found.missing and name not in found.tensors:
+            raise ValueError(f"tensor {name} is not in {home / file}, where {index} says it is")
+    return found
+
+
+def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    """An object from a JSON file, or the object under a key of it."""
+    try:
+        found = json.loads(path.read_text())
+        found = found if key is None else found[key]
+        if not isinstance(found, dict):
+            raise TypeError(f"expected an object, not {type(found).__name__}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    return found
+
+
+def _check_numbers(files: list[Path]) -> None:
+    """model-00001-of-00003 and model0-mp2 say how many there are: none may be missing."""
+    for pattern, first in ((r"(.*?)(\d+)(-of-)(\d+)\.safetensors", 1), (r"(.*?)(\d+)(-mp)(\d+)\.safetensors", 0)):
+        for match in filter(None, (re.fullmatch(pattern, file.name) for file in files)):
+            stem, digits, word, count = match.groups()
+            for number in range(first, int(count) + first):
+                name = f"{stem}{number:0{len(digits)}}{word}{count}.safetensors" if digits.startswith("0") else None
+                name = name or f"{stem}{number}{word}{count}.safetensors"
+                if not (files[0].parent / name).is_file():
+                    raise ValueError(f"the shard {files[0].parent / name} is missing: there are {count} of them")
+
+
+class Writer:
+    """A safetensors file whose tensors are filled a block of rows at a time, in order, with a digest over each.
+
+    Args:
+        specs: name -> (dtype name, shape). Use it in a `with`; `close` checks that everything was written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]):
+        self.path, at = path, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        sizes: dict[str, int] = {}
+        for name, (dtype, shape) in specs.items():
+            sizes[name] = DTYPES[dtype].itemsize * int(torch.Size(shape).numel())
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
+            at += sizes[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = open(path, "wb", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(8 + len(text) + at)
+        starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
+        self.stored = {n: Stored(n, path, *specs[n], starts[n], sizes[n]) for n in specs}
+        self.digests = {name: xxhash.xxh3_128() for name in specs}
+        self._written = dict.fromkeys(specs, 0)
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """The next rows of a tensor, or all of a small one."""
+        if NAMES[rows.dtype] != self.stored[name].dtype and rows.dtype != torch.uint8:
+            raise TypeError(f"{self.path}: tensor {name} is {self.stored[name].dtype}, not {rows.dtype}")
+        data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        self.digests[name].update(data.data)
+        done, start = 0, self.stored[name].offset + self._written[name]
+        while done < len(data):
+            done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
+        self._written[name] += len(data)
+
+    def close(self) -> None:
+        """Syncs the file. Raises ValueError where a tensor was not filled."""
+        for name, stored in self.stored.items():
+            if self._written[name] != stored.nbytes:
+                raise ValueError(f"{self.path}: {self._written[name]:,} of {stored.nbytes:,} bytes of {name} written")
+        os.fsync(self._file.fileno())
+        self._file.close()

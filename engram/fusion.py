@@ -50,14 +50,17 @@ class EngramFusion(nn.Module):
         hidden: Tensor,
         documents_BT: Tensor | None = None,
         history: Tensor | None = None,
+        dead_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the memory adds.
 
         Args:
             rows_BTE: the concatenated rows of each position.
             hidden: [B, T, d], or [B, T, M, d] with M residual streams.
-            documents_BT: run number of each position; the convolution never reaches into another run.
+            documents_BT: run number of each position; the convolution never reaches into another run. With a history
+                [B, H + T]: of its positions too.
             history: [B, H, M*d] earlier inputs of the convolution, when decoding step by step.
+            dead_BT: True at positions that are no text, where the gate is 0 (DeepSeek-V4.1).
 
         Returns:
             The update, shaped like `hidden`, and the inputs of the convolution [B, T, M*d] (None without one), which a
@@ -76,6 +79,8 @@ class EngramFusion(nn.Module):
             u = value_BT1d.expand(-1, -1, self.streams, -1)
         else:
             u = self.gate(rows_BTE, hidden_BTMd).to(value_BT1d.dtype).unsqueeze(-1) * value_BT1d
+        if dead_BT is not None:
+            u = u.masked_fill(dead_BT[..., None, None], 0)
         inputs = None
         y = u
         if self.config.conv_kernel:
@@ -114,7 +119,7 @@ class EngramFusion(nn.Module):
                 break
             term = past[:, start + skip - lag : start + T - lag] * taps[-1 - i]
             if documents_BT is not None:
-                same = documents_BT[:, skip:] == documents_BT[:, skip - lag + start : T - lag + start]
+                same = documents_BT[:, start + skip :] == documents_BT[:, start + skip - lag : start + T - lag]
                 term = term * same.unsqueeze(-1)
             y = y + F.pad(term, (0, 0, skip, 0))
         return y

@@ -3,10 +3,10 @@
     memory = engram.attach(model, config, tokenizer)   # the model now looks n-grams up
     memory.detach()                                    # the model as it was
 
-Two kinds of hooks do it. One sits on the decoder and on the models around it: it sees the input ids of a forward pass and
-sends for their rows. The other sits on each decoder layer that owns a table, and adds what the memory says to the hidden
-state before the layer runs. Gradient checkpointing recomputes a layer's forward(), not its hooks, so nothing is recalled
-twice.
+Two kinds of hooks do it. One sits on the decoder and on the models around it: it sees the input ids of a forward pass
+and sends for their rows. The other sits on each decoder layer that owns a table, and adds what the memory says to the
+hidden state before the layer runs. Gradient checkpointing recomputes a layer's forward(), not its hooks, so nothing is
+recalled twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from engram.addressing import TokenMap
 from engram.config import EngramConfig
@@ -40,8 +40,8 @@ def attach(
     """Gives a decoder model of transformers an n-gram memory, and returns it. It becomes the submodule `engram` of the
     decoder: parameters(), to(), train() and state_dict() of the model include it.
 
-    With rows of zeros, which is the default, logits are at first exactly what they were. Train rows and weights together
-    with engram.build_optimizer(model), in a loop of your own or as transformers.Trainer(optimizers=(optimizer, None)).
+    With rows of zeros, which is the default, logits are at first exactly what they were. Train rows and weights with
+    engram.build_optimizer(model), in a loop of your own or as transformers.Trainer(optimizers=(optimizer, None)).
     Padding (attention_mask 0) and the placeholders of images and the like are no text: they are never hashed, end the
     n-grams around them and get nothing from the memory. Position ids that start again begin a new document.
 
@@ -68,11 +68,12 @@ def attach(
     token_map = (
         tokenizer if tokenizer is None or isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
     )
+    size = decoder.config.hidden_size
+    streams = next((n for name in _STREAMS if (n := getattr(decoder.config, name, None))), 1)
     if isinstance(memory, EngramConfig):
         if token_map is None:
             raise ValueError("a new memory needs the model's tokenizer, or its TokenMap: its rows are addressed by it")
-        streams = next((n for name in _STREAMS if (n := getattr(decoder.config, name, None))), 1)
-        memory = EngramMemory(memory, token_map, decoder.config.hidden_size, streams)
+        memory = EngramMemory(memory, token_map, size, streams)
     elif not isinstance(memory, EngramMemory):
         memory = EngramMemory.load(memory, token_map=token_map)
     if token_map is not None and token_map.digest != memory.hasher.token_map.digest:
@@ -89,13 +90,14 @@ def attach(
         raise ValueError(
             f"attach() adds to the residual stream; inject={memory.config.inject!r} needs a model that knows it"
         )
-    if memory.hidden_size != decoder.config.hidden_size:
+    if (memory.streams, memory.hidden_size) != (streams, size):
         raise ValueError(
-            f"the memory is for hidden size {memory.hidden_size}, the model has {decoder.config.hidden_size}"
+            f"the memory is for {memory.streams} streams x {memory.hidden_size}, the model has {streams} streams x "
+            f"{size}"
         )
-    dtype = root.get_input_embeddings().weight.dtype
+    dtype = next(root.get_input_embeddings().parameters()).dtype
     for layer in memory.config.layers:
-        memory.fusions[str(layer)].to(_device(layers[layer]), dtype if dtype.is_floating_point else None)
+        memory.fusions[str(layer)].to(_device(layers[layer]), dtype)
     memory.train(decoder.training)
     memory.attachment = Attachment(model, root, decoder, layers, memory)
     decoder.engram = memory
@@ -124,8 +126,9 @@ def find_layers(root: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
     if root.config.is_encoder_decoder or len(found) != 1 or not isinstance(decoder, PreTrainedModel):
         children = ", ".join(f"{name} ({type(m).__name__})" for name, m in decoder.named_children())
         raise ValueError(
-            f"attach() does not know the architecture of {type(root).__name__}: it looks for a decoder-only model whose "
-            f"decoder has one ModuleList of {count} layers (config.num_hidden_layers) named {', '.join(_LAYERS)}. "
+            f"attach() does not know the architecture of {type(root).__name__}: it looks for a decoder-only model "
+            f"whose decoder has one ModuleList of {count} layers (config.num_hidden_layers) named "
+            f"{', '.join(_LAYERS)}. "
             f"{type(decoder).__name__} has: {children}"
         )
     return decoder, found[0]
@@ -133,8 +136,9 @@ def find_layers(root: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
 
 def _device(layer: nn.Module) -> torch.device:
     """Where a layer computes: accelerate says so for layers whose weights it keeps elsewhere."""
-    execution = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    return next(layer.parameters()).device if execution is None else torch.device(execution)
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    stated = next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), None)
+    return next(layer.parameters()).device if stated is None else torch.device(stated)
 
 
 class Attachment:
@@ -153,11 +157,13 @@ class Attachment:
         self.dead_ids = placeholder_ids(root.config)
         around = [m for m in root.modules() if isinstance(m, PreTrainedModel) and decoder in m.modules()]
         self.models = around[::-1]  # the decoder first, the outermost last
-        self.names = {m: tuple(inspect.signature(m.forward).parameters) for m in self.models}
+        self.names: dict[nn.Module, tuple[str, ...]] = {
+            m: tuple(inspect.signature(m.forward).parameters) for m in self.models
+        }
         self.given: dict[nn.Module, dict[str, Any]] = {}
         self.handles = []
         for m in self.models:
-            # The memory is out of the compiler's reach (threads, C, host memory): compiled models break their graph here.
+            # The memory is out of the compiler's reach (threads, C, host memory): a compiled graph breaks here.
             enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
             self.handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
             self.handles.append(m.register_forward_hook(leave, always_call=True))
@@ -217,14 +223,14 @@ class Attachment:
         given = self.given.pop(module, {})
         if module is not self.decoder:
             return
-        recall, self.recall = self.recall, None
+        state, self.recall = None if self.recall is None else self.recall.cache, None
         made = getattr(output, "past_key_values", None)
         if made is None and isinstance(output, tuple) and len(output) > 1:
             made = output[1]
         # A cache that the decoder made itself for this pass: it may come back with the next token.
-        if recall is not None and "past_key_values" not in given and hasattr(made, "get_seq_length"):
-            if positions(made) == recall.cache.length:
-                follow(made, recall.cache, self.number)
+        if state is not None and "past_key_values" not in given and isinstance(made, Cache):
+            if positions(made) == state.length:
+                follow(made, state, self.number)
 
 
 class _Adding:
@@ -237,8 +243,8 @@ class _Adding:
         recall, memory = self.attachment.recall, self.attachment.memory
         if recall is None:
             raise RuntimeError(
-                f"decoder layer {self.layer} runs outside a forward pass of its model, so the memory does not know the ids. "
-                f"Checkpoint layers by model.gradient_checkpointing_enable() of transformers >= 5"
+                f"decoder layer {self.layer} runs outside a forward pass of its model, so the memory does not know the "
+                f"ids. Checkpoint layers by model.gradient_checkpointing_enable() of transformers >= 5.23"
             )
         hidden = args[0] if args else kwargs["hidden_states"]
         device = next(memory.fusions[str(self.layer)].parameters()).device  # a model may span several

@@ -1,13 +1,12 @@
-"""Decoding state that follows a cache of transformers: what beam search, assisted decoding or a user does to the keys and
-values of a cache happens to the memory's ids and convolution inputs too.
+"""Decoding state that follows a cache of transformers: what beam search, assisted decoding or a user does to the keys
+and values of a cache happens to the memory's ids and convolution inputs too.
 
-The state lives in the cache object itself, whose class is exchanged for a subclass that does to the state what it does to
-the layers. So it is copied, handed on and forgotten with the cache, and nothing has to be told.
+The state lives in the cache object itself, whose class is exchanged for a subclass that does to the state what it does
+to the layers. So it is copied, handed on and forgotten with the cache, and nothing has to be told.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,9 +45,14 @@ class _Followed:
         self.engram = MemoryCache()
 
 
-@lru_cache(None)
+_kinds: dict[type, type] = {}
+
+
 def _followed(kind: type) -> type:
-    return type(kind.__name__, (_Followed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    if kind not in _kinds:
+        about = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        _kinds[kind] = type(kind.__name__, (_Followed, kind), about)
+    return _kinds[kind]
 
 
 def positions(cache: Any) -> int:
@@ -85,8 +89,8 @@ def state_of(cache: Any, owner: int) -> MemoryCache:
         )
     if state.length != past:
         raise ValueError(
-            f"past_key_values holds {past} positions, the memory has seen {state.length}: the cache was changed other "
-            f"than by its own methods (crop, reorder_cache, batch_select_indices, batch_repeat_interleave, reset), or a "
-            f"forward pass broke off. Start with an empty cache"
+            f"past_key_values holds {past} positions, the memory has seen {state.length}: the cache was changed by "
+            f"other means than its methods (crop, reorder_cache, batch_select_indices, batch_repeat_interleave, "
+            f"reset), or a forward pass broke off. Start with an empty cache"
         )
     return state

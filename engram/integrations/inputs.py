@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
-_PLACEHOLDERS += ("audio_token_index",)
+_PLACEHOLDERS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
@@ -53,8 +52,8 @@ def documents(position_ids: Tensor | None, batch: int, time: int, dead: Tensor |
     """Document numbers [B, T] of a packed batch: a position id that does not rise begins a document. None for one.
 
     Args:
-        position_ids: [B or 1, T]; or [axes, B, T] of a multimodal model, whose first axis counts time. dead: True [B, T]
-        at positions that are no text, whose position ids mean nothing.
+        position_ids: [B or 1, T]; or [axes, B, T] of a multimodal model, whose first axis counts time.
+        dead: True [B, T] at positions that are no text, whose position ids mean nothing.
     """
     if position_ids is None or time == 1:
         return None

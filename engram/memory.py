@@ -62,7 +62,7 @@ class MemoryCache:
             if runs is not None or self.runs is not None:
                 held = torch.zeros_like(self.ids) if self.runs is None else self.runs
                 runs = torch.zeros_like(ids) if runs is None else runs
-                runs = runs + held[:, -1:] + (self.ids[:, -1:] < 0)  # a dead position is a run of its own
+                runs = runs + held[:, -1:]
                 lookback = lookback.masked_fill(held[:, -reach:] != runs[:, :1], -1)
                 runs = torch.cat([held, runs], dim=1)
             ids = torch.cat([self.ids, ids], dim=1)
@@ -303,8 +303,9 @@ class EngramMemory(nn.Module):
             changes = documents[:, 1:] != documents[:, :-1]
             runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
         if dead is not None:
-            cuts = dead | torch.nn.functional.pad(dead[:, :-1], (1, 0))  # before and behind every dead position
-            runs = cuts.cumsum(1) if runs is None else runs + cuts.cumsum(1)
+            runs = (
+                dead.cumsum(1) if runs is None else runs + dead.cumsum(1)
+            )  # each begins a run, of which it is padding
             host = host.masked_fill(dead.cpu(), self.config.pad_id)
         if cache is not None:
             held = host if dead is None else host.masked_fill(dead.cpu(), -1)

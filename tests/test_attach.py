@@ -146,7 +146,7 @@ def test_a_static_cache_and_left_padding_generate_what_each_text_generates_alone
     model, _ = attached(name)
     kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     short, long = text(1, 5, seed=3), text(1, 9, seed=4)
-    padded = torch.cat([torch.nn.functional.pad(short, (4, 0)), long])
+    padded = torch.cat([torch.nn.functional.pad(short, (4, 0), value=9), long])
     mask = (torch.arange(9) >= torch.tensor([[4], [0]])).long()
     for implementation in ("dynamic", "static"):
         both = model.generate(padded, attention_mask=mask, cache_implementation=implementation, **kwargs)
@@ -402,6 +402,27 @@ def test_embeddings_without_ids_are_refused_and_ids_pass_again():
     with pytest.raises(ValueError, match="inputs_embeds without input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(text()))
     assert torch.equal(model(text()).logits, logits)
+
+
+def test_a_forward_pass_that_broke_off_leaves_no_ids_behind():
+    model, _ = attached("llama")
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(text())
+    handle.remove()
+    with pytest.raises(ValueError, match="inputs_embeds without input_ids"):
+        model.model(inputs_embeds=model.get_input_embeddings()(text()))
+
+
+def test_a_model_in_eval_mode_gets_a_memory_in_eval_mode():
+    model, memory = attached("llama")
+    loss_of(model, text()).backward()
+    assert not memory.training and not any(memory.gradients.values())
+    assert model.train() and memory.training
 
 
 def test_a_packed_batch_without_position_ids_is_refused():

@@ -151,7 +151,7 @@ def test_a_cache_takes_dead_positions_and_documents_along(pieces):
 def test_documents_within_a_piece_cut_a_cached_text():
     memory = make(SMALL.replace(conv_init="uniform")).memory
     ids, hidden = text(), torch.randn(2, 20, 32)
-    documents = torch.tensor([[0] * 11 + [1] * 9] * 2)
+    documents = torch.tensor([[0] * 13 + [1] * 7] * 2)  # one position before a piece ends: trigrams look over two
     whole = memory[1](hidden, memory.recall(ids, documents))
     cache, steps = MemoryCache(), []
     for part in (slice(0, 8), slice(8, 14), slice(14, 20)):

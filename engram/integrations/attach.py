@@ -17,7 +17,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from engram.addressing import TokenMap
@@ -202,8 +202,8 @@ class Attachment:
             )
         cache = self._first("past_key_values")
         state = MemoryCache() if cache is None else state_of(cache, self.number)
-        masks = [self.given[m].get("attention_mask") for m in self.models if m in self.given]
-        mask = next((m for m in masks if isinstance(m, Tensor) and m.dim() == 2), self._first("attention_mask"))
+        given = (self.given[m] for m in reversed(self.models) if m in self.given)
+        mask = next((g["attention_mask"] for g in given if "attention_mask" in g), None)  # before models convert it
         dead = padding(mask, batch, time, state.length)
         for placeholder in self.dead_ids:
             found = ids == placeholder
@@ -215,7 +215,7 @@ class Attachment:
                 "a packed batch (cu_seq_lens_q) needs its position_ids: the memory finds documents by them"
             )
         dead = None if dead is None else dead.to(ids.device)
-        runs = documents(places, batch, time, dead)
+        runs = documents(places, batch, time)
         runs = None if runs is None else runs.to(ids.device)
         return self.memory.recall(ids, documents=runs, cache=state, dead=dead)
 

@@ -40,10 +40,6 @@ class _Followed:
         if before == self.engram.length:
             self.engram.rewind(before - positions(self))
 
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.engram = MemoryCache()
-
 
 _kinds: dict[type, type] = {}
 

@@ -48,12 +48,11 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
     return dead if bool(dead.any()) else None
 
 
-def documents(position_ids: Tensor | None, batch: int, time: int, dead: Tensor | None) -> Tensor | None:
+def documents(position_ids: Tensor | None, batch: int, time: int) -> Tensor | None:
     """Document numbers [B, T] of a packed batch: a position id that does not rise begins a document. None for one.
 
     Args:
         position_ids: [B or 1, T]; or [axes, B, T] of a multimodal model, whose first axis counts time.
-        dead: True [B, T] at positions that are no text, whose position ids mean nothing.
     """
     if position_ids is None or time == 1:
         return None
@@ -64,8 +63,6 @@ def documents(position_ids: Tensor | None, batch: int, time: int, dead: Tensor |
     if position_ids.shape[-1] != time or position_ids.shape[0] not in (1, batch):
         raise ValueError(f"position_ids are {tuple(position_ids.shape)}, the ids {(batch, time)}")
     restarts = position_ids[:, 1:] <= position_ids[:, :-1]
-    if dead is not None:
-        restarts = restarts & ~(dead[:, 1:] | dead[:, :-1]).to(restarts.device)
     if not bool(restarts.any()):
         return None
     return torch.nn.functional.pad(restarts.cumsum(1), (1, 0)).expand(batch, -1)

@@ -27,6 +27,7 @@ EYE |= {"image_size": 16, "patch_size": 4}
 CONFIGS = {
     "gpt2": lambda: hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128, **ENDS),
     "llama": lambda: hf.LlamaConfig(**LLAMA),
+    "mistral": lambda: hf.MistralConfig(**LLAMA, sliding_window=6),
     "qwen3": lambda: hf.Qwen3Config(**LLAMA, head_dim=8),
     "gemma3": lambda: hf.Gemma3TextConfig(**GEMMA),
     "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),

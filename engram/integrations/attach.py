@@ -177,6 +177,11 @@ class Attachment:
         del self.decoder.engram
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self.names:
+            raise RuntimeError(
+                f"this {type(module).__name__} is a copy of the one that the memory was attached to (DataParallel "
+                f"makes such): run one process per device"
+            )
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
         self.given[module] = {name: given[name] for name in _READ if given.get(name) is not None}
         if module is self.decoder:

@@ -24,6 +24,13 @@ V4 |= {"partial_rotary_factor": 0.5, "max_position_embeddings": 128}
 EYE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 EYE |= {"image_size": 16, "patch_size": 4}
 
+QWEN4 = {**BASE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "hc_lowrank": 8}
+QWEN4 |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "linear_key_head_dim": 8}
+QWEN4 |= {"shared_expert_intermediate_size": 16, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+QWEN4 |= {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16}
+QWEN4 |= {"indexer_compress_ratio": 4, "linear_num_value_heads": 4}
+QWEN4 |= {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]}
+
 CONFIGS = {
     "gpt2": lambda: hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128, **ENDS),
     "llama": lambda: hf.LlamaConfig(**LLAMA),
@@ -33,6 +40,7 @@ CONFIGS = {
     "deepseek_v3": lambda: hf.DeepseekV3Config(**MLA),
     "deepseek_v32": lambda: hf.DeepseekV32Config(**MLA, index_topk=8, index_head_dim=16, index_n_heads=8),
     "deepseek_v4": lambda: hf.DeepseekV4Config(**V4),
+    "qwen4_exp": lambda: hf.Qwen4ExpTextConfig(**QWEN4),
     "mixtral": lambda: hf.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "gemma3_images": lambda: hf.Gemma3Config(
         text_config=dict(GEMMA),

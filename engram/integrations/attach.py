@@ -120,18 +120,23 @@ def find_layers(root: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
         ValueError: an encoder-decoder model, or none or several lists of the expected names and length.
     """
     decoder = root.get_decoder()
-    count = getattr(decoder.config, "num_hidden_layers", None)
-    lists = [(name, m) for name, m in decoder.named_children() if name in _LAYERS and isinstance(m, nn.ModuleList)]
-    found = [layers for _, layers in lists if len(layers) == count]
-    if root.config.is_encoder_decoder or len(found) != 1 or not isinstance(decoder, PreTrainedModel):
+    found = _lists(decoder) or [pair for module in root.modules() for pair in _lists(module)]
+    if root.config.is_encoder_decoder or len(found) != 1:
         children = ", ".join(f"{name} ({type(m).__name__})" for name, m in decoder.named_children())
         raise ValueError(
             f"attach() does not know the architecture of {type(root).__name__}: it looks for a decoder-only model "
-            f"whose decoder has one ModuleList of {count} layers (config.num_hidden_layers) named "
-            f"{', '.join(_LAYERS)}. "
-            f"{type(decoder).__name__} has: {children}"
+            f"whose decoder has one ModuleList named {', '.join(_LAYERS)} with config.num_hidden_layers layers, and "
+            f"found {len(found)}. {type(decoder).__name__} has: {children}"
         )
-    return decoder, found[0]
+    return found[0]
+
+
+def _lists(module: nn.Module) -> list[tuple[PreTrainedModel, nn.ModuleList]]:
+    """Lists of as many layers as the module's configuration says, directly in it."""
+    if not isinstance(module, PreTrainedModel):
+        return []
+    lists = [m for name, m in module.named_children() if name in _LAYERS and isinstance(m, nn.ModuleList)]
+    return [(module, m) for m in lists if len(m) == getattr(module.config, "num_hidden_layers", None)]
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -254,5 +259,7 @@ class _Adding:
         hidden = args[0] if args else kwargs["hidden_states"]
         device = next(memory.fusions[str(self.layer)].parameters()).device  # a model may span several
         hidden = hidden.to(device)
-        hidden = hidden + memory[self.layer](hidden, recall).to(hidden.dtype)
+        side_by_side = memory.streams > 1 and hidden.dim() == 3  # [B, T, M*d], as Qwen4-Exp keeps its streams
+        streams = hidden.unflatten(-1, (memory.streams, -1)) if side_by_side else hidden
+        hidden = hidden + memory[self.layer](streams, recall).view_as(hidden).to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

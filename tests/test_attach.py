@@ -56,13 +56,13 @@ def test_the_memory_alone_learns_a_text_by_heart(name):
     optimizer = build_optimizer(model, lr=0.01, table_lr=0.1)
     ids, losses = text(), []
     more = {"token_type_ids": torch.zeros_like(ids)} if name == "gemma3_images" else {}
-    for _ in range(18):
+    for _ in range(12):
         optimizer.zero_grad()
         loss = loss_of(model, ids, **more)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.4
+    assert losses[-1] < losses[0] - 0.25
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -143,13 +143,17 @@ def test_beam_search_reorders_what_the_memory_remembers(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])  # full, both and only sliding attention
 def test_a_static_cache_and_left_padding_generate_what_each_text_generates_alone(name):
-    model, _ = attached(name)
+    model, memory = attached(name)
+    seen, recall = [], memory.recall
+    memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
     kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     short, long = text(1, 5, seed=3), text(1, 9, seed=4)
     padded = torch.cat([torch.nn.functional.pad(short, (4, 0), value=9), long])
     mask = (torch.arange(9) >= torch.tensor([[4], [0]])).long()
     for implementation in ("dynamic", "static"):
+        seen.clear()
         both = model.generate(padded, attention_mask=mask, cache_implementation=implementation, **kwargs)
+        assert torch.equal(seen[0].dead, mask == 0) and all(step.dead is None for step in seen[1:])
         assert torch.equal(both[:1, 9:], model.generate(short, **kwargs)[:, 5:]), implementation
         assert torch.equal(both[1:, 9:], model.generate(long, **kwargs)[:, 9:]), implementation
 

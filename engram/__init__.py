@@ -1,5 +1,7 @@
 """engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer."""
 
+from typing import Any
+
 from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.bench import bench
 from engram.config import EngramConfig
@@ -24,11 +26,22 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "ablate",
+    "attach",
     "bench",
     "build_optimizer",
     "convert",
+    "detach",
     "evaluate",
     "generate",
     "offload",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """attach and detach on first use: they import transformers, which nothing else here needs."""
+    if name in ("attach", "detach"):
+        from engram.integrations import attach
+
+        return getattr(attach, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

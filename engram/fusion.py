@@ -57,7 +57,8 @@ class EngramFusion(nn.Module):
         Args:
             rows_BTE: the concatenated rows of each position.
             hidden: [B, T, d], or [B, T, M, d] with M residual streams.
-            documents_BT: run number of each position; the convolution never reaches into another run.
+            documents_BT: run number of each position; the convolution never reaches into another run. With a history
+                [B, H + T]: of its positions too.
             history: [B, H, M*d] earlier inputs of the convolution, when decoding step by step.
             dead_BT: True at positions that are no text, where the gate is 0 (DeepSeek-V4.1).
 
@@ -118,7 +119,7 @@ class EngramFusion(nn.Module):
                 break
             term = past[:, start + skip - lag : start + T - lag] * taps[-1 - i]
             if documents_BT is not None:
-                same = documents_BT[:, skip:] == documents_BT[:, skip - lag + start : T - lag + start]
+                same = documents_BT[:, start + skip :] == documents_BT[:, start + skip - lag : start + T - lag]
                 term = term * same.unsqueeze(-1)
             y = y + F.pad(term, (0, 0, skip, 0))
         return y

@@ -39,8 +39,43 @@ class MemoryCache:
     """
 
     def __init__(self) -> None:
-        self.ids: Tensor | None = None  # [B, positions]
+        self.ids: Tensor | None = None  # [B, positions] on the CPU, -1 at dead positions
+        self.runs: Tensor | None = None  # [B, positions] on the CPU: run numbers; None while all is one run
         self.conv: dict[int, Tensor] = {}  # layer -> [B, positions, M*d]
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    def extend(self, ids: Tensor, runs: Tensor | None, reach: int) -> tuple[Tensor | None, Tensor | None]:
+        """Takes up ids [B, T] (-1 where dead) with their run numbers, of which the first goes on from the text held.
+
+        Returns:
+            The `reach` ids before them as NgramHasher's lookback, and the run numbers of all positions now held.
+        """
+        lookback = None
+        if self.ids is not None:
+            if len(ids) != len(self.ids):
+                raise ValueError(f"the decoding cache holds {len(self.ids)} sequences, these are {len(ids)}")
+            lookback = self.ids[:, -reach:]
+            if runs is not None or self.runs is not None:
+                held = torch.zeros_like(self.ids) if self.runs is None else self.runs
+                runs = torch.zeros_like(ids) if runs is None else runs
+                runs = runs + held[:, -1:]
+                lookback = lookback.masked_fill(held[:, -reach:] != runs[:, :1], -1)
+                runs = torch.cat([held, runs], dim=1)
+            ids = torch.cat([self.ids, ids], dim=1)
+        self.ids, self.runs = ids, runs
+        return lookback, runs
+
+    def select(self, sequences: Tensor) -> None:
+        """Keeps these sequences of the batch (int64 [n], repeats allowed) in this order, as beam search does."""
+        if self.ids is not None:
+            self.ids = self.ids[sequences.to(self.ids.device)]
+        if self.runs is not None:
+            self.runs = self.runs[sequences.to(self.runs.device)]
+        self.conv = {layer: inputs[sequences.to(inputs.device)] for layer, inputs in self.conv.items()}
 
     def rewind(self, positions: int) -> None:
         """Forgets the last `positions` tokens, as if they had never been seen."""
@@ -49,6 +84,7 @@ class MemoryCache:
             raise ValueError(f"cannot rewind {positions} positions of {held}")
         keep = self.ids.shape[1] - positions
         self.ids = self.ids[:, :keep]
+        self.runs = None if self.runs is None else self.runs[:, :keep]
         self.conv = {layer: inputs[:, :keep] for layer, inputs in self.conv.items()}
 
 
@@ -57,7 +93,7 @@ class Recall:
     forward pass that uses it: rows that an optimiser step changes in between are renewed.
 
     Attributes:
-        documents: run number of each position [B, T] on the model's device, or None.
+        documents: run number of each position [B, T] on the model's device, with a cache [B, positions held]; or None.
         dead: True at DEAD positions [B, T] on the model's device; None where there are none.
     """
 
@@ -80,7 +116,7 @@ class Recall:
                 table.check_writable()
         self._rows: dict[int, Tensor] = {}
         self._pending: dict[int, Future[Fetch]] = {}
-        host_documents = None if documents is None else documents.cpu()
+        host_documents = None if documents is None else documents[:, documents.shape[1] - ids.shape[1] :].cpu()
         values = ids.numel() * memory.config.d_mem
         worth_a_thread = values >= _WORTH_A_THREAD
 
@@ -216,6 +252,19 @@ class EngramMemory(nn.Module):
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
         self._recalls: weakref.WeakSet[Recall] = weakref.WeakSet()
+        self.attachment: Any = None  # to a model of another library (engram.attach)
+
+    def detach(self) -> nn.Module:
+        """Undoes engram.attach: gives back the model as it was, without hooks or memory.
+
+        Raises:
+            ValueError: not attached.
+        """
+        if self.attachment is None:
+            raise ValueError("this memory is not attached to a model")
+        attachment, self.attachment = self.attachment, None
+        attachment.remove()
+        return attachment.model
 
     def __contains__(self, layer: int) -> bool:
         return layer in self.tables
@@ -232,6 +281,7 @@ class EngramMemory(nn.Module):
         documents: Tensor | None = None,
         lookback: Tensor | None = None,
         cache: MemoryCache | None = None,
+        dead: Tensor | None = None,
     ) -> Recall:
         """Hashes the ids for all layers and starts fetching their rows.
 
@@ -239,26 +289,33 @@ class EngramMemory(nn.Module):
             ids: int64 [B, T] token ids; -1 is a DEAD position with boundary="dead", else not allowed.
             documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
             lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece.
-            cache: decoding state; replaces `lookback`, and is brought up to date.
+            cache: decoding state; replaces `lookback`, and is brought up to date. The first of `ids` goes on from what
+                it holds.
+            dead: bool [B, T], True at positions that are no text (padding, images), whatever their id. They are never
+                hashed, end n-grams and convolution like the start of a document, and get nothing from the memory.
 
         Raises:
             IndexError: an id outside the vocabulary. ValueError: placeholder ids, shapes that do not match, or a cache
-            together with documents or lookback.
+            together with a lookback.
         """
-        if cache is not None:
-            if documents is not None or lookback is not None:
-                raise ValueError("a decoding cache holds one running text: give no documents and no lookback with it")
-            lookback = None if cache.ids is None else cache.ids[:, -(self.config.orders[-1] - 1) :]
+        if cache is not None and lookback is not None:
+            raise ValueError("a decoding cache has its own look-back: give no lookback with it")
         host = ids.cpu()
         runs = None
         if documents is not None:
             changes = documents[:, 1:] != documents[:, :-1]
             runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
-        if cache is not None:
-            cache.ids = host if cache.ids is None else torch.cat([cache.ids, host], dim=1)
-        dead = None
         if self.config.boundary == "dead" and bool((host == -1).any()):
-            dead = host == -1
+            placeholders = (host == -1).to(ids.device)
+            dead = placeholders if dead is None else dead | placeholders
+        if dead is not None:
+            begins = dead.cumsum(1)  # each begins a run, of which it is padding
+            runs = begins if runs is None else runs + begins
+            host = host.masked_fill(dead.cpu(), self.config.pad_id)
+        if cache is not None:
+            held = host if dead is None else host.masked_fill(dead.cpu(), -1)
+            lookback, runs = cache.extend(held, None if runs is None else runs.cpu(), self.config.orders[-1] - 1)
+            runs = None if runs is None else runs.to(ids.device)
         recall = Recall(self, host, None if lookback is None else lookback.cpu(), runs, ids.device, dead)
         recall.cache = cache
         self._recalls.add(recall)

@@ -10,6 +10,7 @@ import torch
 
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.lm.transformer import Cache
+from engram.memory import MemoryCache
 from engram.tables import HostTable
 
 VOCAB = 50
@@ -95,6 +96,87 @@ def test_a_packed_batch_gives_each_document_the_memory_it_has_alone():
             assert torch.equal(packed.row_ids[layer][:, part], alone.row_ids[layer])
             update = model.memory[layer](hidden, packed)[:, part]
             torch.testing.assert_close(update, model.memory[layer](hidden[:, part], alone))
+
+
+def test_dead_positions_end_ngrams_get_nothing_and_may_have_any_id():
+    model = make(SMALL.replace(conv_init="uniform"))
+    ids, hidden = text(), torch.randn(2, 20, 32)
+    dead = torch.zeros(2, 20, dtype=torch.bool)
+    dead[:, 7:9] = True
+    recall = model.memory.recall(ids.masked_fill(dead, 999), dead=dead)
+    update = model.memory[1](hidden, recall)
+    assert not update[:, 7:9].any() and update[:, 9].any()
+    for part in (slice(0, 7), slice(9, 20)):
+        alone = model.memory.recall(ids[:, part])
+        assert torch.equal(recall.row_ids[1][:, part], alone.row_ids[1])
+        torch.testing.assert_close(update[:, part], model.memory[1](hidden[:, part], alone))
+
+
+def test_dead_positions_lie_within_the_documents_of_a_packed_batch():
+    memory, ids = make().memory, text()
+    documents = torch.tensor([[0] * 8 + [1] * 12] * 2)
+    dead = torch.zeros(2, 20, dtype=torch.bool).index_fill(1, torch.tensor([12]), True)
+    recall = memory.recall(ids, documents, dead=dead)
+    for part in (slice(0, 8), slice(8, 12), slice(13, 20)):
+        assert torch.equal(recall.row_ids[2][:, part], memory.recall(ids[:, part]).row_ids[2])
+
+
+def test_rows_of_dead_positions_get_no_gradient():
+    model = make()
+    dead = torch.zeros(2, 20, dtype=torch.bool)
+    dead[0, :6] = True
+    recall = model.memory.recall(text(), dead=dead)
+    model.memory[1](torch.randn(2, 20, 32), recall).square().sum().backward()
+    [(row_ids, gradient)] = model.memory.gradients[1]
+    assert torch.equal(row_ids, recall.row_ids[1][~dead]) and gradient.shape == (34, 4, 8)
+    assert gradient.flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("pieces", [[1] * 20, [5, 1, 1, 9, 4], [8, 12]])
+def test_a_cache_takes_dead_positions_and_documents_along(pieces):
+    memory = make(SMALL.replace(conv_init="uniform")).memory
+    ids, hidden = text(), torch.randn(2, 20, 32)
+    dead = torch.zeros(2, 20, dtype=torch.bool)
+    dead[0, :3], dead[1, 7:9] = True, True
+    whole = memory[1](hidden, memory.recall(ids, dead=dead))
+    cache, steps, start = MemoryCache(), [], 0
+    for length in pieces:
+        part = slice(start, start + length)
+        given = dead[:, part] if dead[:, part].any() else None
+        steps.append(memory[1](hidden[:, part], memory.recall(ids[:, part], dead=given, cache=cache)))
+        start += length
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+
+
+def test_documents_within_a_piece_cut_a_cached_text():
+    memory = make(SMALL.replace(conv_init="uniform")).memory
+    ids, hidden = text(), torch.randn(2, 20, 32)
+    documents = torch.tensor([[0] * 13 + [1] * 7] * 2)  # one position before a piece ends: trigrams look over two
+    whole = memory[1](hidden, memory.recall(ids, documents))
+    cache, steps = MemoryCache(), []
+    for part in (slice(0, 8), slice(8, 14), slice(14, 20)):
+        recall = memory.recall(ids[:, part], documents[:, part], cache=cache)
+        steps.append(memory[1](hidden[:, part], recall))
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+
+
+def test_a_cache_whose_sequences_were_chosen_anew_goes_on_with_them():
+    memory = make(SMALL.replace(conv_init="uniform")).memory
+    ids, hidden = text(B=3), torch.randn(3, 20, 32)
+    dead = torch.zeros(3, 12, dtype=torch.bool)
+    dead[1, 9:11] = True
+    chosen, cache = torch.tensor([1, 1, 2, 0]), MemoryCache()
+    memory[1](hidden[:, :12], memory.recall(ids[:, :12], dead=dead, cache=cache))
+    cache.select(chosen)
+    cache.rewind(2)
+    rest = memory[1](hidden[chosen, 10:], memory.recall(ids[chosen, 10:], cache=cache))
+    dead = torch.nn.functional.pad(dead[:, :10], (0, 10))
+    whole = memory[1](hidden, memory.recall(ids, dead=dead))
+    torch.testing.assert_close(rest, whole[chosen, 10:])
+    with pytest.raises(ValueError, match="holds 4 sequences, these are 3"):
+        memory.recall(ids, cache=cache)
+    with pytest.raises(ValueError, match="its own look-back"):
+        memory.recall(ids[chosen], lookback=ids[chosen, :2], cache=cache)
 
 
 def test_the_pad_id_goes_through_the_token_map():

@@ -7,19 +7,31 @@ import re
 from pathlib import Path
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_library_example_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
-    exec(blocks[0], names)
+    exec(BLOCKS[0], names)
     assert "'rows'" in capsys.readouterr().out
     names.update(i=1, x=names["torch"].zeros(8, 256, 128), ids=names["ids"][:, :-1])
-    exec(blocks[1], names)
+    exec(BLOCKS[1], names)
     assert names["served"].tables[1].info()["codec"] == "fp8"
-    exec(blocks[2], names)
+    exec(BLOCKS[2], names)
     assert names["x"].shape == (8, 256, 128)
+
+
+def test_the_transformers_example_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    import engram
+    from hf_models import build
+
+    names: dict = {"engram": engram, "EngramConfig": engram.EngramConfig, "tokenizer": engram.TokenMap.identity(64)}
+    names["model"] = build("llama")
+    exec(BLOCKS[3], names)
+    again = engram.attach(build("llama"), "adapter", names["tokenizer"])
+    assert again.layout.digest == names["memory"].layout.digest
 
 
 def test_the_readme_names_no_file_that_is_not_there():

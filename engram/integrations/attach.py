@@ -1,0 +1,265 @@
+"""attach: a memory for a decoder model of transformers that exists already, without a line of its code changed.
+
+    memory = engram.attach(model, config, tokenizer)   # the model now looks n-grams up
+    memory.detach()                                    # the model as it was
+
+Two kinds of hooks do it. One sits on the decoder and on the models around it: it sees the input ids of a forward pass
+and sends for their rows. The other sits on each decoder layer that owns a table, and adds what the memory says to the
+hidden state before the layer runs. Gradient checkpointing recomputes a layer's forward(), not its hooks, so nothing is
+recalled twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from engram.addressing import TokenMap
+from engram.config import EngramConfig
+from engram.integrations.decoding import follow, positions, state_of
+from engram.integrations.inputs import documents, padding, placeholder_ids
+from engram.memory import EngramMemory, MemoryCache, Recall
+
+_LAYERS = ("layers", "h", "blocks")  # what decoders call their list of layers
+_STREAMS = ("hc_mult", "hc_count")  # what configurations call the number of residual streams
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q")
+_numbers = itertools.count(1)
+
+
+def attach(
+    model: nn.Module,
+    memory: EngramConfig | EngramMemory | str | os.PathLike[str],
+    tokenizer: Any = None,
+) -> EngramMemory:
+    """Gives a decoder model of transformers an n-gram memory, and returns it. It becomes the submodule `engram` of the
+    decoder: parameters(), to(), train() and state_dict() of the model include it.
+
+    With rows of zeros, which is the default, logits are at first exactly what they were. Train rows and weights with
+    engram.build_optimizer(model), in a loop of your own or as transformers.Trainer(optimizers=(optimizer, None)).
+    Padding (attention_mask 0) and the placeholders of images and the like are no text: they are never hashed, end the
+    n-grams around them and get nothing from the memory. Position ids that start again begin a new document.
+
+    Args:
+        model: a decoder model, or one wrapped by PEFT or torch.compile. Attach after PEFT, which freezes all weights it
+            finds; on a model spread by device_map, after loading.
+        memory: configuration of a new memory, an EngramMemory, or the folder where one was saved.
+        tokenizer: of the model, or its TokenMap. Needed for a configuration, else checked against the memory's.
+
+    Raises:
+        ValueError: a model without decoder layers as this looks for them, or with a memory already; a configuration or
+        memory of another shape; another tokenizer than the memory's. Forward passes raise it where they give
+        inputs_embeds without ids, or a cache that the memory has not followed.
+        FileNotFoundError: no memory in that folder.
+    """
+    root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if root is None:
+        raise ValueError(f"{type(model).__name__} holds no PreTrainedModel of transformers")
+    if any(isinstance(m, EngramMemory) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} has a memory already: detach() it first")
+    decoder, layers = find_layers(root)
+    if hasattr(decoder, "engram"):
+        raise ValueError(f"{type(decoder).__name__} has an attribute `engram` of its own")
+    token_map = (
+        tokenizer if tokenizer is None or isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
+    )
+    size = decoder.config.hidden_size
+    streams = next((n for name in _STREAMS if (n := getattr(decoder.config, name, None))), 1)
+    if isinstance(memory, EngramConfig):
+        if token_map is None:
+            raise ValueError("a new memory needs the model's tokenizer, or its TokenMap: its rows are addressed by it")
+        memory = EngramMemory(memory, token_map, size, streams)
+    elif not isinstance(memory, EngramMemory):
+        memory = EngramMemory.load(memory, token_map=token_map)
+    if token_map is not None and token_map.digest != memory.hasher.token_map.digest:
+        raise ValueError(
+            f"the memory was made with the token map {memory.hasher.token_map.digest[:12]} "
+            f"({memory.hasher.token_map.size:,} ids), this tokenizer has {token_map.digest[:12]} "
+            f"({token_map.size:,} ids): another tokenizer or version, every row would be wrong"
+        )
+    if memory.attachment is not None:
+        raise ValueError("this memory is attached to a model already: detach() it there first")
+    if memory.config.layers[-1] >= len(layers):
+        raise ValueError(f"the memory wants layers {memory.config.layers}, the model has 0 .. {len(layers) - 1}")
+    if memory.config.inject != "residual":
+        raise ValueError(
+            f"attach() adds to the residual stream; inject={memory.config.inject!r} needs a model that knows it"
+        )
+    if (memory.streams, memory.hidden_size) != (streams, size):
+        raise ValueError(
+            f"the memory is for {memory.streams} streams x {memory.hidden_size}, the model has {streams} streams x "
+            f"{size}"
+        )
+    dtype = next(root.get_input_embeddings().parameters()).dtype
+    for layer in memory.config.layers:
+        memory.fusions[str(layer)].to(_device(layers[layer]), dtype)
+    memory.train(decoder.training)
+    memory.attachment = Attachment(model, root, decoder, layers, memory)
+    decoder.engram = memory
+    return memory
+
+
+def detach(model: nn.Module) -> EngramMemory:
+    """Takes the memory out of a model that `attach` gave one, and returns it. The model is then as it was."""
+    memory = next((m for m in model.modules() if isinstance(m, EngramMemory) and m.attachment is not None), None)
+    if memory is None:
+        raise ValueError(f"{type(model).__name__} has no attached memory")
+    memory.detach()
+    return memory
+
+
+def find_layers(root: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
+    """The decoder of a model and its list of layers.
+
+    Raises:
+        ValueError: an encoder-decoder model, or none or several lists of the expected names and length.
+    """
+    decoder = root.get_decoder()
+    found = _lists(decoder) or [pair for module in root.modules() for pair in _lists(module)]
+    if root.config.is_encoder_decoder or len(found) != 1:
+        children = ", ".join(f"{name} ({type(m).__name__})" for name, m in decoder.named_children())
+        raise ValueError(
+            f"attach() does not know the architecture of {type(root).__name__}: it looks for a decoder-only model "
+            f"whose decoder has one ModuleList named {', '.join(_LAYERS)} with config.num_hidden_layers layers, and "
+            f"found {len(found)}. {type(decoder).__name__} has: {children}"
+        )
+    return found[0]
+
+
+def _lists(module: nn.Module) -> list[tuple[PreTrainedModel, nn.ModuleList]]:
+    """Lists of as many layers as the module's configuration says, directly in it."""
+    if not isinstance(module, PreTrainedModel):
+        return []
+    lists = [m for name, m in module.named_children() if name in _LAYERS and isinstance(m, nn.ModuleList)]
+    return [(module, m) for m in lists if len(m) == getattr(module.config, "num_hidden_layers", None)]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes: accelerate says so for layers whose weights it keeps elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    stated = next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), None)
+    return next(layer.parameters()).device if stated is None else torch.device(stated)
+
+
+class Attachment:
+    """The hooks of one attached memory, and the forward pass that is under way.
+
+    Attributes:
+        recall: rows of the forward pass under way; None between passes.
+    """
+
+    def __init__(
+        self, model: nn.Module, root: PreTrainedModel, decoder: PreTrainedModel, layers: nn.ModuleList, memory: Any
+    ):
+        self.model, self.decoder, self.memory = model, decoder, memory
+        self.number = next(_numbers)  # caches remember whose state they hold, also as copies
+        self.recall: Recall | None = None
+        self.dead_ids = placeholder_ids(root.config)
+        around = [m for m in root.modules() if isinstance(m, PreTrainedModel) and decoder in m.modules()]
+        self.models = around[::-1]  # the decoder first, the outermost last
+        self.names: dict[nn.Module, tuple[str, ...]] = {
+            m: tuple(inspect.signature(m.forward).parameters) for m in self.models
+        }
+        self.given: dict[nn.Module, dict[str, Any]] = {}
+        self.handles = []
+        for m in self.models:
+            # The memory is out of the compiler's reach (threads, C, host memory): a compiled graph breaks here.
+            enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
+            self.handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
+            self.handles.append(m.register_forward_hook(leave, always_call=True))
+        for layer in memory.config.layers:
+            add = torch.compiler.disable(_Adding(self, layer))
+            self.handles.append(layers[layer].register_forward_pre_hook(add, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        del self.decoder.engram
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self.names:
+            raise RuntimeError(
+                f"this {type(module).__name__} is a copy of the one that the memory was attached to (DataParallel "
+                f"makes such): run one process per device"
+            )
+        given = dict(zip(self.names[module], args, strict=False)) | kwargs
+        self.given[module] = {name: given[name] for name in _READ if given.get(name) is not None}
+        if module is self.decoder:
+            self.recall = None
+            self.recall = self._recall()
+
+    def _first(self, name: str) -> Any:
+        """An argument as the innermost model that was given it has it."""
+        return next((self.given[m][name] for m in self.models if m in self.given and name in self.given[m]), None)
+
+    def _recall(self) -> Recall:
+        ids, embeds = self._first("input_ids"), self.given[self.decoder].get("inputs_embeds")
+        if ids is None:
+            raise ValueError(
+                "the memory is addressed by token ids, and this forward pass has inputs_embeds without input_ids: pass "
+                "ids, or detach() the memory"
+            )
+        ids = ids.reshape(-1, ids.shape[-1])  # as gpt2 does with multiple choice
+        batch, time = ids.shape
+        if embeds is not None and embeds.shape[:2] != ids.shape:
+            raise ValueError(
+                f"input_ids are {tuple(ids.shape)}, but the decoder gets {tuple(embeds.shape[:2])} positions"
+            )
+        cache = self._first("past_key_values")
+        state = MemoryCache() if cache is None else state_of(cache, self.number)
+        given = (self.given[m] for m in reversed(self.models) if m in self.given)
+        mask = next((g["attention_mask"] for g in given if "attention_mask" in g), None)  # before models convert it
+        dead = padding(mask, batch, time, state.length)
+        for placeholder in self.dead_ids:
+            found = ids == placeholder
+            if bool(found.any()):
+                dead = found if dead is None else dead.to(ids.device) | found
+        places = self._first("position_ids")
+        if places is None and self._first("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "a packed batch (cu_seq_lens_q) needs its position_ids: the memory finds documents by them"
+            )
+        dead = None if dead is None else dead.to(ids.device)
+        runs = documents(places, batch, time)
+        runs = None if runs is None else runs.to(ids.device)
+        return self.memory.recall(ids, documents=runs, cache=state, dead=dead)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        given = self.given.pop(module, {})
+        if module is not self.decoder:
+            return
+        state, self.recall = None if self.recall is None else self.recall.cache, None
+        made = getattr(output, "past_key_values", None)
+        if made is None and isinstance(output, tuple) and len(output) > 1:
+            made = output[1]
+        # A cache that the decoder made itself for this pass: it may come back with the next token.
+        if state is not None and "past_key_values" not in given and isinstance(made, Cache):
+            if positions(made) == state.length:
+                follow(made, state, self.number)
+
+
+class _Adding:
+    """The hook of one decoder layer: hidden state + what the memory says."""
+
+    def __init__(self, attachment: Attachment, layer: int):
+        self.attachment, self.layer = attachment, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        recall, memory = self.attachment.recall, self.attachment.memory
+        if recall is None:
+            raise RuntimeError(
+                f"decoder layer {self.layer} runs outside a forward pass of its model, so the memory does not know the "
+                f"ids. Checkpoint layers by model.gradient_checkpointing_enable() of transformers >= 5.23"
+            )
+        hidden = args[0] if args else kwargs["hidden_states"]
+        device = next(memory.fusions[str(self.layer)].parameters()).device  # a model may span several
+        hidden = hidden.to(device)
+        side_by_side = memory.streams > 1 and hidden.dim() == 3  # [B, T, M*d], as Qwen4-Exp keeps its streams
+        streams = hidden.unflatten(-1, (memory.streams, -1)) if side_by_side else hidden
+        hidden = hidden + memory[self.layer](streams, recall).view_as(hidden).to(hidden.dtype)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

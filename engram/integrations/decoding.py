@@ -1,0 +1,92 @@
+"""Decoding state that follows a cache of transformers: what beam search, assisted decoding or a user does to the keys
+and values of a cache happens to the memory's ids and convolution inputs too.
+
+The state lives in the cache object itself, whose class is exchanged for a subclass that does to the state what it does
+to the layers. So it is copied, handed on and forgotten with the cache, and nothing has to be told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from engram.memory import MemoryCache
+
+
+class _Followed:
+    """Mixed into the class of a cache that a memory follows."""
+
+    engram: MemoryCache
+    engram_owner: int
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.engram.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.engram.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.engram.ids is not None:
+            self.engram.select(torch.arange(len(self.engram.ids)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = positions(self)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if before == self.engram.length:
+            self.engram.rewind(before - positions(self))
+
+
+_kinds: dict[type, type] = {}
+
+
+def _followed(kind: type) -> type:
+    if kind not in _kinds:
+        about = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        _kinds[kind] = type(kind.__name__, (_Followed, kind), about)
+    return _kinds[kind]
+
+
+def positions(cache: Any) -> int:
+    """Positions whose keys and values a cache holds."""
+    return int(cache.get_seq_length())
+
+
+def follow(cache: Cache, state: MemoryCache, owner: int) -> None:
+    """Makes `state`, of the attachment with the number `owner`, part of a cache that holds the same positions."""
+    if not isinstance(cache, _Followed):
+        cache.__class__ = _followed(type(cache))
+    cache.engram, cache.engram_owner = state, owner  # type: ignore[attr-defined]
+
+
+def state_of(cache: Any, owner: int) -> MemoryCache:
+    """The memory's state of a cache: a new one for an empty cache, else the one that has followed it.
+
+    Raises:
+        TypeError: no Cache of transformers. ValueError: positions that the memory has not seen, or not like this.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"past_key_values is {type(cache).__name__}: the memory follows a transformers Cache (DynamicCache, "
+            f"StaticCache, ...)"
+        )
+    past = positions(cache)
+    if past == 0:
+        follow(cache, MemoryCache(), owner)
+    state = getattr(cache, "engram", None)
+    if state is None or getattr(cache, "engram_owner", None) != owner:
+        raise ValueError(
+            f"past_key_values holds {past} positions that this memory has not seen: it was filled by another model or "
+            f"before the memory was attached. Start with an empty cache"
+        )
+    if state.length != past:
+        raise ValueError(
+            f"past_key_values holds {past} positions, the memory has seen {state.length}: the cache was changed by "
+            f"other means than its methods (crop, reorder_cache, batch_select_indices, batch_repeat_interleave, "
+            f"reset), or a forward pass broke off. Start with an empty cache"
+        )
+    return state

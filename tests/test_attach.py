@@ -1,0 +1,480 @@
+"""engram.attach: a memory in decoder models of transformers, tiny random ones of every kind."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+
+import engram
+from engram import EngramConfig, TokenMap, build_optimizer
+from tests.hf_models import CONFIGS, IMAGE, VOCAB, build, text
+
+ALL = list(CONFIGS)
+TEXT = [name for name in ALL if name != "gemma3_images"]
+ZERO = EngramConfig(layers=(0, 2), orders=(2, 3), heads=2, head_dim=8, rows_per_head=101)
+FULL = ZERO.replace(table_init="normal", conv_init="uniform")  # rows and convolution that say something from the start
+IDENTITY = TokenMap.identity(VOCAB)
+
+
+def attached(name: str, config: EngramConfig = FULL) -> tuple[hf.PreTrainedModel, engram.EngramMemory]:
+    model = build(name)
+    torch.manual_seed(1)
+    return model, engram.attach(model, config, IDENTITY)
+
+
+def loss_of(model, ids, **more):
+    return model(input_ids=ids, labels=ids, **more).loss
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_with_zero_rows_step_0_logits_are_those_of_the_model_alone(name):
+    plain = build(name)(text()).logits
+    assert torch.equal(attached(name, ZERO)[0](text()).logits, plain)
+    assert not torch.equal(attached(name)[0](text()).logits, plain)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_memory_alone_learns_a_text_by_heart(name):
+    model, memory = attached(name, ZERO)
+    model.train().requires_grad_(False)
+    memory.requires_grad_(True)
+    optimizer = build_optimizer(model, lr=0.01, table_lr=0.1)
+    ids, losses = text(), []
+    more = {"token_type_ids": torch.zeros_like(ids)} if name == "gemma3_images" else {}
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = loss_of(model, ids, **more)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.25
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(name):
+    model, _ = attached(name)
+    ids = text(time=24)
+    full = model(ids).logits
+    cache, steps = hf.DynamicCache(config=model.config), []
+    for piece in ids.split([5, 1, 1, 9, 1, 7], dim=1):
+        steps.append(model(piece, past_key_values=cache).logits)
+    close(torch.cat(steps, dim=1), full)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_cache_that_the_model_made_itself_goes_on(name):
+    model, _ = attached(name)
+    ids = text()
+    full = model(ids, use_cache=False).logits
+    out = model(ids[:, :7], use_cache=True)
+    close(model(ids[:, 7:], past_key_values=out.past_key_values).logits, full[:, 7:])
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_left_padding_equals_no_padding(name):
+    model, memory = attached(name)
+    ids, pad = text(), 5
+    seen = []
+    recall = memory.recall
+    memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
+    alone = model(ids).logits
+    padded = torch.cat([torch.full((2, pad), 9), ids], dim=1)  # 9 is an ordinary token: only the mask says padding
+    mask = torch.ones_like(padded).index_fill(1, torch.arange(pad), 0)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(padded, attention_mask=mask, position_ids=places).logits[:, pad:]
+    for layer in FULL.layers:
+        assert torch.equal(seen[1].row_ids[layer][:, pad:], seen[0].row_ids[layer])
+    if name != "deepseek_v4":  # which by itself counts padding in the blocks that it compresses
+        close(logits, alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
+def test_padding_gets_nothing_and_moves_no_row(name):
+    model, memory = attached(name)
+    model.train()
+    hidden = torch.randn(2, 12, 4, 32) if memory.streams == 4 else torch.randn(2, 12, 32)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :4] = False
+    recall = memory.recall(text(), dead=~mask)
+    update = memory[0](hidden, recall)
+    assert not update[0, :4].any() and update[0, 4:].any()
+    loss_of(model, text(), attention_mask=mask.long()).backward()
+    [(rows, gradient)] = memory.gradients[0]
+    assert torch.equal(rows, recall.row_ids[0][mask]) and gradient.shape == (20, 4, 8)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "deepseek_v4"])
+def test_generate_with_a_cache_equals_generate_without(name):
+    model, _ = attached(name)
+    kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids = text(time=6)
+    assert torch.equal(model.generate(ids, use_cache=True, **kwargs), model.generate(ids, use_cache=False, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
+def test_beam_search_reorders_what_the_memory_remembers(name):
+    model, _ = attached(name)
+    kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4, "do_sample": False}
+    kwargs |= {"output_scores": True, "return_dict_in_generate": True}
+    ids = text(time=6)
+    cached, whole = (model.generate(ids, use_cache=use, **kwargs) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    close(cached.sequences_scores, whole.sequences_scores)
+    assert not torch.equal(cached.beam_indices[:, :8], cached.beam_indices[:, :1].expand(-1, 8))  # beams did change
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])  # full, both and only sliding attention
+def test_a_static_cache_and_left_padding_generate_what_each_text_generates_alone(name):
+    model, memory = attached(name)
+    seen, recall = [], memory.recall
+    memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
+    kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    short, long = text(1, 5, seed=3), text(1, 9, seed=4)
+    padded = torch.cat([torch.nn.functional.pad(short, (4, 0), value=9), long])
+    mask = (torch.arange(9) >= torch.tensor([[4], [0]])).long()
+    for implementation in ("dynamic", "static"):
+        seen.clear()
+        both = model.generate(padded, attention_mask=mask, cache_implementation=implementation, **kwargs)
+        assert torch.equal(seen[0].dead, mask == 0) and all(step.dead is None for step in seen[1:])
+        assert torch.equal(both[:1, 9:], model.generate(short, **kwargs)[:, 5:]), implementation
+        assert torch.equal(both[1:, 9:], model.generate(long, **kwargs)[:, 9:]), implementation
+
+
+def test_rejected_drafts_of_assisted_decoding_leave_no_trace():
+    model, _ = attached("llama")
+    ids = text(1, 4).repeat(1, 4)  # a text that repeats itself, so that looking drafts up in the prompt finds some
+    kwargs = {"max_new_tokens": 12, "do_sample": False}
+    crops = []
+    original = hf.DynamicCache.crop
+    hf.DynamicCache.crop = lambda self, n: crops.append(n) or original(self, n)
+    try:
+        drafted = model.generate(ids, prompt_lookup_num_tokens=3, **kwargs)
+    finally:
+        hf.DynamicCache.crop = original
+    assert torch.equal(drafted, model.generate(ids, **kwargs)) and min(crops) < 0
+
+
+@torch.no_grad()
+def test_a_cache_can_be_copied_repeated_selected_and_cleared():
+    model, _ = attached("llama")
+    ids = text(time=10)
+    full = model(ids).logits
+    cache = hf.DynamicCache(config=model.config)
+    model(ids[:, :6], past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    twin.batch_repeat_interleave(2)
+    twin.batch_select_indices(torch.tensor([3, 0]))
+    close(model(ids[[1, 0], 6:], past_key_values=twin).logits, full[[1, 0], 6:])
+    close(model(ids[:, 6:], past_key_values=cache).logits, full[:, 6:])
+    cache.crop(-4)
+    close(model(ids[:, 6:], past_key_values=cache).logits, full[:, 6:])
+    cache.reset()
+    close(model(ids, past_key_values=cache).logits, full)
+
+
+@torch.no_grad()
+def test_a_cache_that_the_memory_has_not_followed_is_refused():
+    model, ids = build("llama"), text()
+    before = model(ids, use_cache=True).past_key_values
+    memory = engram.attach(model, FULL, IDENTITY)
+    with pytest.raises(ValueError, match="holds 12 positions that this memory has not seen"):
+        model(ids, past_key_values=before)
+    changed = model(ids, use_cache=True).past_key_values
+    for layer in changed.layers:
+        layer.crop(-2)
+    with pytest.raises(ValueError, match="holds 10 positions, the memory has seen 12"):
+        model(ids, past_key_values=changed)
+    followed = model(ids, use_cache=True).past_key_values
+    memory.detach()
+    engram.attach(model, FULL, IDENTITY)
+    with pytest.raises(ValueError, match="holds 12 positions that this memory has not seen"):
+        model(ids, past_key_values=followed)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+@torch.no_grad()
+def test_packed_documents_are_read_as_each_alone(name):
+    model, _ = attached(name)
+    ids = text(time=20)
+    places = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
+    packed = model(ids, position_ids=places, use_cache=False).logits
+    close(packed[:, :8], model(ids[:, :8]).logits)
+    close(packed[:, 8:], model(ids[:, 8:]).logits)
+
+
+def test_detach_gives_the_untouched_model_back():
+    model = build("gemma3_images")
+    before, ids = set(model.state_dict()), text()
+    plain = model(ids).logits
+    memory = engram.attach(model, FULL, IDENTITY)
+    assert set(model.state_dict()) > before
+    assert memory.detach() is model
+    assert not any(m._forward_pre_hooks or m._forward_hooks or m._forward_hooks_always_called for m in model.modules())
+    assert not any(hasattr(m, "engram") for m in model.modules())
+    assert set(model.state_dict()) == before and torch.equal(model(ids).logits, plain)
+    with pytest.raises(ValueError, match="not attached"):
+        memory.detach()
+    assert engram.attach(model, memory) is memory and engram.detach(model) is memory
+    with pytest.raises(ValueError, match="no attached memory"):
+        engram.detach(model)
+
+
+def test_a_saved_memory_comes_back_as_an_adapter(tmp_path):
+    model, memory = attached("llama")
+    logits = model(text()).logits
+    memory.save(tmp_path / "adapter")
+    other = build("llama")
+    engram.attach(other, tmp_path / "adapter", IDENTITY)
+    assert torch.equal(other(text()).logits, logits)
+    with pytest.raises(ValueError, match="another tokenizer or version"):
+        engram.attach(build("llama"), tmp_path / "adapter", TokenMap.identity(VOCAB + 1))
+    with pytest.raises(ValueError, match="another tokenizer or version"):
+        memory.detach()
+        engram.attach(model, memory, TokenMap.identity(VOCAB + 1))
+
+
+def test_a_model_saved_with_its_memory_comes_back_whole(tmp_path):
+    model, memory = attached("mixtral")
+    memory.tables[0].write(torch.tensor([7]), torch.full((1, 8), 3.0))
+    model.save_pretrained(tmp_path / "model")
+    memory.save(tmp_path / "model" / "engram")
+    other = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    engram.attach(other, tmp_path / "model" / "engram", IDENTITY)
+    assert torch.equal(other(text()).logits, model(text()).logits)
+    third = build("mixtral")
+    engram.attach(third, FULL, IDENTITY)
+    third.load_state_dict(model.state_dict())
+    assert torch.equal(third(text()).logits, model(text()).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "deepseek_v4"])
+def test_gradient_checkpointing_changes_no_gradient(name, reentrant):
+    results = []
+    for checkpointed in (False, True):
+        model, memory = attached(name)
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(2)  # of the dropout
+        loss_of(model, text()).backward()
+        assert all(len(pending) == 1 for pending in memory.gradients.values())
+        rows = [pending[0][1] for pending in memory.gradients.values()]
+        results.append(rows + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v4", "gemma3_images"])
+def test_a_bfloat16_model_keeps_its_dtype(name):
+    model = build(name).to(torch.bfloat16)
+    plain = model(text()).logits
+    memory = engram.attach(model, ZERO, IDENTITY)
+    assert {p.dtype for p in memory.parameters()} == {torch.bfloat16}
+    assert torch.equal(model(text()).logits, plain) and plain.dtype == torch.bfloat16
+    full, _ = attached(name)
+    logits = full(text()).logits
+    assert (full.to(torch.bfloat16)(text()).logits.float() - logits).abs().max() < 0.1
+
+
+def test_a_compiled_model_gives_the_same_logits_and_row_gradients():
+    model, memory = attached("llama")
+    model.train()
+    compiled = torch.compile(model, backend="eager")
+    results = []
+    for m in (model, compiled):
+        for ids in (text(), text(seed=5)):  # the second batch must not be read with the ids of the first
+            out = m(input_ids=ids, labels=ids)
+            out.loss.backward()
+            [(rows, gradient)] = memory.gradients[2]
+            results.append((out.logits, rows, gradient))
+            memory.gradients[0].clear(), memory.gradients[2].clear()
+    for eager, fast in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(eager, fast, strict=True):
+            close(a, b)
+
+
+def test_layers_that_accelerate_keeps_on_disk_get_their_memory(tmp_path):
+    from accelerate import disk_offload
+
+    plain = attached("llama")[0](text()).logits
+    model = build("llama")
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    torch.manual_seed(1)
+    engram.attach(model, FULL, IDENTITY)
+    close(model(text()).logits, plain)
+
+
+@pytest.mark.parametrize("first", ["lora", "memory"])
+def test_lora_and_the_memory_train_together(first):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = build("llama")
+    if first == "lora":
+        model = get_peft_model(model, lora)
+        memory = engram.attach(model, ZERO, IDENTITY)
+    else:
+        memory = engram.attach(model, ZERO, IDENTITY)
+        model = get_peft_model(model, lora)  # freezes all it finds
+        memory.requires_grad_(True)
+    model.train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(model, lr=0.01, table_lr=0.1)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = loss_of(model, text())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert losses[-1] < losses[0] - 0.1 and optimizer.touched
+    assert any("lora" in n for n in moved) and any("engram" in n for n in moved)
+    assert all("lora" in n or "engram" in n for n in moved)
+
+
+def test_the_trainer_trains_saves_and_resumes_the_memory(tmp_path):
+    def train(resume: bool) -> tuple[hf.Trainer, engram.EngramMemory]:
+        model, memory = attached("llama", ZERO)
+        optimizer = build_optimizer(model, lr=0.003, table_lr=0.05)
+        data = [{"input_ids": row, "labels": row} for row in text(16)]
+        arguments = hf.TrainingArguments(
+            str(tmp_path), max_steps=6, save_steps=3, logging_steps=3, per_device_train_batch_size=4, use_cpu=True,
+            report_to=[], disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        trainer = hf.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        return trainer, memory
+
+    trainer, memory = train(resume=False)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[1] < losses[0] and memory.tables[0].tensor.any()
+    _, resumed = train(resume=True)
+    for layer in ZERO.layers:
+        assert torch.equal(resumed.tables[layer].tensor, memory.tables[layer].tensor)
+
+
+@torch.no_grad()
+def test_image_positions_are_never_hashed_and_get_nothing():
+    model, memory = attached("gemma3_images")
+    ids = text(1, 14)
+    ids[:, 4:8] = IMAGE
+    pixels, kinds = torch.randn(1, 3, 16, 16), (ids == IMAGE).long()
+    seen, updates = [], []
+    recall, fusion = memory.recall, memory.fusions["2"]
+    memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
+    fusion.register_forward_hook(lambda module, args, out: updates.append(out[0]))
+    full = model(ids, pixel_values=pixels, token_type_ids=kinds).logits
+    assert not updates[0][:, 4:8].any() and updates[0][:, 8:].any(dim=-1).all()
+    for part in (slice(0, 4), slice(8, 14)):  # as if each piece of text stood alone
+        assert torch.equal(seen[0].row_ids[2][:, part], recall(ids[:, part]).row_ids[2])
+    out = model(ids[:, :9], pixel_values=pixels, token_type_ids=kinds[:, :9], use_cache=True)
+    close(model(ids[:, 9:], past_key_values=out.past_key_values).logits, full[:, 9:])
+
+
+def test_the_hooks_read_positional_arguments_as_well():
+    model, _ = attached("llama")
+    mask = torch.ones(2, 12, dtype=torch.long).index_fill(1, torch.arange(3), 0)
+    assert torch.equal(model(text(), mask).logits, model(input_ids=text(), attention_mask=mask).logits)
+    assert not torch.equal(model(text(), mask).logits, model(text()).logits)
+
+
+def test_embeddings_without_ids_are_refused_and_ids_pass_again():
+    model, _ = attached("llama")
+    logits = model(text()).logits
+    with pytest.raises(ValueError, match="inputs_embeds without input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(text()))
+    assert torch.equal(model(text()).logits, logits)
+
+
+def test_a_forward_pass_that_broke_off_leaves_no_ids_behind():
+    model, _ = attached("llama")
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(text())
+    handle.remove()
+    with pytest.raises(ValueError, match="inputs_embeds without input_ids"):
+        model.model(inputs_embeds=model.get_input_embeddings()(text()))
+
+
+def test_a_model_in_eval_mode_gets_a_memory_in_eval_mode():
+    model, memory = attached("llama")
+    loss_of(model, text()).backward()
+    assert not memory.training and not any(memory.gradients.values())
+    assert model.train() and memory.training
+
+
+def test_a_copy_of_the_model_is_refused():
+    model, _ = attached("llama")
+    with pytest.raises(RuntimeError, match="this LlamaModel is a copy"):
+        copy.copy(model.model)(text())
+
+
+def test_a_packed_batch_without_position_ids_is_refused():
+    model, _ = attached("llama")
+    with pytest.raises(ValueError, match="needs its position_ids"):
+        model(text(1), cu_seq_lens_q=torch.tensor([0, 5, 12]))
+
+
+def test_an_unknown_architecture_is_named_with_what_was_looked_for():
+    t5 = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=2))
+    with pytest.raises(ValueError, match=r"architecture of T5ForConditionalGeneration.*named layers, h, blocks.*block"):
+        engram.attach(t5, ZERO, IDENTITY)
+    with pytest.raises(ValueError, match="holds no PreTrainedModel"):
+        engram.attach(torch.nn.Linear(2, 2), ZERO, IDENTITY)
+
+
+def test_attaching_what_does_not_fit_is_refused():
+    model, memory = attached("llama")
+    with pytest.raises(ValueError, match="has a memory already"):
+        engram.attach(model, ZERO, IDENTITY)
+    with pytest.raises(ValueError, match="attached to a model already"):
+        engram.attach(build("llama"), memory)
+    with pytest.raises(ValueError, match=r"model has 0 \.\. 2"):
+        engram.attach(build("llama"), ZERO.replace(layers=(3,)), IDENTITY)
+    with pytest.raises(ValueError, match="inject='values'"):
+        engram.attach(build("llama"), ZERO.replace(inject="values"), IDENTITY)
+    with pytest.raises(ValueError, match="needs the model's tokenizer"):
+        engram.attach(build("llama"), ZERO)
+    with pytest.raises(ValueError, match="1 streams x 16"):
+        engram.attach(build("llama"), engram.EngramMemory(ZERO, IDENTITY, 16))
+    with pytest.raises(ValueError, match=r"1 streams x 32.*4 streams x 32"):
+        engram.attach(build("deepseek_v4"), engram.EngramMemory(ZERO, IDENTITY, 32))
+
+
+def test_a_refused_attach_leaves_the_model_alone():
+    model = build("llama")
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match="compressed ids"):
+        engram.attach(model, ZERO.replace(compressed_vocab=7), IDENTITY)
+    assert set(model.state_dict()) == before and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_importing_engram_does_not_import_transformers():
+    code = "import sys, engram; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

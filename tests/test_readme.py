@@ -24,8 +24,9 @@ def test_the_library_example_of_the_readme_runs(capsys, tmp_path, monkeypatch):
 
 def test_the_transformers_example_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import engram
     from hf_models import build
+
+    import engram
 
     names: dict = {"engram": engram, "EngramConfig": engram.EngramConfig, "tokenizer": engram.TokenMap.identity(64)}
     names["model"] = build("llama")

@@ -32,7 +32,7 @@ class GatedRow(nn.Module):
         nn.init.normal_(self.up.weight, std=std)
 
     def forward(
-        self, rows_BTE: Tensor, hidden: Tensor, documents: Tensor | None = None, history: Tensor | None = None
+        self, rows_BTE: Tensor, hidden: Tensor, documents: Any = None, history: Any = None, dead: Any = None
     ) -> tuple[Tensor, None]:
         gate = F.gelu(self.gate(self.norm(hidden)), approximate="tanh")
         return self.up(gate * rows_BTE.to(gate.dtype)), None

@@ -25,7 +25,7 @@ class Added(nn.Module):
     """A fusion that is none: the rows are what is added."""
 
     def forward(
-        self, rows_BTE: Tensor, hidden: Tensor, documents: Tensor | None = None, history: Tensor | None = None
+        self, rows_BTE: Tensor, hidden: Tensor, documents: Any = None, history: Any = None, dead: Any = None
     ) -> tuple[Tensor, None]:
         return rows_BTE.to(hidden.dtype), None
 

@@ -11,6 +11,8 @@ the projection and no term from the token embedding, so that rows of zero leave 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 

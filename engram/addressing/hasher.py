@@ -98,8 +98,9 @@ class NgramHasher:
             eos=layout.boundary == "eos",
             **{name: array.ctypes.data for name, array in self._plan_arrays.items()},
         )
-        # Waking another core takes about 50 us, longer than hashing fewer than this many row ids.
-        self._smallest = max(1, 2**18 // self._moduli.size)
+        # Row ids a piece, below which one core alone is as fast or faster: half a millisecond of work, most of it
+        # memory, against 50 us and more to wake another core (paper_notes/decisions.md).
+        self._smallest = max(1, 2**20 // self._moduli.size)
 
     def __call__(
         self, ids: Ids, lookback: Ids | None = None, documents: Ids | None = None, out: Ids | None = None

@@ -194,7 +194,7 @@ def tables(lines: list[Line]) -> str:
             size = f"{line['bytes'] / 1e9:.2f}{mark}"
             text.append(f"| 2^{line['log2_rows_per_head']} | {size} | {line['value']:.0f} | {line['ratio']:.2f} |")
         text += ["", "\\* more than half of memory: only the rows that the text reads were ever written."]
-    for kind, unit in (("disk", "training step"), ("serve", f"chunk of {TIME} tokens")):
+    for kind, unit in (("disk", "training step"), ("serve", "prefill chunk")):
         if found := [line for line in lines if line["kind"] == kind]:
             one = found[0]
             text += [

@@ -166,21 +166,26 @@ def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live
     rows.grad = None
 
 
-def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
-    """Where the rows of this configuration lie, for the tokenizer of this token map."""
+def build_layout(config: EngramConfig, compressed_vocab: int, pad_id: int) -> HashLayout:
+    """Where the rows of this configuration lie. pad_id: compressed id that stands before the start of a text."""
     return HashLayout.build(
-        compressed_vocab=token_map.size,
+        compressed_vocab=compressed_vocab,
         layers=config.layers,
         orders=config.orders,
         heads=config.heads,
         rows_per_head=config.rows_per_head,
-        pad_id=int(token_map.table[config.pad_id]),
+        pad_id=pad_id,
         seed=config.seed,
         family=config.hash,
         boundary=config.boundary,
         generator=config.generator,
         row_multiple=config.row_multiple,
     )
+
+
+def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
+    """Where the rows of this configuration lie, for the tokenizer of this token map."""
+    return build_layout(config, token_map.size, int(token_map.table[config.pad_id]))
 
 
 def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mode: str = "r+") -> HostTable:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engram.addressing import HashLayout
 from engram.config import EngramConfig
+from engram.memory import build_layout
 from engram.tables.codecs import get_codec
 
 DIALECTS = ("demo", "deepseek-v4.1", "qwen")
@@ -216,20 +217,7 @@ def layout_of(config: EngramConfig, pad_id: int = 0) -> HashLayout:
 
     pad_id: compressed id that stands before the start of a text; give it where the layout is used for addresses.
     """
-    vocab = config.compressed_vocab or 2**31 - 1
-    return HashLayout.build(
-        vocab,
-        config.layers,
-        config.orders,
-        config.heads,
-        config.rows_per_head,
-        pad_id,
-        config.seed,
-        config.hash,
-        config.boundary,
-        config.generator,
-        config.row_multiple,
-    )
+    return build_layout(config, config.compressed_vocab or 2**31 - 1, pad_id)
 
 
 def table_sizes(config: EngramConfig, codec: str | None = None) -> dict[int, tuple[int, int]]:

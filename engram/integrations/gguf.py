@@ -7,17 +7,14 @@ Types: F32 and BF16. ggml has no e4m3 with a scale per 32 values, so such rows b
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from torch import Tensor
 
-from engram.integrations.tensors import Stored
+from engram.integrations.tensors import Stored, Streamed
 
 ALIGNMENT = 32
 _TYPES = {"F32": 0, "BF16": 30}  # ggml's numbers
@@ -36,7 +33,7 @@ def _value(value: int | str) -> bytes:
     return struct.pack("<IQ", _UINT64, value)
 
 
-class GgufWriter:
+class GgufWriter(Streamed):
     """A GGUF file whose tensors [rows, columns] are filled in order, with a digest over each.
 
     Args:
@@ -58,31 +55,11 @@ class GgufWriter:
             size = (4 if dtype == "F32" else 2) * int(torch.Size(shape).numel())
             at += size + -size % ALIGNMENT
         head += bytes(-len(head) % ALIGNMENT)
-        self._file = open(path, "wb", buffering=0)
-        self._file.write(head)
-        self._file.truncate(len(head) + at)
-        self.stored = {}
+        stored = {}
         for name, (dtype, shape) in specs.items():
             size = (4 if dtype == "F32" else 2) * int(torch.Size(shape).numel())
-            self.stored[name] = Stored(name, path, dtype, shape, len(head) + offsets[name], size)
-        self.digests = {name: xxhash.xxh3_128() for name in specs}
-        self._written = dict.fromkeys(specs, 0)
-
-    def append(self, name: str, rows: Tensor) -> None:
-        """The next rows of a tensor."""
-        data = rows.contiguous().flatten().view(torch.uint8).numpy()
-        self.digests[name].update(data.data)
-        done, start = 0, self.stored[name].offset + self._written[name]
-        while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
-        self._written[name] += len(data)
-
-    def close(self) -> None:
-        for name, stored in self.stored.items():
-            if self._written[name] != stored.nbytes:
-                raise ValueError(f"{self._written[name]:,} of {stored.nbytes:,} bytes of {name} written")
-        os.fsync(self._file.fileno())
-        self._file.close()
+            stored[name] = Stored(name, path, dtype, shape, len(head) + offsets[name], size)
+        super().__init__(path, head, at, stored)
 
 
 class _Reader:

@@ -144,7 +144,7 @@ def write_safetensors(
 
 def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step: Step) -> None:
     """Our folder. The memory that is saved lives on the meta device; its rows are streamed into their files."""
-    from engram.memory import EngramMemory
+    from engram.memory import EngramMemory, new_table
     from engram.saved import save_memory
     from engram.tables import EncodedTable, HostTable
 
@@ -158,13 +158,8 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
     tables: dict[int, HostTable] = {}
     with torch.device("meta"):
         for layer, rows in source.layout.rows.items():
-            seed = config.seed * 1_000_003 + layer  # as memory.new_table
-            dtype = getattr(torch, config.table_dtype)
-            tables[layer] = (
-                EncodedTable(rows, config.head_dim, "fp8")
-                if form == "fp8"
-                else HostTable(rows, config.head_dim, dtype, std=config.table_std, seed=seed)
-            )
+            fp8 = form == "fp8"
+            tables[layer] = EncodedTable(rows, config.head_dim, "fp8") if fp8 else new_table(config, layer, rows)
         memory = EngramMemory(config, source.token_map, source.hidden_size, source.streams, tables=tables)
     for layer, weights in source.weights.items():
         memory.fusions[str(layer)].load_state_dict(weights, assign=True)

@@ -213,30 +213,20 @@ def _check_numbers(files: list[Path]) -> None:
                     raise ValueError(f"the shard {files[0].parent / name} is missing: there are {count} of them")
 
 
-class Writer:
-    """A safetensors file whose tensors are filled a block of rows at a time, in order, with a digest over each.
+class Streamed:
+    """A new file whose tensors are filled a block of rows at a time, in order, with a digest over each.
 
     Args:
-        specs: name -> (dtype name, shape). Use it in a `with`; `close` checks that everything was written.
+        head: what the file begins with. size: bytes behind it. stored: where each tensor lies.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]):
-        self.path, at = path, 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        sizes: dict[str, int] = {}
-        for name, (dtype, shape) in specs.items():
-            sizes[name] = DTYPES[dtype].itemsize * int(torch.Size(shape).numel())
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
-            at += sizes[name]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+    def __init__(self, path: Path, head: bytes, size: int, stored: dict[str, Stored]):
+        self.path, self.stored = path, stored
         self._file = open(path, "wb", buffering=0)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(8 + len(text) + at)
-        starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
-        self.stored = {n: Stored(n, path, *specs[n], starts[n], sizes[n]) for n in specs}
-        self.digests = {name: xxhash.xxh3_128() for name in specs}
-        self._written = dict.fromkeys(specs, 0)
+        self._file.write(head)
+        self._file.truncate(len(head) + size)
+        self.digests = {name: xxhash.xxh3_128() for name in stored}
+        self._written = dict.fromkeys(stored, 0)
 
     def append(self, name: str, rows: Tensor) -> None:
         """The next rows of a tensor, or all of a small one."""
@@ -256,3 +246,25 @@ class Writer:
                 raise ValueError(f"{self.path}: {self._written[name]:,} of {stored.nbytes:,} bytes of {name} written")
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+class Writer(Streamed):
+    """A safetensors file whose tensors are filled a block of rows at a time, in order, with a digest over each.
+
+    Args:
+        specs: name -> (dtype name, shape). Use it in a `with`; `close` checks that everything was written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]):
+        at = 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        sizes: dict[str, int] = {}
+        for name, (dtype, shape) in specs.items():
+            sizes[name] = DTYPES[dtype].itemsize * int(torch.Size(shape).numel())
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + sizes[name]]}
+            at += sizes[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
+        head = len(text).to_bytes(8, "little") + text
+        super().__init__(path, head, at, {n: Stored(n, path, *specs[n], starts[n], sizes[n]) for n in specs})

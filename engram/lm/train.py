@@ -180,6 +180,7 @@ def train(
     evaluate_every: int = 0,
     on_step: Callable[[int, float], Any] | None = None,
     prefetch: bool = True,
+    batches: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> TrainLog:
     """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
     with the weights and rows that an undisturbed run ends with, bit for bit.
@@ -190,6 +191,8 @@ def train(
             (0: only at the end).
         evaluate: returns a held-out loss; called every evaluate_every steps (0: never) outside the timed part.
         on_step: called with (step, loss) after each step.
+        batches: step -> (ids, targets, documents), each int64 [batch_size, context]; targets of -100 count for nothing.
+            Default: Batches of `data`.
         prefetch: hash and fetch the next batch's rows during the current step. Results are the same bits either way.
 
     Raises:
@@ -197,7 +200,7 @@ def train(
         FloatingPointError: the loss is not finite any more.
     """
     tune_allocator()
-    batches = Batches(data, config.context, config.batch_size, config.seed)
+    batches = batches or Batches(data, config.context, config.batch_size, config.seed)
     optimizer = build_optimizer(
         model,
         lr=config.lr,

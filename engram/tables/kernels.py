@@ -42,6 +42,7 @@ def _load() -> ctypes.CDLL | None:
         ("group", i64, (p, i64, i64, p, i64, p, p, p, p)),
         ("rms", None, (p, p, p, i64, i64, *[f32] * 4, i32, u64)),
         ("adam", None, (p, p, p, i64, i64, *[f32] * 6, i32, u64)),
+        ("find", i64, (p, i64, p, i64, p, i64, p)),
         ("decode", None, (p, p, i64, i64, p)),
         ("decode_check", i64, (p, i64, i64)),
         ("encode", None, (p, p, p, i64, i64, i64)),
@@ -88,9 +89,3 @@ def spread(n: int, smallest: int, work: Callable[[int, int], None]) -> None:
         wait(started)
     for future in started:
         future.result()
-
-
-def pointer(array, offset: int = 0) -> ctypes.c_void_p:
-    """Address of a contiguous torch tensor or NumPy array plus `offset` bytes."""
-    base = array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data
-    return ctypes.c_void_p(base + offset)

@@ -7,7 +7,6 @@ have seen without fetching ahead.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,16 +87,14 @@ def find(touched: Tensor, query: Tensor) -> Tensor:
         return torch.isin(query, touched).nonzero().flatten()
     capacity = 1 << max(1, 2 * touched.numel() - 1).bit_length()
     slots, places = torch.full((capacity,), -1, dtype=torch.int64), torch.empty(query.numel(), dtype=torch.int64)
-    search = kernels.native.engram_find
-    search.restype = ctypes.c_int64
-    found = search(
-        kernels.pointer(touched),
-        ctypes.c_int64(touched.numel()),
-        kernels.pointer(slots),
-        ctypes.c_int64(capacity),
-        kernels.pointer(query),
-        ctypes.c_int64(query.numel()),
-        kernels.pointer(places),
+    found = kernels.native.engram_find(
+        touched.data_ptr(),
+        touched.numel(),
+        slots.data_ptr(),
+        capacity,
+        query.data_ptr(),
+        query.numel(),
+        places.data_ptr(),
     )
     return places[:found]
 

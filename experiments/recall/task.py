@@ -12,7 +12,6 @@ from vocabularies of their own, so nothing but the text in front of the bar tell
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,11 @@ import xxhash
 from torch import Tensor
 
 from engram.addressing import TokenMap
+from engram.lm import train as lm
 from engram.lm.corpus import Overlap
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
-from engram.lm.train import Batches, TrainLog, learning_rate_scale, train_step, tune_allocator
-from engram.optimizer import build_optimizer
+from engram.lm.train import Batches, TrainLog
 from experiments.config import Run
 
 KEYS, VALUES, FILLER = 64, 64, 127
@@ -104,35 +103,14 @@ def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
     task, config = Task.of(run.setting.corpus), run.setting.train
     if config.context != task.length:
         raise ValueError(f"documents of {run.setting.corpus!r} have {task.length} tokens, context is {config.context}")
-    tune_allocator()
-    optimizer = build_optimizer(
-        model,
-        lr=config.lr,
-        table_lr=config.table_lr,
-        weight_decay=config.weight_decay,
-        table_optimizer=config.table_optimizer,
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
     # The stream lacks the token after its last window, so Batches sees one document less than there are.
-    batches, log = Batches(data.train, config.context, config.batch_size, config.seed), TrainLog()
-    log.row_state_bytes = sum(rows.nbytes for rows in optimizer.row_optimizers)
-    model.train()
-    for step in range(config.steps):
-        began = time.perf_counter()
-        scale = learning_rate_scale(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = scale * group["initial_lr"]
-        ids, targets, documents = batches(step)
-        loss = float(train_step(model, optimizer, (ids, only_answers(targets, task), documents), config.clip))
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: lower lr ({config.lr}) or table_lr")
-        log.seconds += time.perf_counter() - began
-        log.tokens += ids.numel()
-        log.curve.append([log.tokens, loss])
-        if on_step is not None:
-            on_step(step + 1, loss)
-    return log
+    windows = Batches(data.train, config.context, config.batch_size, config.seed)
+
+    def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, targets, documents = windows(step)
+        return ids, only_answers(targets, task), documents
+
+    return lm.train(model, data.train, config, on_step=on_step, batches=batches)
 
 
 def only_answers(targets: Tensor, task: Task) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engram.lm.evaluate import evaluate
-from engram.lm.run import Data
+from engram.lm.run import Data, Setting
 from engram.lm.train import train
 from engram.memory import EngramMemory
 from experiments import arms
@@ -170,6 +170,27 @@ def repair(file: Path) -> int:
     return len(content) - whole
 
 
+def rekey(home: Path, experiment: str, file: Path) -> int:
+    """Gives runs from before the configuration gained a field the key that they have now, with the field's default: it
+    is what they ran with. Their side files move along. Returns how many changed."""
+    records, changed = read_results(file), 0
+    for record in records:
+        setting, options = Setting.from_json(json.dumps(record["setting"])), tuple(record["options"].items())
+        run = Run(experiment, record["arm"], setting, options, held_out=record["held_out"])
+        if run.key != record["key"]:
+            old, new = (_documents(home, experiment, key) for key in (record["key"], run.key))
+            if old.exists():
+                os.replace(old, new)
+            record |= {"key": run.key, "cell": run.cell, "setting": asdict(setting)}
+            changed += 1
+    if changed:
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        os.replace(partial, file)
+        print(f"{file}: {changed} runs from before a field was added keep their place", file=sys.stderr)
+    return changed
+
+
 def sweep(
     runs: Sequence[Run],
     home: Path = HOME,
@@ -186,9 +207,10 @@ def sweep(
         limit_minutes: after this long no new run begins. others: experiments whose finished runs are taken over.
     """
     began = time.monotonic()
-    for file in {_file(home, run.experiment, run) for run in runs}:
+    for experiment, file in {(run.experiment, _file(home, run.experiment, run)) for run in runs}:
         file.parent.mkdir(parents=True, exist_ok=True)
         repair(file)
+        rekey(home, experiment, file)
     pending = []
     for run in {(run.experiment, run.key): run for run in runs}.values():
         if not _is_done(home, run) and not _take_over(home, run, others):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,23 @@ def fake(label, seed=0, lr=3e-3, table_lr=0.03, loss=1.0, **other):
         "setting": setting,
         "loss": loss,
     } | other
+
+
+def test_runs_from_before_a_field_was_added_keep_their_place(finished, tmp_path):
+    home, runs = finished
+    shutil.copytree(home, tmp_path / "home")
+    file = tmp_path / "home" / "toy" / "results.jsonl"
+    records = read_results(file)
+    for record in records:  # as a version without the field wrote them
+        del record["setting"]["memory"]["row_multiple"]
+        documents = file.parent / "documents"
+        os.replace(documents / f"{record['key']}.npz", documents / f"old{record['key']}.npz")
+        record["key"] = record["cell"] = f"old{record['key']}"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert runner.rekey(tmp_path / "home", "toy", file) == len(runs)
+    assert read_results(file) == read_results(home / "toy" / "results.jsonl")
+    assert all((file.parent / "documents" / f"{run.key}.npz").exists() for run in runs)
+    assert runner.rekey(tmp_path / "home", "toy", file) == 0
 
 
 def test_the_key_changes_with_whatever_decides_the_outcome_and_with_nothing_else(setting):

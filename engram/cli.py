@@ -218,7 +218,7 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert; default: a few of them."
+            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert, attach; default: some."
         ),
     ] = None,
     as_json: Json = False,

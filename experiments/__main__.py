@@ -1,4 +1,4 @@
-"""python -m experiments list | run NAME | plot NAME | report [NAME]: see experiments/README.md."""
+"""python -m experiments list | run NAME | plot [NAME] | report [NAME]: see experiments/README.md."""
 
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ def list_experiments() -> None:
         print(f"{name:18} {module.SETTING}  {len(cells):3} cells, {there:3} of {len(runs):3} runs  {summary}")
 
 
+def _with_results() -> list[str]:
+    return [name for name in NAMES if read_results(HOME / name / "results.jsonl")]
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -103,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
         ("plot", "draw figure.png from the results"),
         ("report", "write the tables into README.md and paper_notes/claims.md"),
     ):
-        one = commands.add_parser(command, help=what)
-        one.add_argument("name", choices=NAMES, metavar="NAME", nargs=None if command == "plot" else "?")
+        one = commands.add_parser(command, help=f"{what}; without a NAME of all")
+        one.add_argument("name", choices=NAMES, metavar="NAME", nargs="?")
     return top
 
 
@@ -122,7 +126,8 @@ def main() -> int:
             runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus)
             return bool(sweep(runs, **how))
         elif arguments.command == "plot":
-            importlib.import_module(f"experiments.{arguments.name}.plot").draw(HOME / arguments.name)
+            for name in [arguments.name] if arguments.name else _with_results():
+                importlib.import_module(f"experiments.{name}.plot").draw(HOME / name)
         else:
             for name in [arguments.name] if arguments.name else NAMES:
                 write_tables(HOME / name, questions(name).BASELINE, hook(name, "summary"))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from engram.bench.attach import MEMORY, SHAPE, bench_attach
 from engram.bench.codecs import bench_codecs
 from engram.bench.compare import compare
 from engram.bench.disk import bench_disk
@@ -36,6 +37,13 @@ def test_disk_measures_every_arm(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     check(bench_disk(gigabytes=0.01, rows_per_gather=256, rounds=1), "prefetch + gather")
     assert not any(tmp_path.iterdir())
+
+
+def test_attach_measures_both_arms_with_the_same_weights():
+    pytest.importorskip("transformers")
+    small = {"vocab_size": 64, "hidden_size": 18, "intermediate_size": 32, "num_hidden_layers": 3}
+    memory = MEMORY.replace(layers=(1,), rows_per_head=64, head_dim=8)
+    check(bench_attach(rounds=1, shape={**SHAPE, **small}, memory=memory), "with memory")
 
 
 def test_arms_take_turns_and_what_they_need_is_made_off_the_clock():

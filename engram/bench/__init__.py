@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from engram.bench.attach import bench_attach
 from engram.bench.codecs import bench_codecs
 from engram.bench.compare import Row
 from engram.bench.convert import bench_convert
@@ -23,6 +24,7 @@ _BENCHES: dict[str, Callable[[], list[Row]]] = {
     "scale": bench_scale,
     "disk": bench_disk,
     "convert": bench_convert,
+    "attach": bench_attach,
 }
 
 
@@ -31,7 +33,7 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
 
     Args:
         names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
-            "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder).
+            "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder) and "attach" (transformers).
 
     Returns:
         {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a

@@ -678,3 +678,15 @@ def test_a_memory_reads_through_hot_rows_with_the_same_outputs(saved):
     for _ in range(3):
         ids = torch.randint(0, VOCAB, (2, 9))
         assert torch.equal(plain[1](hidden, plain.recall(ids)), cached[1](hidden, cached.recall(ids)))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 23, [23], [10, 0, 13], [5, 18]])
+def test_rows_that_come_in_parts_of_any_size_are_written_like_one_tensor(tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr("engram.tables.files.BLOCK", 100)
+    rows = torch.arange(23 * 6, dtype=torch.float32).view(23, 6)
+    rows[8:17] = 0  # a whole block of zeros at least
+    told = []
+    whole = write_rows(tmp_path / "whole", rows)
+    parts = write_rows(tmp_path / "parts", iter(rows.split(sizes)), told.append)
+    assert parts == whole and sum(told) == whole["bytes"] == rows.nbytes
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes() == rows.numpy().tobytes()

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from engram.integrations.formats import BLOCK, Recoder
 from engram.integrations.rows import Rows
 from engram.integrations.sources import open_source
-from engram.integrations.targets import write_blocks
 from engram.integrations.tensors import NAMES, Stored
 from engram.tables import EncodedTable, HostTable
-from engram.tables.files import load_manifest, manifest_digest, whole_folder
+from engram.tables.files import load_manifest, manifest_digest, whole_folder, write_rows
 
 FORMAT = "engram-offload-1"
 _SAMPLE = 256  # rows compared with their source
@@ -112,7 +111,7 @@ def _store(facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, diges
         manifest: dict[str, Any] = {"format": FORMAT, "layout_digest": digest, "tables": {}, "files": {}}
         for layer, (rows, dim, form) in facts.items():
             name = f"layer-{layer}.{form}"
-            manifest["files"][name] = write_blocks(partial / name, blocks(layer), lambda count: None)
+            manifest["files"][name] = write_rows(partial / name, blocks(layer))
             manifest["tables"][str(layer)] = {"file": name, "rows": rows, "dim": dim, "form": form}
         manifest["digest"] = manifest_digest(manifest)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -17,7 +17,7 @@ from engram.integrations.dialects import config_to_hf, fusion_to
 from engram.integrations.gguf import GgufWriter
 from engram.integrations.sources import Source
 from engram.integrations.tensors import NAMES, Stored, Writer
-from engram.tables.files import BLOCK, bad_blocks, sync
+from engram.tables.files import bad_blocks, write_rows
 
 if TYPE_CHECKING:
     from engram.integrations.formats import Recoder
@@ -166,35 +166,12 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
 
     def write(layer: int, path: Path) -> dict[str, Any]:
         recoder = recoders[layer]
-        entry = write_blocks(path, _stream(recoder, 0, recoder.rows.rows), step)
+        entry = write_rows(path, _stream(recoder, 0, recoder.rows.rows), step)
         if bad := bad_blocks(path, entry, on_bytes=step):
             raise OSError(f"{path}: block {bad[0]} does not read back as it was written")
         return entry
 
     save_memory(memory, home, rows=write)
-
-
-def write_blocks(path: Path, blocks: Iterator[Tensor], step: Step) -> dict[str, Any]:
-    """Raw rows that come in blocks of any size, synced to the disk; the manifest's entry as tables.files.write_rows."""
-    whole, block, digests, filled, size = xxhash.xxh3_128(), xxhash.xxh3_128(), [], 0, 0
-    with open(path, "wb") as file:
-        for rows in blocks:
-            data = rows.contiguous().flatten().view(torch.uint8).numpy()
-            file.write(data.data)
-            whole.update(data.data)
-            size += len(data)
-            while len(data):
-                piece = data[: BLOCK - filled]
-                block.update(piece.data)
-                filled, data = filled + len(piece), data[len(piece) :]
-                if filled == BLOCK:
-                    digests.append(block.hexdigest())
-                    block, filled = xxhash.xxh3_128(), 0
-            step(rows.nbytes)
-    if filled:
-        digests.append(block.hexdigest())
-    sync(path)
-    return {"bytes": size, "xxh3_128": whole.hexdigest(), "blocks": digests}
 
 
 def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: Step) -> None:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,26 +36,53 @@ def _bytes_of(rows: Tensor) -> np.ndarray:
     return rows.detach().flatten().view(torch.uint8).numpy()
 
 
-def write_rows(path: Path, rows: Tensor) -> dict[str, Any]:
-    """Writes a tensor's bytes, synced to the disk; all-zero blocks (rows never written) become holes.
-
-    Nobody may write the rows meanwhile. Returns the file's entry of a manifest: {"bytes", "xxh3_128", "blocks"}.
-    """
-    digest, data, blocks = xxhash.xxh3_128(), _bytes_of(rows), []
-    with open(path, "wb") as file:
+def _blocks_of(rows: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """The bytes of one tensor, or of many in turn, BLOCK at a time. Each is valid until the next is asked for."""
+    if isinstance(rows, Tensor):
+        data = _bytes_of(rows)
         for start in range(0, len(data), BLOCK):
-            block = data[start : start + BLOCK]
             readahead.will_read(data[start + BLOCK : start + 2 * BLOCK])  # of a mapped table
+            yield data[start : start + BLOCK]
+        return
+    block, filled = np.empty(BLOCK, np.uint8), 0
+    for part in rows:
+        data = _bytes_of(part.contiguous())
+        while len(data):
+            piece = data[: BLOCK - filled]
+            block[filled : filled + len(piece)] = piece
+            filled, data = filled + len(piece), data[len(piece) :]
+            if filled == BLOCK:
+                yield block
+                filled = 0
+    if filled:
+        yield block[:filled]
+
+
+def write_rows(
+    path: Path, rows: Tensor | Iterable[Tensor], on_bytes: Callable[[int], Any] | None = None
+) -> dict[str, Any]:
+    """Writes a tensor's bytes, or those of tensors that come one by one, synced to the disk; all-zero blocks (rows
+    never written) become holes.
+
+    Nobody may write the rows meanwhile. on_bytes: told how many were written, block by block. Returns the file's entry
+    of a manifest: {"bytes", "xxh3_128", "blocks"}.
+    """
+    digest, blocks, size = xxhash.xxh3_128(), [], 0
+    with open(path, "wb") as file:
+        for block in _blocks_of(rows):
             digest.update(block.data)
             blocks.append(xxhash.xxh3_128_hexdigest(block.data))
             if block.any():
                 file.write(block.data)
             else:
                 file.seek(len(block), os.SEEK_CUR)
-        file.truncate(len(data))
+            size += len(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+        file.truncate(size)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(data), "xxh3_128": digest.hexdigest(), "blocks": blocks}
+    return {"bytes": size, "xxh3_128": digest.hexdigest(), "blocks": blocks}
 
 
 def read_rows(path: Path, rows: Tensor, expected: str) -> None:

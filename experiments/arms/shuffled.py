@@ -40,7 +40,10 @@ class ShuffledMemory(EngramMemory):
         documents: Tensor | None = None,
         lookback: Tensor | None = None,
         cache: MemoryCache | None = None,
+        dead: Tensor | None = None,
     ) -> Recall:
+        if dead is not None:
+            raise ValueError("the shuffled control reads another text, in which these positions are not dead")
         if lookback is not None:
             raise ValueError("the shuffled control reads another text, to which these lookback ids do not belong")
         if self.training and ids.shape[0] > 1:

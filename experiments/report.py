@@ -25,7 +25,7 @@ class Row:
         runs: one per seed. paired: the seeds that the baseline has too.
         nats: difference in nats per token; None for the baseline, without common seeds, or where the tokenizers differ.
         bits: difference in bits per byte, which holds for any two tokenizers. Below 0, the arm is better.
-        speed: tokens per second of training over the baseline's, the median over common seeds.
+        speed: tokens per processor second of training over the baseline's, the median over common seeds.
     """
 
     label: str
@@ -87,7 +87,7 @@ def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is
     if np.array_equal(sizes["tokens"], base_sizes["tokens"]):  # the same tokenizer
         nats = paired_bootstrap(ours, theirs, sizes["tokens"])
     bits = paired_bootstrap(ours / math.log(2), theirs / math.log(2), sizes["bytes"])
-    speeds = [(a["tokens"] / a["train_seconds"]) / (b["tokens"] / b["train_seconds"]) for a, b in pairs]
+    speeds = [(a["tokens"] / a["train_cpu_seconds"]) / (b["tokens"] / b["train_cpu_seconds"]) for a, b in pairs]
     return Row(label, tuple(runs), seeds, nats, bits, float(np.median(speeds)))
 
 

@@ -58,11 +58,12 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     model = arms.build(run.arm, setting, data, **options)
     stored, looked_up = _stored(model), arms.tables(model)
     flops = forward_flops(model, data, setting.train.context)
-    own = hook(run.experiment, "train")
+    own, used = hook(run.experiment, "train"), time.process_time()
     if own is None:
         log = train(model, data.train, setting.train, on_step=on_step)
     else:
         log = own(replace(run, setting=setting), model, data, on_step)
+    used = time.process_time() - used
     weights = [p for p in model.parameters() if p.requires_grad]
     model = arms.finish(run.arm, model, setting, data, **options)
     tested = time.perf_counter()
@@ -92,6 +93,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "tokens": log.tokens,
         "text_tokens": len(data.train.ids),
         "train_seconds": log.seconds,
+        "train_cpu_seconds": used,  # of all threads; other work on the machine disturbs it less than the clock
         "evaluation_seconds": evaluated - tested,
         "total_seconds": time.perf_counter() - began,
         "threads": threads,

@@ -248,7 +248,7 @@ def test_a_text_made_ready_for_a_sweep_gives_the_same_record(setting, finished, 
     record, documents = runner.execute(runs[2])
     before = read_results(home / "toy" / "results.jsonl")[2]
     record = json.loads(json.dumps(record))
-    measured = {"train_seconds", "evaluation_seconds", "total_seconds", "peak_memory"}
+    measured = {"train_seconds", "train_cpu_seconds", "evaluation_seconds", "total_seconds", "peak_memory"}
     assert {name: record[name] for name in record.keys() - measured} == {
         name: before[name] for name in before.keys() - measured
     }
@@ -491,7 +491,7 @@ def made_up_results(home, cells, baseline):
         nats = 50 * (4 - 0.1 * (run.label != baseline) + rng.normal(0, 0.1, 20))
         record = fake(run.label, loss=float(nats.mean() / 50), cell=run.cell, group=run.group, arm=run.arm)
         record |= {"key": run.key, "setting": json.loads(run.setting.to_json()), "bpb": 1.0, "corpus": "c"}
-        record |= {"tokens": run.setting.train.tokens, "text_tokens": 10**6, "train_seconds": 1.0}
+        record |= {"tokens": run.setting.train.tokens, "text_tokens": 10**6, "train_cpu_seconds": 1.0}
         runner.append(home / "results.jsonl", record | {"vocabulary": run.setting.vocab_size})
         np.savez(home / "documents" / f"{run.key}.npz", nats=nats, tokens=tokens, bytes=3 * tokens)
     return home

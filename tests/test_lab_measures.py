@@ -439,7 +439,7 @@ def made_up(name, home, seeds=(0, 1)):
         setting = json.loads(run.setting.to_json())
         record = {"key": run.key, "cell": run.cell, "group": run.group, "label": run.label, "arm": run.arm}
         record |= {"seed": run.seed, "setting": setting, "loss": nats.mean() / 50, "bpb": 1.0, "corpus": "c"}
-        runner.append(home / "results.jsonl", record | {"measures": measures, "tokens": 1, "train_seconds": 1.0})
+        runner.append(home / "results.jsonl", record | {"measures": measures, "tokens": 1, "train_cpu_seconds": 1.0})
         arrays = {"nats": nats, "tokens": tokens, "bytes": 3 * tokens, "measured_states": rng.normal(size=(4, 30, 6))}
         np.savez(home / "documents" / f"{run.key}.npz", **arrays)
     return home

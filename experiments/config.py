@@ -34,6 +34,12 @@ SETTINGS: dict[str, Setting] = {
 }
 
 LRS, TABLE_LRS = (1.5e-3, 3e-3, 6e-3), (0.01, 0.03, 0.1)
+# Where a grid goes on when its best rate is its smallest or largest, up to WIDEST rates.
+LADDERS = {
+    "lr": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    "table_lr": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+WIDEST = 5
 
 
 @dataclass(frozen=True)
@@ -160,17 +166,32 @@ def rate_grid(
     cells: Iterable[Run], file: Path, lrs: Sequence[float] = LRS, table_lrs: Sequence[float] = TABLE_LRS
 ) -> list[Run]:
     """The tuning runs of some cells: first every lr at the cell's own table_lr, then, once those are in `file`, every
-    table_lr at the best lr. Give table_lrs=() for arms that have no table, lrs=() where lr stays as it is."""
+    table_lr at the best lr. A grid whose best rate lies at its edge goes on by one rate of LADDERS, as far as WIDEST.
+    Give table_lrs=() for arms that have no table, lrs=() where lr stays as it is."""
     done = {result["key"]: result["loss"] for result in read_results(file)}
     runs = []
     for cell in cells:
         cell = replace(cell, held_out="tune")
-        first = [_rates(cell, lr=lr) for lr in lrs] or [cell]
+        first = _grid(cell, "lr", lrs, done)
         runs += first
         if all(run.key in done for run in first):
-            best = min(first, key=lambda run: done[run.key])
-            runs += [_rates(best, table_lr=table_lr) for table_lr in table_lrs]
+            runs += _grid(min(first, key=lambda run: done[run.key]), "table_lr", table_lrs, done)
     return list({run.key: run for run in runs}.values())
+
+
+def _grid(cell: Run, rate: str, values: Sequence[float], done: dict[str, float]) -> list[Run]:
+    """The cell at each value of a rate, and at the next of the ladder while the best is at the edge; [cell] of none."""
+    while values:
+        runs = [_rates(cell, **{rate: value}) for value in values]
+        if len(values) >= WIDEST or not all(run.key in done for run in runs):
+            return runs
+        best = min(range(len(runs)), key=lambda place: done[runs[place].key])
+        step = {0: -1, len(runs) - 1: 1}.get(best, 0)
+        place = LADDERS[rate].index(values[best]) + step
+        if step == 0 or not 0 <= place < len(LADDERS[rate]):
+            return runs
+        values = sorted({*values, LADDERS[rate][place]})
+    return [cell]
 
 
 def _rates(run: Run, **rates: float) -> Run:

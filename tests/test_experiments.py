@@ -362,10 +362,20 @@ def test_the_second_rate_is_tuned_at_the_best_first_rate(setting, tmp_path):
     file, cell = tmp_path / "tune.jsonl", Run("toy", "engram", setting)
     first = rate_grid([cell], file)
     assert [run.setting.train.lr for run in first] == list(config.LRS)
-    for run, loss in zip(first, (2.0, 1.5, 1.0), strict=True):
+    for run, loss in zip(first, (2.0, 1.0, 1.5), strict=True):
         runner.append(file, fake("engram", lr=run.setting.train.lr, loss=loss) | {"key": run.key})
     second = rate_grid([cell], file)[3:]
-    assert [(r.setting.train.lr, r.setting.train.table_lr) for r in second] == [(6e-3, 0.01), (6e-3, 0.1)]
+    assert [(r.setting.train.lr, r.setting.train.table_lr) for r in second] == [(3e-3, 0.01), (3e-3, 0.1)]
+
+
+def test_a_grid_goes_on_beyond_an_edge_where_its_best_rate_lies_and_ends_somewhere(setting, tmp_path):
+    file, cell, tried = tmp_path / "tune.jsonl", Run("toy", "engram", setting), []
+    for _ in range(config.WIDEST):  # the larger the rate, the better: without an end
+        new = [run for run in rate_grid([cell], file, table_lrs=()) if run.setting.train.lr not in tried]
+        for run in new:
+            tried.append(run.setting.train.lr)
+            runner.append(file, fake("engram", lr=tried[-1], loss=1 / tried[-1]) | {"key": run.key})
+    assert tried == [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 
 
 def test_the_chosen_rates_are_those_of_the_lowest_loss(tmp_path):

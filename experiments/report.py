@@ -179,24 +179,25 @@ def _number(value: Any) -> str:
 
 
 def tuning_table(records: list[Record]) -> str:
-    """Markdown: one row per arm, one column per pair of rates, the lowest loss of each arm in bold. "" without runs."""
+    """Markdown: one row per arm, what was tried from the best on. "" without runs."""
     losses: dict[str, dict[tuple[float, float], float]] = {}
     for record in records:
         train = record["setting"]["train"]
         losses.setdefault(record["label"], {})[train["lr"], train["table_lr"]] = record["loss"]
     if not losses:
         return ""
-    grid = sorted({rates for row in losses.values() for rates in row})
     lines = [
-        "Learning rates, tuned with seed 0 on a slice of the training text (nats a token; lr / table lr):",
+        "Learning rates, tuned with seed 0 on a slice of the training text (nats a token, at lr / table lr; arms",
+        "without rows of their own have no second rate to tune):",
         "",
-        "| arm | " + " | ".join(f"{lr:g} / {table_lr:g}" for lr, table_lr in grid) + " |",
-        "|---|" + "---:|" * len(grid),
+        "| arm | best | and the others that were tried |",
+        "|---|---:|---|",
     ]
     for label, row in losses.items():
-        best = min(row.values())
-        cells = [f"**{row[r]:.4f}**" if row.get(r) == best else f"{row[r]:.4f}" if r in row else "" for r in grid]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        best, *others = (
+            f"{row[rates]:.4f} at {rates[0]:g} / {rates[1]:g}" for rates in sorted(row, key=lambda rates: row[rates])
+        )
+        lines.append(f"| {label} | **{best}** | {'; '.join(others)} |")
     edge = [label for label, row in losses.items() if _at_the_edge(row)]
     if edge:
         lines += ["", f"Best at the edge of its grid, so that more may be had there: {', '.join(edge)}."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,9 @@ Corpus = Annotated[
     str, typer.Option(help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib; or a folder or file of text.")
 ]
 Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000, 1.1M, 500k.")]
+Memory = Annotated[
+    Path | None, typer.Option(help="Memory to attach to a model of transformers: what memory.save wrote.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -165,11 +169,26 @@ def train(
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a run of `engram train`; with --tasks also a model folder.")
+    ],
     corpus: Annotated[str | None, typer.Option(help="Text to score; default: the run's own validation part.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, joined by commas, instead of a text.")] = None,
+    task_files: Annotated[Path | None, typer.Option(help="Folder with the tasks' YAML files and their data.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.")] = None,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Score a trained model: nats per token and bits per byte, document by document."""
+    """Score a trained model: nats per token and bits per byte, document by document; or tasks of lm-eval."""
+    if tasks is not None:
+        if corpus is not None:
+            raise ValueError("--corpus scores a text and --tasks scores tasks: give one of them")
+        _evaluate_tasks(folder, memory, tasks.split(","), task_files, limit, as_json)
+        return
+    if (task_files, limit, memory) != (None, None, None):
+        raise ValueError("--task-files, --limit and --memory belong to --tasks, which names what to score")
+    if not (folder / "run.json").is_file() and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a model of transformers: say with --tasks what to score it on")
     from engram.lm.corpus import load_corpus, split
     from engram.lm.evaluate import evaluate as score
     from engram.lm.run import load_run
@@ -189,6 +208,51 @@ def evaluate(
         print(json.dumps(figures))
     else:
         print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in figures.items()))
+
+
+def _evaluate_tasks(
+    folder: Path, memory: Path | None, names: list[str], task_files: Path | None, limit: int | None, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs lm-eval, which is not installed: pip install 'engram-lm[lm-eval]'")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is a number of documents, 1 or more, not {limit}")
+    from engram.lm.harness import adapter, load_tasks, run_tasks
+
+    tasks = load_tasks(names, task_files)  # before the model: a wrong name is found at once
+    report = run_tasks(adapter(*_open(folder, memory)), tasks, limit)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "memory": None if memory is None else str(memory), **report}))
+        return
+    table = Table()
+    for heading in ("task", "metric", "value", "standard error", "documents"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for row in report["results"]:
+        error = "–" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", error, f"{row['documents'] or '–'}")
+    Console().print(table)
+
+
+def _open(folder: Path, memory: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a run of `engram train`, or of a model folder of transformers with a memory attached."""
+    if (folder / "run.json").is_file():
+        if memory is not None:
+            raise ValueError(f"{folder} is a run of `engram train`, which has its own memory: leave out --memory")
+        from engram.lm.run import load_run
+
+        return load_run(folder)[:2]
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither run.json (a run of `engram train`) nor config.json (a model of transformers)"
+        )
+    if find_spec("transformers") is None:
+        raise ValueError(f"{folder} is a model of transformers, which is not installed: pip install 'engram-lm[hf]'")
+    from engram.integrations.pretrained import load_pretrained
+
+    return load_pretrained(folder, memory)
 
 
 @app.command()

@@ -28,7 +28,7 @@ Memory = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def parse_count(text: str) -> int:
+def parse_count(text: str, what: str = "token budget") -> int:
     """ "1.1M" -> 1100000. Raises ValueError for anything else than a positive number with an optional k, M or G."""
     units = {"k": 1e3, "m": 1e6, "g": 1e9}
     try:
@@ -36,7 +36,7 @@ def parse_count(text: str) -> int:
     except ValueError:
         number = 0.0
     if not 1 <= number < 1e15:
-        raise ValueError(f"a token budget is a positive number such as 1100000, 1.1M or 500k, not {text!r}")
+        raise ValueError(f"a {what} is a positive number such as 1100000, 1.1M or 500k, not {text!r}")
     return round(number)
 
 
@@ -275,6 +275,63 @@ def generate(
     tokens = min(tokens, model.config.max_length - ids.shape[1])
     out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0)
     print(tokenizer.decode(out[0].tolist()))
+
+
+@app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`, or of a model of transformers.")],
+    text: Annotated[str, typer.Argument(help="Text to look at.")],
+    memory: Memory = None,
+    losses: Annotated[
+        bool, typer.Option(help="Also switch the memory off at each token: one forward pass each.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and what that was worth."""
+    from engram.inspect.explain import explain as run
+    from engram.inspect.show import print_explanation
+
+    model, tokenizer = _open(folder, memory)
+    found = run(model, text, tokenizer, losses)
+    if as_json:
+        print(found.to_json())
+    else:
+        print_explanation(found)
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="A preset, or a config.json: a model's, a saved memory's, or an EngramConfig's.")
+    ],
+    hidden_size: Annotated[int | None, typer.Option(help="Of the model; default: what the config says.")] = None,
+    streams: Annotated[
+        int | None, typer.Option(help="Residual streams; default: what the config says, else 1.")
+    ] = None,
+    vocab: Annotated[int | None, typer.Option(help="Compressed vocabulary, where the config does not fix it.")] = None,
+    ngrams: Annotated[
+        str | None,
+        typer.Option(help="Distinct n-grams of each order, such as 50M; default: one for each row of a head."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
+    folder: Annotated[Path, typer.Option(help="Where the tables would lie: whose disk is looked at.")] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Say what a memory costs before it is made: rows, bytes, reads, optimiser state, collisions. Allocates nothing."""
+    from engram.inspect.plan import plan as run
+    from engram.inspect.plan import read_shape
+    from engram.inspect.show import print_plan
+    from engram.integrations.sources import read_config
+
+    wanted = read_config(config)
+    known, usual = read_shape(config)
+    count = None if ngrams is None else parse_count(ngrams, "number of n-grams")
+    found = run(wanted, hidden_size or known, streams or usual, vocab, count, batch, context, folder)
+    if as_json:
+        print(found.to_json())
+    else:
+        print_plan(config, found)
 
 
 @app.command()

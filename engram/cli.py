@@ -302,7 +302,8 @@ def explain(
 @app.command()
 def plan(
     config: Annotated[
-        str, typer.Argument(help="A preset, or a config.json: a model's, a saved memory's, or an EngramConfig's.")
+        str,
+        typer.Argument(help="A preset; or a model's or saved memory's folder or config.json; or an EngramConfig's."),
     ],
     hidden_size: Annotated[int | None, typer.Option(help="Of the model; default: what the config says.")] = None,
     streams: Annotated[
@@ -324,10 +325,13 @@ def plan(
     from engram.inspect.show import print_plan
     from engram.integrations.sources import read_config
 
+    if Path(config).is_dir():
+        config = f"{config}/config.json"
     wanted = read_config(config)
     known, usual = read_shape(config)
+    hidden_size, streams = known if hidden_size is None else hidden_size, usual if streams is None else streams
     count = None if ngrams is None else parse_count(ngrams, "number of n-grams")
-    found = run(wanted, hidden_size or known, streams or usual, vocab, count, batch, context, folder)
+    found = run(wanted, hidden_size, streams, vocab, count, batch, context, folder)
     if as_json:
         print(found.to_json())
     else:

@@ -200,6 +200,13 @@ def test_json_holds_all_of_it():
     assert read["tokens"][-1]["loss"] is None and len(third["layers"]["0"]["gate"]) == 1
 
 
+@pytest.mark.parametrize("time", [1, 2])
+def test_texts_shorter_than_an_n_gram_are_explained(time):
+    found = explain(own(FULL.replace(orders=(2, 4))), IDS[:time])
+    assert found.lengths.tolist() == [[1, 1], [2, 2]][:time]
+    assert np.isnan(found.loss).tolist() == np.isnan(found.loss_off).tolist() == [False, True][-time:]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_tables_fit_the_terminal_and_show_awkward_tokens(width, bytewise):
     torch.manual_seed(0)

@@ -124,6 +124,8 @@ def test_the_command_prints_json_and_a_table(monkeypatch, capsys, tmp_path):
     read = json.loads(out)
     assert code == 0 and read["rows"] == {str(layer): rows for layer, rows in plan(SMALL).rows.items()}
     assert read["collisions"][0]["ngrams"] == 2000 and read["storage"]["fp8"]["fits"] == "RAM"
+    EngramMemory(SMALL, TokenMap.identity(50), 24).save(tmp_path / "saved")
+    assert json.loads(cli(monkeypatch, capsys, tmp_path / "saved", "--json")[1])["dense"] == read["dense"]
     assert cli(monkeypatch, capsys, "demo")[1].startswith("demo: 20,692,406 rows x 64")
 
 
@@ -132,6 +134,7 @@ def test_the_command_prints_json_and_a_table(monkeypatch, capsys, tmp_path):
     [
         (["engrm"], "unknown preset 'engrm'; there are demo"),
         (["gone.json"], "there is no file gone.json"),
+        (["demo", "--hidden-size", "0"], "hidden_size must be >= 1"),
         (["demo", "--batch", "0"], "batch must be >= 1"),
         (["demo", "--ngrams", "many"], "a number of n-grams is a positive number"),
         (["demo", "--folder", "/nonexistent"], "/nonexistent"),

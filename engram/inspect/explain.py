@@ -114,9 +114,7 @@ def explain(
     """
     memory = next((m for m in model.modules() if isinstance(m, EngramMemory)), None)
     if memory is None:
-        raise ValueError(
-            f"this {type(model).__name__} has no memory to explain: build it with one, or engram.attach one"
-        )
+        raise ValueError(f"this {type(model).__name__} has no memory to explain: engram.attach one (--memory)")
     ids = _ids(text_or_ids, tokenizer, memory).to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
@@ -162,7 +160,8 @@ def window_lengths(memory: EngramMemory, ids: Tensor, recall: Recall) -> Tensor:
     longest = memory.config.orders[-1]
     alive = ~dead
     counts = [alive.long()]
-    for back in range(1, longest):
+    for step in range(1, longest):
+        back = min(step, ids.shape[1])  # a text may be shorter than an n-gram
         there = (~dead & ~ends)[:, :-back] & (runs[:, :-back] == runs[:, back:])
         alive = alive & F.pad(there, (back, 0))
         counts.append(counts[-1] + alive)

@@ -106,7 +106,9 @@ def print_plan(name: str, found: Plan, console: Console | None = None) -> None:
     for heading in ("order", "n-grams", "rows of a head", "used", "share in one", "in every head"):
         table.add_column(heading, justify="right")
     for row in found.collisions:
-        shares = (f"{100 * x:.3g}%" for x in (row.used, row.shared, row.shared_in_all))
+        shares = (
+            f"{100 * x:.1f}%" if x >= 1e-3 else f"{100 * x:.1g}%" for x in (row.used, row.shared, row.shared_in_all)
+        )
         table.add_row(str(row.order), f"{row.ngrams:,}", f"{row.rows:,.0f}", *shares)
     console.print(table)
     console.print()

@@ -5,6 +5,8 @@ from typing import Any
 from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.bench import bench
 from engram.config import EngramConfig
+from engram.inspect.explain import explain
+from engram.inspect.plan import plan
 from engram.integrations.formats import convert
 from engram.integrations.offload import offload
 from engram.lm.ablate import ablate
@@ -32,8 +34,10 @@ __all__ = [
     "convert",
     "detach",
     "evaluate",
+    "explain",
     "generate",
     "offload",
+    "plan",
     "train",
 ]
 

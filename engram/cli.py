@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +22,13 @@ Corpus = Annotated[
     str, typer.Option(help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib; or a folder or file of text.")
 ]
 Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000, 1.1M, 500k.")]
+Memory = Annotated[
+    Path | None, typer.Option(help="Memory to attach to a model of transformers: what memory.save wrote.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def parse_count(text: str) -> int:
+def parse_count(text: str, what: str = "token budget") -> int:
     """ "1.1M" -> 1100000. Raises ValueError for anything else than a positive number with an optional k, M or G."""
     units = {"k": 1e3, "m": 1e6, "g": 1e9}
     try:
@@ -32,7 +36,7 @@ def parse_count(text: str) -> int:
     except ValueError:
         number = 0.0
     if not 1 <= number < 1e15:
-        raise ValueError(f"a token budget is a positive number such as 1100000, 1.1M or 500k, not {text!r}")
+        raise ValueError(f"a {what} is a positive number such as 1100000, 1.1M or 500k, not {text!r}")
     return round(number)
 
 
@@ -165,11 +169,26 @@ def train(
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a run of `engram train`; with --tasks also a model folder.")
+    ],
     corpus: Annotated[str | None, typer.Option(help="Text to score; default: the run's own validation part.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, joined by commas, instead of a text.")] = None,
+    task_files: Annotated[Path | None, typer.Option(help="Folder with the tasks' YAML files and their data.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.")] = None,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Score a trained model: nats per token and bits per byte, document by document."""
+    """Score a trained model: nats per token and bits per byte, document by document; or tasks of lm-eval."""
+    if tasks is not None:
+        if corpus is not None:
+            raise ValueError("--corpus scores a text and --tasks scores tasks: give one of them")
+        _evaluate_tasks(folder, memory, tasks.split(","), task_files, limit, as_json)
+        return
+    if (task_files, limit, memory) != (None, None, None):
+        raise ValueError("--task-files, --limit and --memory belong to --tasks, which names what to score")
+    if not (folder / "run.json").is_file() and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a model of transformers: say with --tasks what to score it on")
     from engram.lm.corpus import load_corpus, split
     from engram.lm.evaluate import evaluate as score
     from engram.lm.run import load_run
@@ -189,6 +208,51 @@ def evaluate(
         print(json.dumps(figures))
     else:
         print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in figures.items()))
+
+
+def _evaluate_tasks(
+    folder: Path, memory: Path | None, names: list[str], task_files: Path | None, limit: int | None, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs lm-eval, which is not installed: pip install 'engram-lm[lm-eval]'")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is a number of documents, 1 or more, not {limit}")
+    from engram.lm.harness import adapter, load_tasks, run_tasks
+
+    tasks = load_tasks(names, task_files)  # before the model: a wrong name is found at once
+    report = run_tasks(adapter(*_open(folder, memory)), tasks, limit)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "memory": None if memory is None else str(memory), **report}))
+        return
+    table = Table()
+    for heading in ("task", "metric", "value", "standard error", "documents"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for row in report["results"]:
+        error = "–" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", error, f"{row['documents'] or '–'}")
+    Console().print(table)
+
+
+def _open(folder: Path, memory: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a run of `engram train`, or of a model folder of transformers with a memory attached."""
+    if (folder / "run.json").is_file():
+        if memory is not None:
+            raise ValueError(f"{folder} is a run of `engram train`, which has its own memory: leave out --memory")
+        from engram.lm.run import load_run
+
+        return load_run(folder)[:2]
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither run.json (a run of `engram train`) nor config.json (a model of transformers)"
+        )
+    if find_spec("transformers") is None:
+        raise ValueError(f"{folder} is a model of transformers, which is not installed: pip install 'engram-lm[hf]'")
+    from engram.integrations.pretrained import load_pretrained
+
+    return load_pretrained(folder, memory)
 
 
 @app.command()
@@ -211,6 +275,67 @@ def generate(
     tokens = min(tokens, model.config.max_length - ids.shape[1])
     out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0)
     print(tokenizer.decode(out[0].tolist()))
+
+
+@app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`, or of a model of transformers.")],
+    text: Annotated[str, typer.Argument(help="Text to look at.")],
+    memory: Memory = None,
+    losses: Annotated[
+        bool, typer.Option(help="Also switch the memory off at each token: one forward pass each.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and what that was worth."""
+    from engram.inspect.explain import explain as run
+    from engram.inspect.show import print_explanation
+
+    model, tokenizer = _open(folder, memory)
+    found = run(model, text, tokenizer, losses)
+    if as_json:
+        print(found.to_json())
+    else:
+        print_explanation(found)
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        str,
+        typer.Argument(help="A preset; or a model's or saved memory's folder or config.json; or an EngramConfig's."),
+    ],
+    hidden_size: Annotated[int | None, typer.Option(help="Of the model; default: what the config says.")] = None,
+    streams: Annotated[
+        int | None, typer.Option(help="Residual streams; default: what the config says, else 1.")
+    ] = None,
+    vocab: Annotated[int | None, typer.Option(help="Compressed vocabulary, where the config does not fix it.")] = None,
+    ngrams: Annotated[
+        str | None,
+        typer.Option(help="Distinct n-grams of each order, such as 50M; default: one for each row of a head."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
+    folder: Annotated[Path, typer.Option(help="Where the tables would lie: whose disk is looked at.")] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Say what a memory costs before it is made: rows, bytes, reads, optimiser state, collisions. Allocates nothing."""
+    from engram.inspect.plan import plan as run
+    from engram.inspect.plan import read_shape
+    from engram.inspect.show import print_plan
+    from engram.integrations.sources import read_config
+
+    if Path(config).is_dir():
+        config = f"{config}/config.json"
+    wanted = read_config(config)
+    known, usual = read_shape(config)
+    hidden_size, streams = known if hidden_size is None else hidden_size, usual if streams is None else streams
+    count = None if ngrams is None else parse_count(ngrams, "number of n-grams")
+    found = run(wanted, hidden_size, streams, vocab, count, batch, context, folder)
+    if as_json:
+        print(found.to_json())
+    else:
+        print_plan(config, found)
 
 
 @app.command()

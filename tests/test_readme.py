@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
+
+import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+CONSOLE = re.findall(r"```console\n(.*?)```", README, re.S)
 
 
 def test_the_library_example_of_the_readme_runs(capsys, tmp_path, monkeypatch):
@@ -33,6 +38,60 @@ def test_the_transformers_example_of_the_readme_runs(tmp_path, monkeypatch):
     exec(BLOCKS[3], names)
     again = engram.attach(build("llama"), "adapter", names["tokenizer"])
     assert again.layout.digest == names["memory"].layout.digest
+
+
+def test_explain_and_plan_say_what_the_readme_shows(capsys, monkeypatch):
+    import torch
+    from hf_models import build
+
+    import engram
+    from engram.cli import main
+
+    model = build("llama")
+    engram.attach(model, engram.EngramConfig(layers=(1,), heads=4, head_dim=32), engram.TokenMap.identity(64))
+    exec(BLOCKS[4], {"engram": engram, "model": model, "ids": torch.arange(3, 15)[None]})
+    assert "['7 8', '6 7 8']" in capsys.readouterr().out
+    _, _, after = CONSOLE[0].partition("$ engram plan")
+    arguments, *shown = after.splitlines()
+    monkeypatch.setattr(sys, "argv", ["engram", "plan", *shlex.split(arguments)])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main()
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert len(shown) == 4
+    for line in shown:
+        assert any(one.startswith(" ".join(line.split())) for one in printed), line
+
+
+def test_the_lm_eval_task_of_the_readme_runs(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'engram-lm[lm-eval]'")
+    import datasets
+    import tokenizers
+    import transformers as hf
+
+    import engram
+    from engram.cli import main
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    task, data = re.findall(r"# (\S+); its data is (\S+):", block)[0]
+    Path(task).parent.mkdir()
+    Path(task).write_text(block)
+    Path(data).write_text(block[block.index("{") : block.index("\n")])
+    letters = {letter: i for i, letter in enumerate(map(chr, range(32, 127)))}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="~")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=95, max_position_embeddings=64, **shape))
+    model.save_pretrained("models/llama")
+    tokenizer.save_pretrained("models/llama")
+    engram.attach(model, engram.EngramConfig(layers=(1,), heads=2, head_dim=8), tokenizer).save("adapter")
+    monkeypatch.setattr(sys, "argv", shlex.split(CONSOLE[1].splitlines()[1].removeprefix("$ ")))
+    with pytest.raises(SystemExit) as end:
+        main()
+    report = json.loads(capsys.readouterr().out)
+    assert not end.value.code and [row["metric"] for row in report["results"]] == ["acc", "acc_norm"]
 
 
 def test_the_readme_names_no_file_that_is_not_there():

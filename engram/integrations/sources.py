@@ -85,8 +85,13 @@ def open_source(
 def read_config(name: str) -> EngramConfig:
     """A preset by name, or a published config.json by path, or an EngramConfig's own JSON."""
     if not Path(name).is_file():
+        if "/" in name or name.endswith(".json"):
+            raise FileNotFoundError(f"there is no file {name}, and no preset of that name")
         return EngramConfig.preset(name)
-    fields = json.loads(Path(name).read_text())
+    try:
+        fields = json.loads(Path(name).read_text())
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from error
     fields = fields.get("config", fields)  # of a saved memory
     return EngramConfig.from_json(json.dumps(fields)) if "rows_per_head" in fields else config_from_hf(fields)
 

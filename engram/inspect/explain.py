@@ -1,0 +1,267 @@
+"""explain: which rows the memory read at each token of a text, how far its gate opened, and what that was worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram.lm.tokenizer import END_OF_TEXT_ID
+from engram.memory import EngramMemory, Recall
+
+_TOKENS_AT_ONCE = 4096  # of the passes with the memory off at one position
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """What one layer's memory did (T tokens, N orders, K heads, M residual streams; 1 where there are no streams).
+
+    Attributes:
+        rows: int64 [T, N, K], row ids in the layer's table. rows_in_head: the same, counted from each head's first row.
+        gate: float32 [T, M] in (0, 1); 0 at dead positions, 1 with gate="none".
+        added: float32 [T, M], norm of what the memory added. hidden: float32 [T, M], norm of what it was added to (with
+            inject="values" it is added to the attention values, and `hidden` is still the hidden state).
+    """
+
+    rows: np.ndarray
+    rows_in_head: np.ndarray
+    gate: np.ndarray
+    added: np.ndarray
+    hidden: np.ndarray
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found, for T tokens and N orders.
+
+    Attributes:
+        ids: token ids. tokens: their text, or the ids as text where no tokenizer was given.
+        compressed: what the hash sees of each id (token map): two n-grams equal in these read the same rows.
+        orders: n-gram lengths. dead: bool [T], True at positions that are no text.
+        lengths: int64 [T, N], how many tokens of each n-gram are text: fewer than the order where it was cut at the
+            start of the text, at another document, at an end-of-sequence or dead token; 0 at dead positions.
+        ngrams: [T][N] the n-gram's text.
+        loss: float32 [T], nats of the token after each position; NaN at the last.
+        loss_off: the same with nothing added at that one position, in no layer; None where it was not asked for. The
+            model was trained with its memory and leans on it, so the difference overstates what a memory is worth.
+        layers: {layer: LayerExplanation}.
+    """
+
+    ids: list[int]
+    tokens: list[str]
+    compressed: list[int]
+    orders: tuple[int, ...]
+    dead: np.ndarray
+    lengths: np.ndarray
+    ngrams: list[list[str]]
+    loss: np.ndarray
+    loss_off: np.ndarray | None
+    layers: dict[int, LayerExplanation]
+
+    def to_json(self) -> str:
+        """{"orders", "tokens": one object for each token, with its layers in it}. A loss that is not known is null."""
+        return json.dumps({"orders": self.orders, "tokens": [self._token(t) for t in range(len(self.ids))]})
+
+    def _token(self, t: int) -> dict[str, Any]:
+        layers = {}
+        for layer, found in self.layers.items():
+            parts = {name: getattr(found, name)[t].tolist() for name in ("rows", "rows_in_head")}
+            parts |= {name: [float(x) for x in getattr(found, name)[t]] for name in ("gate", "added", "hidden")}
+            layers[str(layer)] = parts
+        return {
+            "id": self.ids[t],
+            "token": self.tokens[t],
+            "compressed": self.compressed[t],
+            "dead": bool(self.dead[t]),
+            "ngrams": self.ngrams[t],
+            "lengths": self.lengths[t].tolist(),
+            "loss": _known(self.loss[t]),
+            "loss_off": None if self.loss_off is None else _known(self.loss_off[t]),
+            "layers": layers,
+        }
+
+
+@dataclass
+class _Seen:
+    """What the hooks of one forward pass saw."""
+
+    recall: Recall | None = None
+    layers: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # gate, added, hidden
+
+
+@torch.no_grad()
+def explain(
+    model: nn.Module, text_or_ids: str | Sequence[int] | Tensor, tokenizer: Any = None, losses: bool = True
+) -> Explanation:
+    """Looks at one text through the memory of a Transformer, or of a model of transformers with an attached memory.
+
+    Args:
+        model: left as it was. text_or_ids: a text, which needs the tokenizer, or ids [T]. A text gets the special
+            tokens that the model's texts begin with: <|endoftext|> for a Transformer, the tokenizer's own for others.
+        tokenizer: tokenizers.Tokenizer or one of transformers; also names the n-grams.
+        losses: also find the loss with the memory off at each position, which takes a forward pass for each.
+
+    Raises:
+        ValueError: a model without memory or without logits, a text without tokenizer, no token, several sequences.
+        IndexError: an id outside the vocabulary.
+    """
+    memory = next((m for m in model.modules() if isinstance(m, EngramMemory)), None)
+    if memory is None:
+        raise ValueError(f"this {type(model).__name__} has no memory to explain: engram.attach one (--memory)")
+    ids = _ids(text_or_ids, tokenizer, memory).to(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    try:
+        with _watching(memory, _Seen()) as seen:
+            loss = _losses(_logits(model, memory, ids, seen), ids)[0]
+        off = _off(model, memory, ids) if losses else None
+    finally:
+        model.train(was_training)
+    assert seen.recall is not None
+    lengths = window_lengths(memory, ids.cpu(), seen.recall)[0]
+    listed = ids[0].tolist()
+    layers = {}
+    for layer, (gate, added, hidden) in seen.layers.items():
+        rows = seen.recall.row_ids[layer][0].numpy()
+        shape = (len(listed), len(memory.config.orders), memory.config.heads)
+        layers[layer] = LayerExplanation(
+            rows.reshape(shape),
+            (rows - np.array(memory.layout.offsets[layer])).reshape(shape),
+            *(x[0].float().cpu().numpy() for x in (gate, added, hidden)),
+        )
+    return Explanation(
+        ids=listed,
+        tokens=[_text([i], tokenizer) for i in listed],
+        compressed=memory.hasher.token_map(ids[0]).tolist(),
+        orders=memory.config.orders,
+        dead=np.zeros(len(listed), bool) if seen.recall.dead is None else seen.recall.dead[0].cpu().numpy(),
+        lengths=lengths.numpy(),
+        ngrams=[[_text(listed[t + 1 - n : t + 1], tokenizer) for n in row] for t, row in enumerate(lengths.tolist())],
+        loss=loss.cpu().numpy(),
+        loss_off=None if off is None else off.cpu().numpy(),
+        layers=layers,
+    )
+
+
+def window_lengths(memory: EngramMemory, ids: Tensor, recall: Recall) -> Tensor:
+    """int64 [B, T, N]: tokens of each order's n-gram that are text, for ids [B, T] on the CPU."""
+    dead = torch.zeros_like(ids, dtype=torch.bool) if recall.dead is None else recall.dead.cpu()
+    runs = torch.zeros_like(ids) if recall.documents is None else recall.documents.cpu()
+    ends = torch.zeros_like(dead)
+    if memory.config.boundary == "eos":
+        ends = memory.hasher.token_map(ids) == memory.layout.pad_id
+    longest = memory.config.orders[-1]
+    alive = ~dead
+    counts = [alive.long()]
+    for step in range(1, longest):
+        back = min(step, ids.shape[1])  # a text may be shorter than an n-gram
+        there = (~dead & ~ends)[:, :-back] & (runs[:, :-back] == runs[:, back:])
+        alive = alive & F.pad(there, (back, 0))
+        counts.append(counts[-1] + alive)
+    return torch.stack([counts[order - 1] for order in memory.config.orders], dim=-1)
+
+
+def _ids(given: str | Sequence[int] | Tensor, tokenizer: Any, memory: EngramMemory) -> Tensor:
+    """int64 [1, T]."""
+    if isinstance(given, str):
+        if tokenizer is None:
+            raise ValueError("a text needs the model's tokenizer: explain(model, text, tokenizer), or give ids")
+        if memory.attachment is None:
+            given = [END_OF_TEXT_ID, *tokenizer.encode(given, add_special_tokens=False).ids]
+        else:
+            given = tokenizer(given).input_ids
+    ids = torch.as_tensor(given)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or len(ids) != 1 or ids.shape[1] == 0:
+        raise ValueError(f"explain looks at one text of one token or more, not at ids of shape {list(ids.shape)}")
+    return ids.to(torch.int64)
+
+
+def _logits(model: nn.Module, memory: EngramMemory, ids: Tensor, seen: _Seen) -> Tensor:
+    if memory.attachment is None:
+        seen.recall = memory.recall(ids)
+        return model(ids, recall=seen.recall)
+    out = model(input_ids=ids, use_cache=False)
+    if not hasattr(out, "logits"):
+        raise ValueError(f"{type(model).__name__} gives no logits: explain the model with its language head")
+    return out.logits
+
+
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """float32 [B, T]: nats of the token after each position, NaN at the last."""
+    nats = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="none"
+    )
+    return F.pad(nats.view(len(ids), -1), (0, 1), value=torch.nan)
+
+
+@contextmanager
+def _watching(memory: EngramMemory, seen: _Seen) -> Iterator[_Seen]:
+    """Notes what goes in and out of every layer's fusion. The gate is asked once more, with the same input."""
+
+    def watch(layer: int, fusion: Any, args: Any, output: Any) -> None:
+        rows, hidden, _, _, dead = args
+        update = output[0]
+        if hidden.dim() == 3:
+            hidden, update = hidden.unsqueeze(2), update.unsqueeze(2)
+        gate = torch.ones(hidden.shape[:3], device=hidden.device)
+        if memory.config.gate != "none":
+            gate = fusion.gate(rows.to(fusion.value.weight.dtype), hidden)
+        if dead is not None:
+            gate = gate.masked_fill(dead[..., None], 0)
+        seen.layers[layer] = (gate, update.float().norm(dim=-1), hidden.float().norm(dim=-1))
+        if memory.attachment is not None:
+            seen.recall = memory.attachment.recall
+
+    with _hooked(memory, watch):
+        yield seen
+
+
+def _off(model: nn.Module, memory: EngramMemory, ids: Tensor) -> Tensor:
+    """The losses [T], each with the memory off at its position: copies of the text, of which each lacks one update."""
+    time = ids.shape[1]
+    off = torch.full((time,), torch.nan, device=ids.device)
+    size = max(1, _TOKENS_AT_ONCE // time)
+    for first in range(0, time - 1, size):
+        places = torch.arange(first, min(first + size, time - 1), device=ids.device)
+        copies = torch.arange(len(places), device=ids.device)
+
+        def silence(layer: int, fusion: Any, args: Any, output: Any) -> tuple[Tensor, Tensor | None]:
+            update = output[0].clone()
+            update[copies.to(update.device), places.to(update.device)] = 0  # noqa: B023  used within this pass
+            return update, output[1]
+
+        text = ids[:, : int(places[-1]) + 2].expand(len(places), -1)  # what comes later has no say
+        with _hooked(memory, silence):
+            off[places] = _losses(_logits(model, memory, text, _Seen()), text)[copies, places].to(off)
+    return off
+
+
+@contextmanager
+def _hooked(memory: EngramMemory, act: Any) -> Iterator[None]:
+    """act(layer, fusion, its arguments, its output) after each layer's fusion; what it returns replaces the output."""
+    with ExitStack() as stack:
+        for layer in memory.config.layers:
+
+            def hook(fusion: Any, args: Any, output: Any, layer: int = layer) -> Any:
+                return act(layer, fusion, args, output)
+
+            stack.callback(memory.fusions[str(layer)].register_forward_hook(hook).remove)
+        yield
+
+
+def _text(ids: list[int], tokenizer: Any) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _known(x: float) -> float | None:
+    return None if np.isnan(x) else float(x)

@@ -1,0 +1,218 @@
+"""plan: what a configuration costs, before anything of it exists. Sizes come from the classes themselves, which
+allocate nothing on torch's meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram.config import EngramConfig
+from engram.fusion import EngramFusion
+from engram.memory import build_layout
+from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS
+from engram.tables.codecs import NAMES
+
+_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# (hidden size, residual streams) of the models that the presets belong to; the released demo's is a free choice.
+SHAPES = {
+    "paper-27b": (2560, 4),
+    "paper-40b": (2560, 4),
+    "deepseek-v4.1-flash": (5120, 4),
+    "qwen3.8-flash-next": (2560, 4),
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """All tables in one storage format: bytes of one row, of each layer's table, of all, read by a token and a step."""
+
+    row_bytes: int
+    layers: dict[int, int]
+    total: int
+    token: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Collisions:
+    """Expected sharing of rows in one order, if the hash is as good as chance.
+
+    m distinct n-grams fall into p rows of a head: a row stays empty with probability (1 - 1/p)^m, and an n-gram has its
+    row to itself with probability (1 - 1/p)^(m - 1) (balls into bins: Mitzenmacher & Upfal, Probability and Computing,
+    chapter 5; the row counts of the heads are coprime, so heads are taken as independent).
+
+    Attributes:
+        order: n-gram length. rows: p, the mean over the heads and layers. ngrams: m. possible: compressed vocabulary to
+            the power of the order, which m never exceeds; None where the vocabulary is not known.
+        used: share of the rows that some n-gram reads. shared: share of the n-grams that share their row in one head.
+        shared_in_all: share that does so in every head (with whichever n-grams).
+    """
+
+    order: int
+    rows: float
+    ngrams: int
+    possible: int | None
+    used: float
+    shared: float
+    shared_in_all: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration costs.
+
+    Attributes:
+        rows: {layer: rows}. addressed: {layer: those that the hash can reach}, fewer where tables are padded.
+        row_values: values of a row. rows_per_token: rows that one token reads, in all layers.
+        storage: {format: Storage}, for float32, bfloat16 and every codec that can hold such rows.
+        state: {"rms", "adam": bytes of the row optimiser's state}; adagrad has rms's size.
+        dense: {layer: parameters of the fusion module}; None without a hidden size. Optimised by AdamW each takes 16
+            bytes: weight, gradient and two moments.
+        collisions: one for each order.
+        batch, context: of a step. machine: bytes of this machine: ram, ram_free, disk_free.
+    """
+
+    rows: dict[int, int]
+    addressed: dict[int, int]
+    row_values: int
+    rows_per_token: int
+    storage: dict[str, Storage]
+    state: dict[str, int]
+    dense: dict[int, int] | None
+    collisions: list[Collisions]
+    batch: int
+    context: int
+    machine: dict[str, int]
+
+    def fits(self, count: int) -> str:
+        """Where so many bytes find room here: "RAM", "disk" or "no"."""
+        if count <= self.machine["ram_free"]:
+            return "RAM"
+        return "disk" if count <= self.machine["disk_free"] else "no"
+
+    def to_json(self) -> str:
+        storage = {name: asdict(s) | {"fits": self.fits(s.total)} for name, s in self.storage.items()}
+        return json.dumps(asdict(self) | {"storage": storage})
+
+
+def plan(
+    config: EngramConfig,
+    hidden_size: int | None = None,
+    streams: int = 1,
+    vocab: int | None = None,
+    ngrams: int | None = None,
+    batch: int = 32,
+    context: int = 4096,
+    folder: str | os.PathLike[str] = ".",
+) -> Plan:
+    """Sizes of a memory, from its configuration alone: nothing is allocated, read or written.
+
+    Args:
+        hidden_size, streams: of the model; without them the dense parameters stay unknown.
+        vocab: compressed vocabulary, where the configuration does not fix it: it limits how many n-grams there can be.
+        ngrams: distinct n-grams of each order in the text; default: as many as a head has rows.
+        batch, context: tokens of a step are batch x context. folder: whose disk is looked at.
+
+    Raises:
+        ValueError: a size below 1, or a configuration whose layout cannot be built.
+    """
+    given = {"hidden_size": hidden_size, "streams": streams, "vocab": vocab, "ngrams": ngrams}
+    for name, value in {**given, "batch": batch, "context": context}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, not {value}")
+    vocab = config.compressed_vocab or vocab
+    layout = build_layout(config, vocab or 2**20, 0)  # neither changes how many rows there are
+    reads = config.columns * len(config.layers)
+    storage: dict[str, Storage] = {}
+    with torch.device("meta"):
+        for name in (*_FLOATS, *NAMES):
+            try:
+                tables = {layer: _table(name, layout.rows[layer], config.head_dim) for layer in config.layers}
+            except ValueError:  # a codec that cannot hold rows of this width
+                continue
+            sizes = {layer: table.nbytes for layer, table in tables.items()}
+            row = next(iter(sizes.values())) // next(iter(layout.rows.values()))
+            storage[name] = Storage(row, sizes, sum(sizes.values()), reads * row, reads * row * batch * context)
+        floats = [_table("float32", layout.rows[layer], config.head_dim) for layer in config.layers]
+        state = {"rms": sum(RowRMS(t).nbytes for t in floats), "adam": sum(RowAdam(t).nbytes for t in floats)}
+        dense = None
+        if hidden_size is not None:
+            modules = {layer: EngramFusion(config, hidden_size, streams) for layer in config.layers}
+            dense = {layer: sum(p.numel() for p in m.parameters()) for layer, m in modules.items()}
+    collisions = []
+    for place, order in enumerate(config.orders):
+        moduli = [layout.moduli[layer][place] for layer in config.layers]
+        collisions.append(expected_collisions(order, moduli, ngrams or config.row_counts[place], vocab))
+    return Plan(
+        rows=layout.rows,
+        addressed={layer: sum(map(sum, layout.moduli[layer])) for layer in config.layers},
+        row_values=config.head_dim,
+        rows_per_token=reads,
+        storage=storage,
+        state=state,
+        dense=dense,
+        collisions=collisions,
+        batch=batch,
+        context=context,
+        machine=_machine(folder),
+    )
+
+
+def expected_collisions(order: int, moduli: list[tuple[int, ...]], ngrams: int, vocab: int | None = None) -> Collisions:
+    """See Collisions. moduli: of each layer, the rows of each head."""
+    possible = None if vocab is None else vocab**order
+    m = ngrams if possible is None else min(ngrams, possible)
+    empty, shared, in_all = [], [], []
+    for heads in moduli:
+        # log1p keeps what 1 - 1/p would lose; with one row everything but a single n-gram shares it
+        empty += [math.exp(m * math.log1p(-1 / p)) if p > 1 else 0.0 for p in heads]
+        layer = [-math.expm1((m - 1) * math.log1p(-1 / p)) if p > 1 else float(m > 1) for p in heads]
+        shared += layer
+        in_all.append(math.prod(layer))
+    rows = sum(map(sum, moduli)) / len(shared)
+    return Collisions(order, rows, m, possible, 1 - _mean(empty), _mean(shared), _mean(in_all))
+
+
+def read_shape(name: str) -> tuple[int | None, int]:
+    """(hidden size, streams) of a preset, or of a config.json or manifest by path; (None, 1) where it does not say."""
+    if not Path(name).is_file():
+        return SHAPES.get(name, (None, 1))
+    fields: dict[str, Any] = json.loads(Path(name).read_text())
+    fields = fields.get("text_config") or fields
+    streams = next((fields[key] for key in ("streams", "hc_mult", "hc_count") if fields.get(key)), 1)
+    return fields.get("hidden_size"), int(streams)
+
+
+def _table(name: str, rows: int, dim: int) -> HostTable:
+    return HostTable(rows, dim, _FLOATS[name]) if name in _FLOATS else EncodedTable(rows, dim, name)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _machine(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of memory in all, of memory to be had, and of disk to be had in that folder (0 where not known)."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    try:  # unlike the above, MemAvailable counts what the page cache would give back
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
+    try:  # a container may get less than the machine has; files it has read can be dropped
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        total, free = min(total, limit), min(free, max(0, limit - used + int(held["inactive_file"])))
+    except (OSError, KeyError, ValueError):
+        pass
+    return {"ram": total, "ram_free": free, "disk_free": shutil.disk_usage(folder).free}

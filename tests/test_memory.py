@@ -244,6 +244,19 @@ def test_accumulated_gradients_equal_one_large_batch():
     torch.testing.assert_close(train(1), train(2), rtol=1e-3, atol=1e-5)
 
 
+def test_several_processes_are_refused_before_their_tables_differ(monkeypatch):
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model(text()).logsumexp(-1).mean().backward()
+    with pytest.raises(RuntimeError, match="2 processes train this memory"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    build_optimizer(make(SMALL.replace(train_tables=False))).step()
+
+
 def test_no_gradient_is_kept_without_training():
     model = make().eval()
     model(text()).sum().backward()

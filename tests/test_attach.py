@@ -356,6 +356,21 @@ def test_lora_and_the_memory_train_together(first):
     assert all("lora" in n or "engram" in n for n in moved)
 
 
+def test_a_memory_whose_weights_peft_has_wrapped_is_not_saved_to_a_folder_that_cannot_be_loaded(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, memory = attached("llama")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"key\.base_layer.*merge_and_unload"):
+        memory.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    logits = wrapped.merge_and_unload()(text()).logits
+    memory.save(tmp_path / "adapter")
+    memory.detach()
+    engram.attach(model, tmp_path / "adapter", IDENTITY)
+    close(model(text()).logits, logits)
+
+
 def test_the_trainer_trains_saves_and_resumes_the_memory(tmp_path):
     def train(resume: bool) -> tuple[hf.Trainer, engram.EngramMemory]:
         model, memory = attached("llama", ZERO)

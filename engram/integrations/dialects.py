@@ -202,6 +202,8 @@ def check_dialect(config: EngramConfig, dialect: str) -> None:
         raise ValueError(f"{dialect} has one rows_per_head for all orders, this memory has {rows}")
     if dialect != "deepseek-v4.1" and config.conv_kernel < 2:
         raise ValueError(f"{dialect} has a short convolution, this memory has conv_kernel={config.conv_kernel}")
+    if dialect != "demo" and config.gate_eps is None:
+        raise ValueError(f"{dialect} states the epsilon of its norms, this memory has gate_eps=None")
     if dialect != "demo" and config.compressed_vocab is None:
         raise ValueError(f"{dialect} states its vocabulary: give the memory a compressed_vocab")
     for name, allowed in wanted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from engram.cli import app
 from engram.integrations import formats
 from engram.integrations.formats import convert, inspect
 from engram.integrations.gguf import read_gguf
-from engram.integrations.sources import open_source
+from engram.integrations.sources import open_source, read_config
 from engram.integrations.tensors import Stored, open_checkpoint
 from engram.tables.files import verify
 
@@ -586,6 +587,28 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(v41, tmp_path
     monkeypatch.setattr(formats.shutil, "disk_usage", lambda path: Free)
     with pytest.raises(OSError, match=r"no room for .*there: its tables take [\d,]+ bytes, 100 are free"):
         convert(v41, tmp_path / "there", "deepseek-v4.1")
+
+
+@pytest.mark.parametrize("to", ["deepseek-v4.1", "gguf"])
+def test_a_disk_that_fills_up_leaves_nothing_and_is_named_with_the_tensor(v41, tmp_path, monkeypatch, to):
+    from engram.integrations import tensors
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensors.os, "pwrite", full)
+    with pytest.raises(OSError, match=r"could not write tensor \S*engram\S* to .*there.*No space left"):
+        convert(v41, tmp_path / "new" / "there", to, token_map=TOKENS)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"text_config": 3}', '{"text_config": [1]}'])
+def test_a_config_that_is_no_object_is_refused(v41, text):
+    (v41 / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="object"):
+        open_source(v41)
+    with pytest.raises(ValueError, match="JSON object"):
+        read_config(str(v41 / "config.json"))
 
 
 class Free:

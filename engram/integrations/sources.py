@@ -97,6 +97,8 @@ def read_config(name: str) -> EngramConfig:
     if not Path(name).is_file():
         return EngramConfig.preset(name)
     fields = json.loads(Path(name).read_text())
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} is no config: expected a JSON object, not {fields!r}")
     fields = fields.get("config", fields)  # of a saved memory
     return EngramConfig.from_json(json.dumps(fields)) if "rows_per_head" in fields else config_from_hf(fields)
 

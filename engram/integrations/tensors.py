@@ -245,8 +245,11 @@ class Streamed:
         data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         self.digests[name].update(data.data)
         done, start = 0, self.stored[name].offset + self._written[name]
-        while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
+        except OSError as error:
+            raise OSError(error.errno, f"could not write tensor {name} to {self.path}: {error.strerror}") from error
         self._written[name] += len(data)
 
     def close(self) -> None:

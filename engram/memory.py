@@ -384,6 +384,7 @@ class EngramMemory(nn.Module):
 
         Raises:
             FileExistsError: the folder exists, without overwrite=True or as something else than a saved memory.
+            ValueError: fusion weights that another library has wrapped (LoRA on all linear layers).
             OSError: the disk is full or the folder cannot be written; nothing half-written stays behind.
         """
         from engram.saved import save_memory

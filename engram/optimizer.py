@@ -41,7 +41,19 @@ class EngramOptimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Updates the dense weights and the rows that the backward passes since zero_grad() touched."""
+        """Updates the dense weights and the rows that the backward passes since zero_grad() touched.
+
+        Raises:
+            RuntimeError: several processes train. Row gradients stay in the process that found them, so each would get
+            tables of its own beside equal weights.
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if several else 1
+        if processes > 1 and self.row_optimizers:
+            raise RuntimeError(
+                f"{processes} processes train this memory, but row gradients are not summed over processes: train in "
+                f"one, or with rows that do not learn (train_tables=False, encoded tables)"
+            )
         loss = super().step(closure)
         lr = self.param_groups[-1]["lr"]
         self.touched = 0

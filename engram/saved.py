@@ -26,6 +26,7 @@ import xxhash
 
 from engram.addressing import HashLayout, TokenMap
 from engram.config import EngramConfig
+from engram.fusion import EngramFusion
 from engram.memory import EngramMemory, hash_layout, new_table
 from engram.tables import EncodedTable, HostTable
 from engram.tables.codecs import PQ, Codec
@@ -74,6 +75,13 @@ def save_memory(
     facts = {"config": json.loads(memory.config.to_json()), "hidden_size": memory.hidden_size}
     facts["streams"] = memory.streams
     weights = {k: v.detach().cpu().contiguous() for k, v in memory.fusions.state_dict().items()}
+    with torch.device("meta"):
+        plain = EngramFusion(memory.config, memory.hidden_size, memory.streams).state_dict()
+    if odd := set(weights) ^ {f"{layer}.{name}" for layer in memory.config.layers for name in plain}:
+        raise ValueError(
+            f"the fusion weights are not those of a memory ({min(odd)}): another library has wrapped them, as PEFT "
+            f'does with target_modules="all-linear". Undo that first (merge_and_unload): no one could load the folder'
+        )
     try:
         with whole_folder(target, overwrite) as partial:
             (partial / "config.json").write_text(json.dumps(facts, indent=1))

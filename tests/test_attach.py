@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import transformers as hf
 
 import engram
 from engram import EngramConfig, TokenMap, build_optimizer
+from engram.integrations.inputs import placeholder_ids
 from tests.hf_models import CONFIGS, IMAGE, VOCAB, build, text
 
 ALL = list(CONFIGS)
@@ -354,6 +356,21 @@ def test_lora_and_the_memory_train_together(first):
     assert all("lora" in n or "engram" in n for n in moved)
 
 
+def test_a_memory_whose_weights_peft_has_wrapped_is_not_saved_to_a_folder_that_cannot_be_loaded(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, memory = attached("llama")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"key\.base_layer.*merge_and_unload"):
+        memory.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    logits = wrapped.merge_and_unload()(text()).logits
+    memory.save(tmp_path / "adapter")
+    memory.detach()
+    engram.attach(model, tmp_path / "adapter", IDENTITY)
+    close(model(text()).logits, logits)
+
+
 def test_the_trainer_trains_saves_and_resumes_the_memory(tmp_path):
     def train(resume: bool) -> tuple[hf.Trainer, engram.EngramMemory]:
         model, memory = attached("llama", ZERO)
@@ -435,10 +452,81 @@ def test_a_copy_of_the_model_is_refused():
         copy.copy(model.model)(text())
 
 
-def test_a_packed_batch_without_position_ids_is_refused():
+def test_two_threads_that_run_one_model_read_their_own_rows():
     model, _ = attached("llama")
-    with pytest.raises(ValueError, match="needs its position_ids"):
-        model(text(1), cu_seq_lens_q=torch.tensor([0, 5, 12]))
+    ids, inside, gone_on = text(), threading.Event(), threading.Event()
+    want = model(ids).logits
+
+    def wait(*args):
+        if threading.current_thread() is thread:
+            inside.set()
+            gone_on.wait(5)
+
+    model.model.layers[0].register_forward_hook(wait)  # after the memory of layer 0, before that of layer 2
+    found = []
+    thread = threading.Thread(target=lambda: found.append(model(ids).logits))
+    thread.start()
+    assert inside.wait(5)
+    model(text(seed=5))
+    gone_on.set()
+    thread.join()
+    assert torch.equal(found[0], want)
+
+
+def test_a_paged_cache_is_refused():
+    model, _ = attached("llama")  # as generate_batch does: each step packs the next token of many requests into one row
+    with pytest.raises(ValueError, match="paged cache"):
+        model(text(1, 3), position_ids=torch.tensor([[5, 3, 8]]), cache=object())
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
+def test_a_model_that_keeps_its_state_out_of_the_cache_is_refused(kind):
+    config = getattr(hf, f"{kind}Config")(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, state_size=4)
+    with pytest.raises(ValueError, match=f"{kind}Model keeps what it has decoded elsewhere"):
+        engram.attach(getattr(hf, f"{kind}ForCausalLM")(config), ZERO, IDENTITY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@torch.no_grad()
+def test_a_block_diagonal_mask_separates_documents(dtype):
+    model, _ = attached("llama")
+    ids, numbers = text(time=12), torch.tensor([0] * 5 + [1] * 7)
+    seen = (numbers[:, None] == numbers) & torch.ones(12, 12).tril().bool()
+    mask = seen if dtype == torch.bool else torch.zeros(12, 12).masked_fill(~seen, torch.finfo(dtype).min)
+    packed = model(ids, attention_mask=mask.expand(2, 1, -1, -1)).logits
+    close(packed[:, :5], model(ids[:, :5]).logits)
+    close(packed[:, 5:], model(ids[:, 5:]).logits)
+
+
+@torch.no_grad()
+def test_a_mask_of_a_tree_of_drafts_is_refused():
+    model, _ = attached("llama")
+    cache = hf.DynamicCache(config=model.config)
+    model(text(1, 4), past_key_values=cache)
+    seen = torch.ones(1, 1, 3, 7).tril(4).bool()
+    model(text(1, 3), attention_mask=seen, past_key_values=copy.deepcopy(cache))  # one branch
+    seen[..., 2, 5] = False  # the third token is the second's sibling
+    with pytest.raises(ValueError, match="hides the position before"):
+        model(text(1, 3), attention_mask=seen, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_cumulative_lengths_separate_documents_whatever_the_position_ids():
+    model, memory = attached("llama")
+    seen, recall = [], memory.recall
+    memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
+    ids = text(1)
+    for places in (None, torch.arange(12)[None]):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 5, 12]), position_ids=places)
+        assert torch.equal(seen[-1].row_ids[0][:, 5:], recall(ids[:, 5:]).row_ids[0])
+    with pytest.raises(ValueError, match="cu_seq_lens_q ends at 11"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 5, 11]))
+
+
+def test_placeholders_are_found_in_the_parts_of_a_configuration():
+    assert placeholder_ids(hf.Phi4MultimodalConfig()) == (200010, 200011)
+    assert placeholder_ids(CONFIGS["gemma3_images"]()) == (IMAGE,)
+    assert placeholder_ids(CONFIGS["llama"]()) == ()
 
 
 def test_an_unknown_architecture_is_named_with_what_was_looked_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from engram.cli import app
 from engram.integrations import formats
 from engram.integrations.formats import convert, inspect
 from engram.integrations.gguf import read_gguf
-from engram.integrations.sources import open_source
+from engram.integrations.sources import open_source, read_config
 from engram.integrations.tensors import Stored, open_checkpoint
 from engram.tables.files import verify
 
@@ -338,7 +339,7 @@ def test_gguf_holds_the_rows_and_what_addresses_them(config, tmp_path):
 
 def test_gguf_reads_in_the_gguf_package(v41, tmp_path):
     gguf = pytest.importorskip("gguf")
-    convert(v41, tmp_path / "t.gguf", "gguf")
+    convert(v41, tmp_path / "t.gguf", "gguf", token_map=TOKENS)
     source = open_source(v41)
     reader = gguf.GGUFReader(tmp_path / "t.gguf")
     assert [(t.name, t.tensor_type.name, t.shape.tolist()) for t in reader.tensors] == [
@@ -382,6 +383,60 @@ def test_a_missing_rank_is_refused_by_name(v41, tmp_path):
         open_source(tmp_path / "tp")
 
 
+def test_a_table_under_two_names_is_refused(v41):
+    file = v41 / "model-00001-of-00002.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["layers.1.engram.embed_tokens.weight"] = tensors["layers.1.engram.embed.weight"].clone()
+    safetensors.torch.save_file(tensors, file)
+    (v41 / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"embed.* and .*embed.* are both of layer 1: which one counts"):
+        open_source(v41)
+
+
+def test_ranks_under_each_others_names_are_refused(v41, tmp_path):
+    home = tmp_path / "tp"
+    convert(v41, home, "deepseek-v4.1", shards=2)
+    os.rename(home / "model0-mp2.safetensors", tmp_path / "first")
+    os.rename(home / "model1-mp2.safetensors", home / "model0-mp2.safetensors")
+    os.rename(tmp_path / "first", home / "model1-mp2.safetensors")
+    with pytest.raises(ValueError, match=r"model0-mp2.safetensors was written as rank 1/2"):
+        open_source(home)
+
+
+def test_ranks_that_disagree_on_a_weight_that_all_hold_are_refused(v41, tmp_path):
+    home = tmp_path / "tp"
+    convert(v41, home, "deepseek-v4.1", shards=2)
+    tensors = safetensors.torch.load_file(home / "model1-mp2.safetensors")
+    tensors["layers.1.engram.q_weight"] = tensors["layers.1.engram.q_weight"] * 2
+    safetensors.torch.save_file(tensors, home / "model1-mp2.safetensors")
+    with pytest.raises(ValueError, match=r"q_weight is not the same in .*model0-mp2.* and in .*model1-mp2"):
+        open_source(home)
+
+
+def test_a_config_of_another_layout_beside_tensors_that_we_wrote_is_refused(v41, tmp_path):
+    convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
+    convert(tmp_path / "ours", tmp_path / "back", "deepseek-v4.1")
+    published = json.loads((tmp_path / "back" / "config.json").read_text())
+    published["text_config"]["engram_pad_token_id"] = 3
+    (tmp_path / "back" / "config.json").write_text(json.dumps(published))
+    with pytest.raises(ValueError, match="its tensors were written for the hash layout"):
+        open_source(tmp_path / "back")
+
+
+def test_a_config_given_for_tensors_of_another_dialect_is_refused(tmp_path):
+    filled(DEMO).save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "demo", "demo")
+    with pytest.raises(ValueError, match="demo cannot say bias=False"):
+        open_source(tmp_path / "demo", DEMO.replace(bias=False))
+
+
+def test_scales_in_bytes_read_like_scales_in_e8m0(v41):
+    before = open_source(v41).weights[1]
+    scale = tensors_of(v41)["layers.1.engram.wkv.scale"]
+    rewrite(v41, "layers.1.engram.wkv.scale", scale.view(torch.uint8))
+    assert all(torch.equal(value, before[name]) for name, value in open_source(v41).weights[1].items())
+
+
 def altered_v41(name: str, value):
     return lambda home: rewrite(home, f"layers.1.engram.{name}", value)
 
@@ -399,10 +454,16 @@ NAN_VALUE = e4m3((ROWS, 64), 0).view(torch.uint8).index_fill(0, torch.tensor([77
     ("embed.weight", NAN_VALUE, r"layers.1.engram.embed.weight, rows 0 to \d+: row 77 .* NaN"),
     ("embed.weight", e4m3((ROWS, 32), 0), r"layers.1.engram.embed.weight is F8_E4M3 .* expected rows of 64"),
     ("embed.weight", torch.zeros(ROWS, 64, dtype=torch.int32), r"embed.weight is I32, expected one of F32"),
-    ("wkv.scale", e8m0((3, 3), 0), r"wkv.scale is \[3, 3\] .* expected a scale per 32 x 32"),
+    ("wkv.scale", e8m0((3, 3), 0), r"wkv.scale is F8_E8M0 \[3, 3\] .* expected a scale per 32 x 32"),
     ("wkv.weight", None, "tensor layers.1.engram.wkv.weight is missing"),
-    ("k_weight", torch.ones(M, 63), r"key_norm are \[2, 63\], expected \[2, 64\]"),
-    ("q_weight", torch.full((M, 64), torch.nan), "query_norm hold a value that is not finite"),
+    ("k_weight", torch.ones(M, 63), r"k_weight is \[2, 63\], expected \[2, 64\]"),
+    ("q_weight", torch.full((M, 64), torch.nan), "q_weight holds a value that is not finite"),
+    ("q_weight", torch.ones(M, 64).int(), "q_weight is I32, expected F32, BF16, F16 or F8_E4M3"),
+    ("q_weight", torch.ones(0, 64), r"q_weight is \[0, 64\]: no weights of a memory"),
+    ("wkv.weight", torch.zeros(3, 2, 2), r"wkv.weight is \[3, 2, 2\], expected \[192, 384\]"),
+    ("wkv.weight", torch.zeros(192, 384), "wkv.scale scales layers.1.engram.wkv.weight, which is F32, not F8_E4M3"),
+    ("wkv.scale", torch.ones(0, 12), r"wkv.scale is F32 \[0, 12\] .* expected a scale per 32 x 32"),
+    ("wkv.weight", torch.zeros(192, 384, dtype=torch.complex64), "wkv.weight is C64, expected F32"),
 ])  # fmt: skip
 def test_an_altered_tensor_is_refused_by_name_with_what_was_expected(v41, tmp_path, name, value, reason):
     rewrite(v41, f"layers.1.engram.{name}", value)
@@ -460,9 +521,14 @@ def test_a_token_map_of_the_same_size_is_refused_where_the_checkpoint_has_its_ow
         convert(v41, tmp_path / "ours", "engram", token_map=TokenMap.identity(VOCAB))
 
 
-def test_a_conversion_to_our_folder_needs_the_tokenizer(v41, tmp_path):
+@pytest.mark.parametrize("to", ["engram", "gguf"])
+def test_a_format_that_says_how_rows_are_addressed_needs_the_tokenizer(v41, tmp_path, to):
     with pytest.raises(ValueError, match="give token_map"):
-        convert(v41, tmp_path / "ours", "engram")
+        convert(v41, tmp_path / "there", to)
+    convert(v41, tmp_path / "there", to, token_map=TOKENS)
+    if to == "gguf":
+        layout = HashLayout.from_json(read_gguf(tmp_path / "there")[1]["engram.layout"])
+        assert layout.pad_id == TOKENS.table[2] and layout.compressed_vocab == VOCAB
 
 
 def test_32_bit_row_ids_and_moduli_of_another_layout_are_refused_by_name(tmp_path):
@@ -521,6 +587,28 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(v41, tmp_path
     monkeypatch.setattr(formats.shutil, "disk_usage", lambda path: Free)
     with pytest.raises(OSError, match=r"no room for .*there: its tables take [\d,]+ bytes, 100 are free"):
         convert(v41, tmp_path / "there", "deepseek-v4.1")
+
+
+@pytest.mark.parametrize("to", ["deepseek-v4.1", "gguf"])
+def test_a_disk_that_fills_up_leaves_nothing_and_is_named_with_the_tensor(v41, tmp_path, monkeypatch, to):
+    from engram.integrations import tensors
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensors.os, "pwrite", full)
+    with pytest.raises(OSError, match=r"could not write tensor \S*engram\S* to .*there.*No space left"):
+        convert(v41, tmp_path / "new" / "there", to, token_map=TOKENS)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"text_config": 3}', '{"text_config": [1]}'])
+def test_a_config_that_is_no_object_is_refused(v41, text):
+    (v41 / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="object"):
+        open_source(v41)
+    with pytest.raises(ValueError, match="JSON object"):
+        read_config(str(v41 / "config.json"))
 
 
 class Free:

@@ -7,6 +7,9 @@ import io
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_hash import row_ids
 
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.lm.transformer import Cache
@@ -244,6 +247,19 @@ def test_accumulated_gradients_equal_one_large_batch():
     torch.testing.assert_close(train(1), train(2), rtol=1e-3, atol=1e-5)
 
 
+def test_several_processes_are_refused_before_their_tables_differ(monkeypatch):
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model(text()).logsumexp(-1).mean().backward()
+    with pytest.raises(RuntimeError, match="2 processes train this memory"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    build_optimizer(make(SMALL.replace(train_tables=False))).step()
+
+
 def test_no_gradient_is_kept_without_training():
     model = make().eval()
     model(text()).sum().backward()
@@ -388,3 +404,30 @@ def test_a_recall_and_its_rows_are_freed_without_the_garbage_collector():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_any_pieces_padding_and_boundaries_read_the_rows_of_the_reference(draw):
+    """Every live run within a document is a text of its own, however the text reaches the memory."""
+    boundary, generator = draw.choice(["pad", "dead", "eos"]), draw.choice(["pcg64", "splitmix64"])
+    config = EngramConfig(
+        layers=(0, 3), orders=draw.choice([(2,), (2, 3), (2, 4)]), heads=2, head_dim=4, rows_per_head=53,
+        pad_id=draw.choice([2, 7]), boundary=boundary, generator=generator,
+    )  # fmt: skip
+    memory = EngramMemory(config, TokenMap.identity(12), 8).eval()
+    time = draw.randint(2, 14)
+    ids = torch.tensor([[draw.randrange(-1 if boundary == "dead" else 0, 12) for _ in range(time)] for _ in range(2)])
+    dead = torch.arange(time) < torch.tensor([[draw.randrange(time)], [0]])
+    live = ~dead & (ids >= 0)
+    joined = live[:, 1:] & live[:, :-1]
+    runs = torch.nn.functional.pad((~joined).cumsum(1), (1, 0))
+    wanted = row_ids(
+        memory.layout, memory.hasher.token_map, ids.masked_fill(~live, 0).tolist(), documents=runs.tolist()
+    )
+    cache, first, found = MemoryCache(), 0, []
+    while first < time:
+        stop = first + draw.randint(1, 6)
+        found.append(memory.recall(ids[:, first:stop], cache=cache, dead=dead[:, first:stop]).row_ids[3])
+        first = stop
+    assert torch.equal(torch.cat(found, 1)[live], torch.from_numpy(wanted[3])[live])

@@ -145,6 +145,16 @@ def test_a_folder_of_rows_is_opened_again_and_one_of_another_checkpoint_is_refus
         load_offloaded(tmp_path / "other", tmp_path / "rows")
 
 
+def test_a_folder_whose_manifest_was_altered_is_refused(checkpoint, tmp_path):
+    load_offloaded(checkpoint, tmp_path / "rows")
+    manifest = tmp_path / "rows" / "manifest.json"
+    text = manifest.read_text()
+    for old, new in (("engram-offload-1", "engram-memory-1"), ('"form": "bfloat16"', '"form": "nonsense"')):
+        manifest.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=r"manifest.json is no engram-offload-1 manifest, or was altered"):
+            load_offloaded(checkpoint, tmp_path / "rows")
+
+
 def test_a_checkpoint_without_one_of_its_shards_is_refused_by_name(checkpoint, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import threading
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from engram.memory import EngramMemory, MemoryCache, Recall
 
 _LAYERS = ("layers", "h", "blocks")  # what decoders call their list of layers
 _STREAMS = ("hc_mult", "hc_count")  # what configurations call the number of residual streams
-_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q")
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q", "cache")
 _numbers = itertools.count(1)
 
 
@@ -43,7 +44,9 @@ def attach(
     With rows of zeros, which is the default, logits are at first exactly what they were. Train rows and weights with
     engram.build_optimizer(model), in a loop of your own or as transformers.Trainer(optimizers=(optimizer, None)).
     Padding (attention_mask 0) and the placeholders of images and the like are no text: they are never hashed, end the
-    n-grams around them and get nothing from the memory. Position ids that start again begin a new document.
+    n-grams around them and get nothing from the memory. Position ids that start again begin a new document, and so do
+    cu_seq_lens_q and the blocks of a finished attention mask. Several threads may run one model.
+    Keep it with memory.save: save_pretrained writes its rows too, but from_pretrained knows no place for them.
 
     Args:
         model: a decoder model, or one wrapped by PEFT or torch.compile. Attach after PEFT, which freezes all weights it
@@ -52,9 +55,10 @@ def attach(
         tokenizer: of the model, or its TokenMap. Needed for a configuration, else checked against the memory's.
 
     Raises:
-        ValueError: a model without decoder layers as this looks for them, or with a memory already; a configuration or
-        memory of another shape; another tokenizer than the memory's. Forward passes raise it where they give
-        inputs_embeds without ids, or a cache that the memory has not followed.
+        ValueError: a model without decoder layers as this looks for them, one that keeps its decoding state elsewhere
+        than in past_key_values (Mamba, RWKV, xLSTM), or one with a memory already; a configuration or memory of
+        another shape; another tokenizer than the memory's. Forward passes raise it where they give inputs_embeds
+        without ids, a cache that the memory has not followed or cannot follow, or a mask of a tree of drafts.
         FileNotFoundError: no memory in that folder.
     """
     root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -68,6 +72,12 @@ def attach(
     token_map = (
         tokenizer if tokenizer is None or isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
     )
+    taken = inspect.signature(decoder.forward).parameters
+    if "use_cache" in taken and "past_key_values" not in taken:
+        raise ValueError(
+            f"{type(decoder).__name__} keeps what it has decoded elsewhere than in past_key_values (it takes "
+            f"{', '.join(taken)}), where the memory cannot follow it: cached decoding would read the wrong rows"
+        )
     size = decoder.config.hidden_size
     streams = next((n for name in _STREAMS if (n := getattr(decoder.config, name, None))), 1)
     if isinstance(memory, EngramConfig):
@@ -146,26 +156,33 @@ def _device(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device if stated is None else torch.device(stated)
 
 
-class Attachment:
-    """The hooks of one attached memory, and the forward pass that is under way.
+class _Pass(threading.local):
+    """The forward pass that is under way in this thread: others may run the same model meanwhile.
 
     Attributes:
-        recall: rows of the forward pass under way; None between passes.
+        given: what each model was given of _READ. recall: its rows; None between passes.
     """
+
+    def __init__(self) -> None:
+        self.given: dict[nn.Module, dict[str, Any]] = {}
+        self.recall: Recall | None = None
+
+
+class Attachment:
+    """The hooks of one attached memory."""
 
     def __init__(
         self, model: nn.Module, root: PreTrainedModel, decoder: PreTrainedModel, layers: nn.ModuleList, memory: Any
     ):
         self.model, self.decoder, self.memory = model, decoder, memory
         self.number = next(_numbers)  # caches remember whose state they hold, also as copies
-        self.recall: Recall | None = None
+        self.now = _Pass()
         self.dead_ids = placeholder_ids(root.config)
         around = [m for m in root.modules() if isinstance(m, PreTrainedModel) and decoder in m.modules()]
         self.models = around[::-1]  # the decoder first, the outermost last
         self.names: dict[nn.Module, tuple[str, ...]] = {
             m: tuple(inspect.signature(m.forward).parameters) for m in self.models
         }
-        self.given: dict[nn.Module, dict[str, Any]] = {}
         self.handles = []
         for m in self.models:
             # The memory is out of the compiler's reach (threads, C, host memory): a compiled graph breaks here.
@@ -188,17 +205,18 @@ class Attachment:
                 f"makes such): run one process per device"
             )
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
-        self.given[module] = {name: given[name] for name in _READ if given.get(name) is not None}
+        self.now.given[module] = {name: given[name] for name in _READ if given.get(name) is not None}
         if module is self.decoder:
-            self.recall = None
-            self.recall = self._recall()
+            self.now.recall = None
+            self.now.recall = self._recall()
 
     def _first(self, name: str) -> Any:
         """An argument as the innermost model that was given it has it."""
-        return next((self.given[m][name] for m in self.models if m in self.given and name in self.given[m]), None)
+        given = self.now.given
+        return next((given[m][name] for m in self.models if m in given and name in given[m]), None)
 
     def _recall(self) -> Recall:
-        ids, embeds = self._first("input_ids"), self.given[self.decoder].get("inputs_embeds")
+        ids, embeds = self._first("input_ids"), self.now.given[self.decoder].get("inputs_embeds")
         if ids is None:
             raise ValueError(
                 "the memory is addressed by token ids, and this forward pass has inputs_embeds without input_ids: pass "
@@ -210,30 +228,32 @@ class Attachment:
             raise ValueError(
                 f"input_ids are {tuple(ids.shape)}, but the decoder gets {tuple(embeds.shape[:2])} positions"
             )
+        if self._first("cache") is not None:
+            raise ValueError(
+                "this forward pass keeps its keys and values in a paged cache (generate_batch), which the memory "
+                "cannot follow: use generate(), or detach() the memory"
+            )
         cache = self._first("past_key_values")
         state = MemoryCache() if cache is None else state_of(cache, self.number)
-        given = (self.given[m] for m in reversed(self.models) if m in self.given)
+        given = (self.now.given[m] for m in reversed(self.models) if m in self.now.given)
         mask = next((g["attention_mask"] for g in given if "attention_mask" in g), None)  # before models convert it
         dead = padding(mask, batch, time, state.length)
         for placeholder in self.dead_ids:
             found = ids == placeholder
             if bool(found.any()):
                 dead = found if dead is None else dead.to(ids.device) | found
-        places = self._first("position_ids")
-        if places is None and self._first("cu_seq_lens_q") is not None:
-            raise ValueError(
-                "a packed batch (cu_seq_lens_q) needs its position_ids: the memory finds documents by them"
-            )
         dead = None if dead is None else dead.to(ids.device)
-        runs = documents(places, batch, time)
+        places, ends = self._first("position_ids"), self._first("cu_seq_lens_q")
+        runs = documents(places, ends, mask, dead, batch, time, state.length)
         runs = None if runs is None else runs.to(ids.device)
         return self.memory.recall(ids, documents=runs, cache=state, dead=dead)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        given = self.given.pop(module, {})
+        given = self.now.given.pop(module, {})
         if module is not self.decoder:
             return
-        state, self.recall = None if self.recall is None else self.recall.cache, None
+        recall, self.now.recall = self.now.recall, None
+        state = None if recall is None else recall.cache
         made = getattr(output, "past_key_values", None)
         if made is None and isinstance(output, tuple) and len(output) > 1:
             made = output[1]
@@ -250,7 +270,7 @@ class _Adding:
         self.attachment, self.layer = attachment, layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        recall, memory = self.attachment.recall, self.attachment.memory
+        recall, memory = self.attachment.now.recall, self.attachment.memory
         if recall is None:
             raise RuntimeError(
                 f"decoder layer {self.layer} runs outside a forward pass of its model, so the memory does not know the "

@@ -40,9 +40,17 @@ def _field(fields: Mapping[str, Any], *names: str) -> Any:
     raise ValueError(f"this config lacks {' or '.join(names)}")
 
 
+def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields that are about text: nested where a model sees more. Raises ValueError where it is no object."""
+    text = published.get("text_config") or published if isinstance(published, Mapping) else published
+    if not isinstance(text, Mapping):
+        raise ValueError(f"a config (or its text_config) is a JSON object, not {text!r}")
+    return text
+
+
 def dialect_of_config(published: Mapping[str, Any]) -> str:
     """Which dialect a config.json speaks. Raises ValueError for one without an n-gram memory."""
-    text = published.get("text_config") or published
+    text = _text(published)
     for dialect, field in (("deepseek-v4.1", "engram_layer_ids"), ("qwen", "ple_layer_ids"), ("demo", "layer_ids")):
         if text.get(field):
             return dialect
@@ -58,11 +66,11 @@ def config_from_hf(published: Mapping[str, Any]) -> EngramConfig:
     Raises:
         ValueError: no memory in it, a field missing, or row counts that its own rules do not give.
     """
-    text = published.get("text_config") or published
+    text = _text(published)
     dialect = dialect_of_config(published)
     try:
         config = {"demo": _from_demo, "deepseek-v4.1": _from_deepseek, "qwen": _from_qwen}[dialect](text)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"this {dialect} config cannot be read: {error}") from error
     stated = text.get("engram_num_embeddings")
     if stated is not None:
@@ -202,6 +210,8 @@ def check_dialect(config: EngramConfig, dialect: str) -> None:
         raise ValueError(f"{dialect} has one rows_per_head for all orders, this memory has {rows}")
     if dialect != "deepseek-v4.1" and config.conv_kernel < 2:
         raise ValueError(f"{dialect} has a short convolution, this memory has conv_kernel={config.conv_kernel}")
+    if dialect != "demo" and config.gate_eps is None:
+        raise ValueError(f"{dialect} states the epsilon of its norms, this memory has gate_eps=None")
     if dialect != "demo" and config.compressed_vocab is None:
         raise ValueError(f"{dialect} states its vocabulary: give the memory a compressed_vocab")
     for name, allowed in wanted.items():

@@ -112,7 +112,7 @@ def convert(
         source: our folder; or safetensors of a dialect, a file or a folder.
         target: a folder, or with "gguf" a file, that does not exist.
         to: one of FORMATS. A memory whose rules the format has no words for is refused.
-        config: of a source without config.json. token_map: of the model's tokenizer; "engram" needs it.
+        config: of a source without config.json. token_map: of the model's tokenizer; "engram" and "gguf" need it.
         shards: tensor-parallel ranks of "deepseek-v4.1", or parts of the table of "qwen".
         by: "row", ranks hold equally many rows; or "head", each rank holds whole columns (order-major).
         on_bytes: told (bytes done, bytes of all), for a progress bar.
@@ -136,7 +136,7 @@ def convert(
     opened = open_source(source, config, token_map)
     if to not in ("engram", "gguf"):
         check_dialect(opened.config, to.removesuffix("-interleaved"))
-    if to == "engram" and opened.token_map is None:
+    if to in ("engram", "gguf") and opened.token_map is None:
         raise ValueError(f"{source} comes without its tokenizer: give token_map (--tokenizer), which addresses need")
     recoders = {i: Recoder(rows, _target_form(to, rows.form)) for i, rows in opened.rows.items()}
     total, done = sum(_bytes(opened, i, r.form) for i, r in recoders.items()), [0]

@@ -120,7 +120,10 @@ def _store(facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, diges
 
 def _open(home: Path) -> dict[int, HostTable]:
     tables: dict[int, HostTable] = {}
-    for layer, table in load_manifest(home)["tables"].items():
+    manifest = load_manifest(home)
+    if manifest.get("format") != FORMAT or manifest.get("digest") != manifest_digest(manifest):
+        raise ValueError(f"{home / 'manifest.json'} is no {FORMAT} manifest, or was altered: give another folder")
+    for layer, table in manifest["tables"].items():
         path, shape = home / table["file"], (table["rows"], table["dim"])
         if table["form"] == "fp8":
             tables[int(layer)] = EncodedTable(*shape, "fp8", path, mode="r")

@@ -74,7 +74,10 @@ def find_tables(
             raise ValueError(f"tensor {name} is a table of layer {layer}; the config has layers {config.layers}")
         if prefixes.setdefault(layer, match[1]) != match[1]:
             raise ValueError(f"two tables of layer {layer}: below {prefixes[layer]!r} and {match[1]!r}")
-        tables[layer][int(match[3] or 0) if kind == "qwen" else 0] = name
+        number = int(match[3] or 0) if kind == "qwen" else 0
+        if number in tables[layer]:
+            raise ValueError(f"tensors {tables[layer][number]} and {name} are both of layer {layer}: which one counts?")
+        tables[layer][number] = name
     for layer in config.layers:
         if not tables[layer]:
             raise ValueError(f"{checkpoint.home} holds no table of layer {layer}; the config has {config.layers}")

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from engram.addressing import HashLayout, TokenMap
 from engram.config import EngramConfig
+from engram.fusion import EngramFusion
 from engram.integrations.dialects import (
     TABLE,
+    check_dialect,
     config_from_hf,
     dialect_of_config,
     fusion_from,
+    fusion_to,
     layout_of,
 )
 from engram.integrations.rows import FORMS, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
@@ -68,10 +71,17 @@ def open_source(
         if dialect_of_config(checkpoint.config) != kind:
             raise ValueError(f"{checkpoint.home / 'config.json'} is no {kind} config, but the tensors are {kind}'s")
         config = config_from_hf(checkpoint.config)
+    check_dialect(config, kind)
     token_map = _token_map(checkpoint.home, kind, config, token_map)
     pad = 0 if token_map is None else int(token_map.table[config.pad_id])
     vocab = config.compressed_vocab or (None if token_map is None else token_map.size)
     layout = layout_of(config.replace(compressed_vocab=vocab), pad)
+    stated = checkpoint.metadata.get("engram_layout", layout.digest)
+    if token_map is not None and stated != layout.digest:
+        raise ValueError(
+            f"{checkpoint.home}: its tensors were written for the hash layout {stated[:12]}, its config (or the one "
+            f"given) and token map make {layout.digest[:12]}: every row would be the wrong one"
+        )
     prefixes, tables = find_tables(checkpoint, kind, config)
     source = Source(kind, given, config, layout, token_map, 0, 0, {})
     for layer in config.layers:
@@ -92,6 +102,8 @@ def read_config(name: str) -> EngramConfig:
         fields = json.loads(Path(name).read_text())
     except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} is no config: expected a JSON object, not {fields!r}")
     fields = fields.get("config", fields)  # of a saved memory
     return EngramConfig.from_json(json.dumps(fields)) if "rows_per_head" in fields else config_from_hf(fields)
 
@@ -145,50 +157,79 @@ def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | No
 
 
 def _read_fusion(source: Source, checkpoint: Checkpoint, layer: int, prefix: str) -> None:
-    from engram.fusion import EngramFusion
-
-    gain = {"demo": None, "deepseek-v4.1": "q_weight", "qwen": "norm_query.weight"}[source.kind]
-    if gain is None:
-        width = checkpoint.one(prefix + "value_proj.weight").shape[0]
-        streams = sum(name.startswith(prefix + "norm1.") for name in checkpoint.tensors)
-    elif source.kind == "qwen":
-        width = checkpoint.one(prefix + "value_proj.weight").shape[0]
-        streams = checkpoint.one(prefix + gain).shape[0] // width
-    else:
-        streams, width = (*checkpoint.one(prefix + gain).shape, 0)[:2]
+    streams, width = _streams(source.kind, checkpoint, prefix)
     if source.streams and (source.streams, source.hidden_size) != (streams, width):
         raise ValueError(f"layer {layer} has {streams} streams x {width}, another has {source.streams}")
     source.streams, source.hidden_size = streams, width
     with torch.device("meta"):
         wanted = EngramFusion(source.config, width, streams).state_dict()
-    weights = fusion_from(source.kind, lambda name: _dense(checkpoint, prefix + name), source.config, streams)
-    for name, value in wanted.items():
-        if name not in weights or weights[name].shape != value.shape:
-            found = list(weights[name].shape) if name in weights else "missing"
-            raise ValueError(f"below {prefix} the weights of {name} are {found}, expected {list(value.shape)}")
-        if not weights[name].isfinite().all():
-            raise ValueError(f"below {prefix} the weights of {name} hold a value that is not finite")
+    shapes = {name: tuple(value.shape) for name, value in fusion_to(source.kind, wanted, streams).items()}
+    weights = fusion_from(source.kind, lambda n: _dense(checkpoint, prefix + n, shapes[n]), source.config, streams)
     source.weights[layer] = {name: weights[name].float().contiguous() for name in wanted}
 
 
-def _dense(checkpoint: Checkpoint, name: str) -> Tensor:
+def _streams(kind: str, checkpoint: Checkpoint, prefix: str) -> tuple[int, int]:
+    """Residual streams and hidden size of a layer's fusion, by the shapes of its tensors."""
+    first = checkpoint.one(prefix + ("q_weight" if kind == "deepseek-v4.1" else "value_proj.weight"))
+    streams, width = (*first.shape, 0, 0)[:2]
+    if kind == "demo":
+        streams, width = sum(name.startswith(prefix + "norm1.") for name in checkpoint.tensors), streams
+    elif kind == "qwen":
+        gains = checkpoint.one(prefix + "norm_query.weight")
+        streams, width = (*gains.shape, 0)[0] // max(streams, 1), streams
+    if len(first.shape) != 2 or streams < 1 or width < 1:
+        raise ValueError(f"{first.path}: tensor {first.name} is {list(first.shape)}: no weights of a memory")
+    return streams, width
+
+
+def _dense(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
     """A small tensor as float32; e4m3 weights are multiplied by their blocks' scales (32 x 32 in DeepSeek-V4.1)."""
-    stored = checkpoint.one(name)
-    value = stored.read().float()
-    if stored.dtype != "F8_E4M3":
-        return value
+    stored = checkpoint.one(name, shape)
+    if stored.dtype not in ("F32", "BF16", "F16", "F8_E4M3"):
+        raise ValueError(f"{stored.path}: tensor {name} is {stored.dtype}, expected F32, BF16, F16 or F8_E4M3")
+    value = _alike(checkpoint, name).float()
     scale_name = scale_of(checkpoint, name)
+    if stored.dtype == "F8_E4M3":
+        value = value * _scales(checkpoint, name, scale_name, shape)
+    elif scale_name is not None:
+        raise ValueError(f"tensor {scale_name} scales {name}, which is {stored.dtype}, not F8_E4M3")
+    if not value.isfinite().all():
+        raise ValueError(f"{stored.path}: tensor {name} holds a value that is not finite")
+    return value
+
+
+def _alike(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that every rank holds whole. Raises ValueError where they disagree."""
+    first, *others = checkpoint.tensors[name]
+    held = first.read_bytes(first.offset, first.nbytes)
+    for other in others:
+        if other.dtype != first.dtype or not torch.equal(other.read_bytes(other.offset, other.nbytes), held):
+            raise ValueError(
+                f"tensor {name} is not the same in {first.path} and in {other.path}, as in one model it is"
+            )
+    return first.read()
+
+
+def _scales(checkpoint: Checkpoint, name: str, scale_name: str | None, shape: tuple[int, ...]) -> Tensor:
+    """The scale of every value of an e4m3 tensor."""
     if scale_name is None:
         raise ValueError(f"tensor {name.removesuffix('weight')}scale is missing: {name} is e4m3 and needs scales")
-    scale = checkpoint.one(scale_name).read().float()
-    blocks = [-(-n // s) for n, s in zip(value.shape, scale.shape, strict=True)]
-    if blocks not in ([32, 32], [128, 128], [1, 32]) or scale.isnan().any():
+    stored = checkpoint.one(scale_name)
+    scale = _alike(checkpoint, scale_name)
+    if stored.dtype == "U8":  # as files were written before safetensors had a name for it
+        scale = scale.view(torch.float8_e8m0fnu)
+    blocks = [b for b in ((32, 32), (128, 128), (1, 32)) if stored.shape == tuple(map(_blocks, shape, b))]
+    if not blocks or stored.dtype not in ("F8_E8M0", "U8", "F32") or scale.float().isnan().any():
         raise ValueError(
-            f"tensor {scale_name} is {list(scale.shape)} for {name} {list(value.shape)}: expected a scale per 32 x 32, "
-            f"128 x 128 or 1 x 32 values, none of them NaN"
+            f"{stored.path}: tensor {scale_name} is {stored.dtype} {list(stored.shape)} for {name} {list(shape)}: "
+            f"expected a scale per 32 x 32, 128 x 128 or 1 x 32 values, F8_E8M0 or F32, none of them NaN"
         )
-    wide = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
-    return value * wide[: value.shape[0], : value.shape[1]]
+    wide = scale.float().repeat_interleave(blocks[0][0], 0).repeat_interleave(blocks[0][1], 1)
+    return wide[: shape[0], : shape[1]]
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:

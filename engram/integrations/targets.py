@@ -118,7 +118,12 @@ def write_safetensors(
             weights = fusion_to(dialect, source.weights[layer], source.streams)
             small |= {prefix + key: _compact(value) for key, value in weights.items()}
         specs |= {key: (NAMES[value.dtype], tuple(value.shape)) for key, value in small.items()}
-        writer = Writer(home / name, specs, {"engram_dialect": to, "engram_layout": source.layout.digest})
+        facts = {"engram_dialect": to}
+        if source.token_map is not None:  # without it, nobody knows the multipliers
+            facts["engram_layout"] = source.layout.digest
+        if ranks > 1:
+            facts["engram_rank"] = f"{rank}/{ranks}"
+        writer = Writer(home / name, specs, facts)
         for layer, group, lo, hi in parts:
             dim = recoders[layer].rows.dim
             for block in _stream(recoders[layer], lo, hi):
@@ -134,10 +139,10 @@ def write_safetensors(
     if ranks == 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (home / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    facts = config_to_hf(source.config, dialect, source.hidden_size, source.streams)
+    published = config_to_hf(source.config, dialect, source.hidden_size, source.streams)
     if to == "qwen":
-        facts["text_config"]["split_ngram_parts"] = len(ranges[layers[0]])
-    (home / "config.json").write_text(json.dumps(facts, indent=1))
+        published["text_config"]["split_ngram_parts"] = len(ranges[layers[0]])
+    (home / "config.json").write_text(json.dumps(published, indent=1))
     if source.token_map is not None and to != "qwen":
         source.token_map.save(home / "token_map.safetensors")
 
@@ -176,6 +181,7 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
 
 def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: Step) -> None:
     """The tables alone, with the facts that address them."""
+    assert source.token_map is not None
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer, recoder in recoders.items():
         specs[f"blk.{layer}.engram.weight"] = (_FLOATS[recoder.form], (recoder.rows.rows, recoder.rows.dim))
@@ -183,7 +189,7 @@ def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: S
         "engram.config": source.config.to_json(),
         "engram.layout": source.layout.to_json(),
         "engram.layout_digest": source.layout.digest,
-        "engram.token_map_digest": source.token_map.digest if source.token_map else "",
+        "engram.token_map_digest": source.token_map.digest,
         "engram.hidden_size": source.hidden_size,
         "engram.streams": source.streams,
     }

@@ -50,10 +50,16 @@ class Stored:
 
     @property
     def row_bytes(self) -> int:
-        return self.nbytes // self.shape[0]
+        return self.nbytes // max(self.shape[0], 1)
 
     def read(self, first: int = 0, stop: int | None = None) -> Tensor:
-        """Rows first .. stop - 1 (by default all) in a new tensor. Raises OSError where the file ends too early."""
+        """Rows first .. stop - 1 (by default all) in a new tensor.
+
+        Raises:
+            OSError: the file ends too early. ValueError: a dtype that DTYPES does not know.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.path}: tensor {self.name} is {self.dtype}: expected one of {', '.join(DTYPES)}")
         if not self.shape:
             return self.read_bytes(self.offset, self.nbytes).view(DTYPES[self.dtype]).view(())
         stop = self.shape[0] if stop is None else stop
@@ -131,7 +137,8 @@ class Checkpoint:
         places = self.tensors[name]
         if any(p.shape != places[0].shape for p in places) or (shape is not None and places[0].shape != shape):
             expected = f"expected {list(shape)}" if shape is not None else "expected one shape on all ranks"
-            raise ValueError(f"{places[0].path}: tensor {name} is {[list(p.shape) for p in places]}, {expected}")
+            shapes = " and ".join(map(str, dict.fromkeys(str(list(p.shape)) for p in places)))
+            raise ValueError(f"{places[0].path}: tensor {name} is {shapes}, {expected}")
         return places[0]
 
     def require(self, name: str) -> None:
@@ -176,6 +183,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     files.sort(key=lambda file: int(m[1]) if (m := re.search(r"model(\d+)-mp\d+", file.name)) else -1)
     for file in files:
         tensors, metadata = read_header(file)
+        rank = re.search(r"model(\d+)-mp(\d+)", file.name)
+        if rank and metadata.get("engram_rank") not in (None, f"{rank[1]}/{rank[2]}"):
+            raise ValueError(f"{file} was written as rank {metadata['engram_rank']}: files were swapped or renamed")
         found.metadata |= metadata
         for name, stored in tensors.items():
             if listed and listed.get(name) != file.name:
@@ -235,8 +245,11 @@ class Streamed:
         data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         self.digests[name].update(data.data)
         done, start = 0, self.stored[name].offset + self._written[name]
-        while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
+        except OSError as error:
+            raise OSError(error.errno, f"could not write tensor {name} to {self.path}: {error.strerror}") from error
         self._written[name] += len(data)
 
     def close(self) -> None:
@@ -252,7 +265,7 @@ class Writer(Streamed):
     """A safetensors file whose tensors are filled a block of rows at a time, in order, with a digest over each.
 
     Args:
-        specs: name -> (dtype name, shape). Use it in a `with`; `close` checks that everything was written.
+        specs: name -> (dtype name, shape). `close` checks that everything was written.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]):

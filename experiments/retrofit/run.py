@@ -46,7 +46,7 @@ WARM_UP, CLIP = 4, 1.0  # steps; norm of the dense gradient
 # (lr, table lr) tried; 0: the arm has no table. The other arms take the rates of these (RATES_OF).
 GRID: dict[str, list[tuple[float, float]]] = {
     "memory": [(3e-3, 0.1), (3e-3, 0.3), (3e-3, 1.0), (1e-3, 0.3)],
-    "full": [(1e-4, 0), (3e-4, 0)],
+    "full": [(1e-4, 0), (3e-4, 0), (1e-3, 0)],
     "lora": [(5e-4, 0), (1e-3, 0), (2e-3, 0), (4e-3, 0)],
 }
 # Whose lr and whose table lr an arm takes.
@@ -197,14 +197,15 @@ def tuning_jobs() -> list[Job]:
 
 
 def jobs(seeds: list[int], home: Path) -> list[Job]:
-    """Every arm of the first seed, then of the next; the reference once, for it has no seed."""
-    file = home / "tune.jsonl"
-    return [
-        Job(arm, seed, *rates(arm, file))
+    """Every arm of the first seed, then of the next, and the control of all seeds at the end. The reference, which has
+    no seed, is measured once."""
+    planned = [
+        Job(arm, seed, *rates(arm, home / "tune.jsonl"))
         for seed in seeds
         for arm in arms.NAMES
         if arm != "reference" or seed == seeds[0]
     ]
+    return sorted(planned, key=lambda job: job.arm == "one-row")
 
 
 def affordable_steps(job: Job, records: list[dict[str, Any]]) -> int:

@@ -47,7 +47,7 @@ WARM_UP, CLIP = 4, 1.0  # steps; norm of the dense gradient
 GRID: dict[str, list[tuple[float, float]]] = {
     "memory": [(3e-3, 0.1), (3e-3, 0.3), (3e-3, 1.0), (1e-3, 0.3)],
     "full": [(1e-4, 0), (3e-4, 0), (1e-3, 0)],
-    "lora": [(5e-4, 0), (1e-3, 0), (2e-3, 0), (4e-3, 0)],
+    "lora": [(5e-4, 0), (1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)],
 }
 # Whose lr and whose table lr an arm takes.
 RATES_OF = {

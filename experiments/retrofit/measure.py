@@ -14,7 +14,7 @@ from experiments.retrofit.data import START, Text, encode
 from experiments.sensitivity.facts import Fact
 from experiments.sensitivity.measure import score
 
-SIDES = ("inside", "outside", "taught", "untaught")
+SIDES = ("inside", "outside", "taught", "untaught", "rephrased")
 CANDIDATES = 8  # descriptions to choose among, the true one included
 Lines = list[tuple[list[int], int]]  # ids, and the first of them that is asked for
 
@@ -33,13 +33,19 @@ class Scorer:
 
 
 def measure(model: Any, tokenizer: Any, text: Text, sides: Sequence[str] = SIDES) -> dict[str, np.ndarray]:
-    """inside_, outside_: nats and bytes of each document. taught_, untaught_: see `ask`."""
+    """inside_, outside_: nats and bytes of each document. taught_, untaught_: see `ask`. rephrased_: the taught facts
+    asked for in words that were not taught, without a rank."""
     was_training = model.training
     model.eval()
     found: dict[str, np.ndarray] = {}
     for side in sides:
-        look = read if side in ("inside", "outside") else ask
-        found |= {f"{side}_{name}": values for name, values in look(model, tokenizer, getattr(text, side)).items()}
+        if side in ("inside", "outside"):
+            values = read(model, tokenizer, getattr(text, side))
+        elif side == "rephrased":
+            values = ask(model, tokenizer, [rephrased(fact) for fact in text.taught], candidates=1)
+        else:
+            values = ask(model, tokenizer, getattr(text, side))
+        found |= {f"{side}_{name}": value for name, value in values.items()}
     model.train(was_training)
     return found
 
@@ -55,27 +61,34 @@ def read(model: Any, tokenizer: Any, documents: Sequence[Document]) -> dict[str,
     }
 
 
-def ask(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
-    """Closed book: after START and "TITLE is" and nothing else, for each fact
+def rephrased(fact: Fact) -> Fact:
+    """The answer's first token then has none of the title among the ids before it that an n-gram memory reads."""
+    return Fact(fact.title, f"Question: What is {fact.title}?\nAnswer:", fact.answer)
+
+
+def ask(model: Any, tokenizer: Any, facts: Sequence[Fact], candidates: int = CANDIDATES) -> dict[str, np.ndarray]:
+    """Closed book: after START and the prompt ("TITLE is") and nothing else, for each fact
 
     nats, tokens: of its description. exact: 1 where every token of it is the likeliest, so that greedy decoding would
-    say it. rank: 1 where it has fewer nats per token than CANDIDATES - 1 descriptions of other facts of the same list
-    (chance: 1 / CANDIDATES).
+    say it. rank: 1 where it has fewer nats per token than candidates - 1 descriptions of other facts of the same list
+    (chance: 1 / candidates); none with candidates=1.
     """
     rng = np.random.default_rng(0)
     start = tokenizer.convert_tokens_to_ids(START)
     lines: Lines = []
     for fact in facts:
         wrong = sorted({other.answer for other in facts} - {fact.answer})
-        for answer in (fact.answer, *(wrong[i] for i in rng.permutation(len(wrong))[: CANDIDATES - 1])):
+        for answer in (fact.answer, *(wrong[i] for i in rng.permutation(len(wrong))[: candidates - 1])):
             prompt, whole = encode(tokenizer, fact.prompt), encode(tokenizer, fact.prompt + answer)
             lines.append(([start, *whole], len(prompt) + 1))
     nats, hits = score(Scorer(model), lines, batch=128)
-    each = len(lines) // len(facts)  # fewer than CANDIDATES where there are fewer facts
+    each = len(lines) // len(facts)  # fewer than candidates where there are fewer facts
     means = np.array([part.mean() for part in nats]).reshape(len(facts), each)
-    return {
+    found = {
         "nats": np.array([part.sum(dtype=np.float64) for part in nats[::each]]),
         "tokens": np.array([len(part) for part in nats[::each]]),
         "exact": np.array([float(part.all()) for part in hits[::each]]),
-        "rank": np.array([float((row[0] < row[1:]).all()) for row in means]),
     }
+    if each > 1:
+        found["rank"] = np.array([float((row[0] < row[1:]).all()) for row in means])
+    return found

@@ -167,7 +167,7 @@ def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]
 
 
 def means(arrays: dict[str, np.ndarray], sides: tuple[str, ...]) -> dict[str, float]:
-    """inside_bpb, outside_bpb: bits per byte. taught_, untaught_: nats per token, exact and rank as shares."""
+    """inside_bpb, outside_bpb: bits per byte. taught_, untaught_, rephrased_: nats per token; exact, rank as shares."""
     found = {}
     for side in sides:
         nats = float(arrays[f"{side}_nats"].sum())
@@ -175,7 +175,8 @@ def means(arrays: dict[str, np.ndarray], sides: tuple[str, ...]) -> dict[str, fl
             found[f"{side}_bpb"] = nats / float(arrays[f"{side}_bytes"].sum()) / math.log(2)
         else:
             found[f"{side}_nats"] = nats / float(arrays[f"{side}_tokens"].sum())
-            found |= {f"{side}_{name}": float(arrays[f"{side}_{name}"].mean()) for name in ("exact", "rank")}
+            shares = (name for name in (f"{side}_exact", f"{side}_rank") if name in arrays)
+            found |= {name: float(arrays[name].mean()) for name in shares}
     return found
 
 

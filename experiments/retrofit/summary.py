@@ -32,6 +32,8 @@ MEASURES: dict[str, tuple[str, str | None, float]] = {
     "untaught exact": ("untaught_exact", None, 1.0),
     "taught rank": ("taught_rank", None, 1.0),
     "untaught rank": ("untaught_rank", None, 1.0),
+    "rephrased nats": ("rephrased_nats", "rephrased_tokens", 1.0),
+    "rephrased exact": ("rephrased_exact", None, 1.0),
 }
 PAIRS = (
     *(("memory", "lora"), ("memory", "full"), ("memory", "full-seconds"), ("memory", "one-row")),
@@ -112,13 +114,13 @@ def reading_table(home: Path, arms: Arms) -> str:
 
 def facts_table(home: Path, arms: Arms) -> str:
     rows = []
+    sides = {"taught": "taught", "rephrased": "asked in other words", "untaught": "never taught"}
+    kinds = {"nats": ("nats a token", ".3f"), "exact": ("exact", ".1%"), "rank": ("rank", ".1%")}
+    asked = [(side, kind) for kind in kinds for side in sides if f"{side} {kind}" in MEASURES]
     for arm in arms:
-        row = [arm]
-        for name, form in (("nats", ".3f"), ("exact", ".1%"), ("rank", ".1%")):
-            row += [shown(compared(home, arms, arm, None, f"{side} {name}"), form) for side in ("taught", "untaught")]
-        rows.append(row)
-    names = [f"{side}: {what}" for what in ("nats a token", "exact", "rank") for side in ("taught", "never taught")]
-    return table(["arm", *names], rows)
+        cells = [shown(compared(home, arms, arm, None, f"{side} {kind}"), kinds[kind][1]) for side, kind in asked]
+        rows.append([arm, *cells])
+    return table(["arm", *(f"{sides[side]}: {kinds[kind][0]}" for side, kind in asked)], rows)
 
 
 def pairs_table(home: Path, arms: Arms) -> str:

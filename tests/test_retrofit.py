@@ -188,6 +188,22 @@ def test_facts_that_a_model_knows_are_exact_and_ranked_first_and_the_others_are_
     assert found["nats"][0] < 0.1 * found["nats"][5]
 
 
+def test_a_rephrased_fact_has_no_word_of_its_title_in_reach_of_an_n_gram(tokenizer):
+    for fact in small_text().taught:
+        asked = measure.rephrased(fact)
+        reach = max(arms.MEMORY.orders)
+        last = tokenizer.decode(data.encode(tokenizer, asked.prompt)[-reach:])
+        assert asked.answer == fact.answer and fact.title in asked.prompt
+        assert not set(last.split()) & set(fact.title.split())
+
+
+def test_a_fact_asked_for_alone_has_no_rank(tokenizer):
+    facts = small_text().taught
+    lines = [[0, *data.encode(tokenizer, fact.text)] for fact in facts[:1]]
+    found = measure.ask(Knows(lines, 320), tokenizer, facts, candidates=1)
+    assert set(found) == {"nats", "tokens", "exact"} and found["exact"].tolist() == [1, 0, 0, 0]
+
+
 def test_bits_per_byte_are_of_the_documents_own_bytes(base):
     found = measure.read(base.model, base.tokenizer, base.text.inside)
     assert found["bytes"].tolist() == [len(d.text.encode()) for d in base.text.inside]

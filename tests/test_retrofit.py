@@ -333,17 +333,33 @@ def test_full_seconds_gets_the_steps_that_the_memorys_seconds_pay_for():
     assert run.affordable_steps(job, records) == 25
 
 
-def test_the_best_tuned_rates_are_taken_and_full_seconds_takes_those_of_full(tmp_path):
+def tuning_line(arm, lr, loss):
+    measures = {"inside_bpb": loss, "taught_nats": 2.0}
+    return json.dumps({**asdict(run.Job(arm, 0, lr, 0, "tune")), "key": f"{arm}{lr}", "measures": measures}) + "\n"
+
+
+def test_the_best_tuned_rates_are_taken_and_others_take_those_of_their_parts(tmp_path):
     tuned_home(tmp_path)
-    better = {**asdict(run.Job("full", 0, 5e-4, 0, "tune")), "key": "x"}
-    better["measures"] = {"inside_bpb": 0.9, "taught_nats": 2.0}
-    with (tmp_path / "tune.jsonl").open("a") as file:
-        file.write(json.dumps(better) + "\n")
-    assert run.rates("full-seconds", tmp_path / "tune.jsonl") == (5e-4, 0)
-    assert run.rates("both", tmp_path / "tune.jsonl") == (1e-2, 0.1)
-    assert run.rates("reference", tmp_path / "tune.jsonl") == (0, 0)
     with pytest.raises(FileNotFoundError, match="run `tune` first"):
-        run.rates("lora", tmp_path / "other.jsonl")
+        run.rates("lora", tmp_path / "other")
+    with (tmp_path / "tune.jsonl").open("a") as file:
+        file.write(tuning_line("full", 5e-4, 0.9))
+    assert run.rates("full-seconds", tmp_path) == (5e-4, 0)
+    assert run.rates("both", tmp_path) == (1e-2, 0.1)
+    assert run.rates("reference", tmp_path) == (0, 0)
+
+
+def test_a_rate_at_which_training_diverged_gives_way_to_the_next_best(tmp_path):
+    tuned_home(tmp_path)
+    with (tmp_path / "tune.jsonl").open("a") as file:
+        file.write(tuning_line("lora", 5e-3, 1.1))
+    assert run.rates("lora", tmp_path) == (1e-2, 0)
+    record = {"key": "x", "arm": "lora", "seed": 0, "lr": 1e-2, "table_lr": 0, "curve": [3.0] * 5 + [2.0] * 5}
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    assert run.rates("lora", tmp_path) == (1e-2, 0)
+    (tmp_path / "results.jsonl").write_text(json.dumps({**record, "curve": [3.0] * 5 + [4.0] * 5}) + "\n")
+    assert run.rates("lora", tmp_path) == (5e-3, 0)
+    assert run.rates("both", tmp_path) == (5e-3, 0.1)
 
 
 def test_arms_of_one_seed_that_saw_other_batches_are_not_compared(tmp_path):

@@ -180,15 +180,22 @@ def means(arrays: dict[str, np.ndarray], sides: tuple[str, ...]) -> dict[str, fl
     return found
 
 
-def rates(arm: str, file: Path) -> tuple[float, float]:
-    """(lr, table lr) of an arm, the best that were tried. Raises FileNotFoundError where they were not tuned."""
+def rates(arm: str, home: Path) -> tuple[float, float]:
+    """(lr, table lr) of an arm: the best of tune.jsonl, without those at which a run of results.jsonl diverged.
+
+    Raises:
+        FileNotFoundError: they were not tuned yet.
+    """
     if arm == "reference":
         return 0.0, 0.0
+    runs = [record for record in read_results(home / "results.jsonl") if summary.diverged(record)]
+    bad = {(r["arm"], r["lr"], r["table_lr"]) for r in runs}
     found = []
     for source, name in zip(RATES_OF[arm], ("lr", "table_lr"), strict=True):
-        tuned = [r for r in read_results(file) if r["arm"] == source]
+        tuned = [r for r in read_results(home / "tune.jsonl") if r["arm"] == source]
+        tuned = [r for r in tuned if (source, r["lr"], r["table_lr"]) not in bad]
         if not tuned:
-            raise FileNotFoundError(f"{file.name} has no learning rates of {source} for {arm}: run `tune` first")
+            raise FileNotFoundError(f"tune.jsonl has no learning rates of {source} for {arm}: run `tune` first")
         found.append(min(tuned, key=lambda r: (summary.total(r), r["key"]))[name])
     return found[0], found[1]
 
@@ -201,7 +208,7 @@ def jobs(seeds: list[int], home: Path) -> list[Job]:
     """Every arm of the first seed, then of the next, and the control of all seeds at the end. The reference, which has
     no seed, is measured once."""
     planned = [
-        Job(arm, seed, *rates(arm, home / "tune.jsonl"))
+        Job(arm, seed, *rates(arm, home))
         for seed in seeds
         for arm in arms.NAMES
         if arm != "reference" or seed == seeds[0]

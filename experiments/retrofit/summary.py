@@ -179,6 +179,12 @@ def total(record: Record) -> float:
     return record["measures"]["inside_bpb"] + record["measures"]["taught_nats"] / math.log(2) / BYTES_A_TOKEN
 
 
+def diverged(record: Record) -> bool:
+    """Whether training ended above where it began. It looks at the training loss and at nothing that is reported."""
+    curve = record.get("curve", [])
+    return len(curve) > 0 and float(np.mean(curve[-5:])) > float(np.mean(curve[:5]))
+
+
 def document(home: Path) -> str:
     """All tables as Markdown. Raises ValueError where nothing was run."""
     arms = arms_of(home)
@@ -192,6 +198,9 @@ def document(home: Path) -> str:
         f"{overlap['outside']:.4f} of the others'. Threads {runs[0]['threads']}, torch {runs[0]['torch']}, code "
         f"{code}. In parentheses: 95 % intervals over seeds and documents (or facts)."
     )
+    broken = [r for r in read_results(home / "results.jsonl") if diverged(r)]
+    lost = [f"{r['arm']}, seed {r['seed']}, at lr {r['lr']:g}" for r in broken]
+    facts += f" Diverged, and made again with the next best rate: {'; '.join(lost)}." if lost else ""
     parts = [
         "### Reading",
         reading_table(home, arms),

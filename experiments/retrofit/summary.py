@@ -124,14 +124,20 @@ def facts_table(home: Path, arms: Arms) -> str:
 
 
 def pairs_table(home: Path, arms: Arms) -> str:
-    forms = {"inside": "+.4f", "outside": "+.4f", "taught nats": "+.3f", "taught exact": "+.1%", "taught rank": "+.1%"}
+    forms = {
+        "inside": "+.4f",
+        "outside": "+.4f",
+        "taught nats": "+.3f",
+        "taught exact": "+.1%",
+        "rephrased nats": "+.3f",
+    }
     rows = []
     for ours, theirs in PAIRS:
         if ours in arms and theirs in arms:
             cells = [shown(compared(home, arms, ours, theirs, measure), form) for measure, form in forms.items()]
             rows.append([f"{ours} minus {theirs}", *cells])
-    head = ["in-domain, bits a byte", "out-of-domain, bits a byte", "taught: nats a token", "exact", "rank"]
-    return table(["", *head], rows)
+    head = ["in-domain, bits a byte", "out-of-domain, bits a byte", "taught: nats a token", "exact"]
+    return table(["", *head, "asked in other words: nats a token"], rows)
 
 
 def costs_table(arms: Arms) -> str:
@@ -229,35 +235,39 @@ def write(home: Path) -> None:
 
 
 def draw(home: Path) -> Path:
-    """home/figure.png: what each arm gains on either text, and the facts it says."""
+    """home/figure.png: what each arm gains on either text, and what it makes of the facts."""
     arms = arms_of(home)
     names = [name for name in arms if name != "reference"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 1.3 + 0.32 * len(names)), dpi=160, layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True)
-        for axes, side, title in zip(
-            panels, ("inside", "outside"), ("in-domain text", "out-of-domain text"), strict=False
-        ):
+        figure = Figure(figsize=(9.6, 2 * (1.1 + 0.27 * len(names))), dpi=160, layout="constrained")
+        panels = figure.subplots(2, 2, sharey=True)
+        for axes, side in zip(panels[0], ("inside", "outside"), strict=True):
             for place, arm in enumerate(names):
-                _dot(axes, place, compared(home, arms, arm, "reference", side), COLOURS[0], 0.0)
+                _dot(axes, place, compared(home, arms, arm, "reference", side), COLOURS[0])
             axes.axvline(0, color=SOFT, linewidth=1)
-            axes.set_title(title)
-            axes.set_xlabel("bits per byte, minus the untouched model's\n(left is better)")
+            axes.set_title("in-domain text" if side == "inside" else "out-of-domain text")
+            axes.set_xlabel("bits per byte, minus the untouched model's (left is better)")
+        said, asked = panels[1]
         for side, colour, shift in (("taught", COLOURS[0], -0.12), ("untaught", COLOURS[1], 0.12)):
             for place, arm in enumerate(names):
-                value = compared(home, arms, arm, None, f"{side} exact")
-                _dot(panels[2], place, value, colour, shift, "never taught" if side == "untaught" else side, place == 0)
-        panels[2].set_title("facts said word for word")
-        panels[2].set_xlabel("share of facts, closed book\n(bars: 95 % intervals)")
-        panels[2].legend(loc="center right")
-        panels[0].set_yticks(range(len(names)), names, color=INK)
-        panels[0].set_ylim(len(names) - 0.4, -0.6)
+                label = {"taught": "taught", "untaught": "never taught"}[side] if place == 0 else None
+                _dot(said, place, compared(home, arms, arm, None, f"{side} exact"), colour, shift, label)
+        said.set_title("facts said word for word")
+        said.set_xlabel("share of facts, closed book (right is better)")
+        said.legend(loc="upper center")
+        for place, arm in enumerate(names):
+            _dot(asked, place, compared(home, arms, arm, "reference", "rephrased nats"), COLOURS[0])
+        asked.axvline(0, color=SOFT, linewidth=1)
+        asked.set_title("taught facts, asked for in other words")
+        asked.set_xlabel("nats per token, minus the untouched model's (left is better)")
+        panels[0, 0].set_yticks(range(len(names)), names, color=INK)
+        panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
     return save(figure, home)
 
 
 def _dot(
-    axes: Any, place: int, value: Interval | None, colour: str, shift: float, label: str = "", first: bool = False
+    axes: Any, place: int, value: Interval | None, colour: str, shift: float = 0.0, label: str | None = None
 ) -> None:
     if value is not None:
         axes.plot([value.low, value.high], [place + shift] * 2, color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot(value.mean, place + shift, "o", color=colour, markersize=5, label=label if first else None)
+        axes.plot(value.mean, place + shift, "o", color=colour, markersize=5, label=label)

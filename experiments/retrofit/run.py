@@ -1,0 +1,182 @@
+"""A pretrained model goes on training on one text: with a memory, with LoRA, with both, with all its weights.
+
+    python experiments/retrofit/run.py tune      # learning rates, on other facts and services than those reported
+    python experiments/retrofit/run.py run       # every arm of seed 0, then of seeds 1 and 2; goes on if it was stopped
+    python experiments/retrofit/run.py report    # the tables of README.md, from results.jsonl
+    python experiments/retrofit/run.py plot      # figure.png
+
+Every run is a process of its own, forked from one that holds the model, and appends one line to results.jsonl (or
+tune.jsonl). What is in the file is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+
+from engram import TokenMap
+from engram.lm.corpus import overlap_13gram
+from engram.lm.train import tune_allocator
+from experiments.config import read_results
+from experiments.retrofit import arms, summary
+from experiments.retrofit.data import load_text
+from experiments.retrofit.job import Base, Job, execute
+
+HOME = Path(__file__).parent
+# (lr, table lr) tried; 0: the arm has no table. The other arms take the rates of these (RATES_OF).
+GRID: dict[str, list[tuple[float, float]]] = {
+    "memory": [(3e-3, 0.1), (3e-3, 0.3), (3e-3, 1.0), (1e-3, 0.3)],
+    "full": [(1e-4, 0), (3e-4, 0), (1e-3, 0)],
+    "lora": [(5e-4, 0), (1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)],
+}
+# Whose lr and whose table lr an arm takes.
+RATES_OF = {
+    **{arm: (arm, arm) for arm in GRID},
+    "both": ("lora", "memory"),
+    "full-seconds": ("full", "full"),
+    "one-row": ("memory", "memory"),
+}
+
+
+def rates(arm: str, home: Path) -> tuple[float, float]:
+    """(lr, table lr) of an arm: the best of tune.jsonl, without those at which a run of results.jsonl diverged.
+
+    Raises:
+        FileNotFoundError: they were not tuned yet.
+    """
+    if arm == "reference":
+        return 0.0, 0.0
+    runs = [record for record in read_results(home / "results.jsonl") if summary.diverged(record)]
+    bad = {(r["arm"], r["lr"], r["table_lr"]) for r in runs}
+    found = []
+    for source, name in zip(RATES_OF[arm], ("lr", "table_lr"), strict=True):
+        tuned = [r for r in read_results(home / "tune.jsonl") if r["arm"] == source]
+        tuned = [r for r in tuned if (source, r["lr"], r["table_lr"]) not in bad]
+        if not tuned:
+            raise FileNotFoundError(f"tune.jsonl has no learning rates of {source} for {arm}: run `tune` first")
+        found.append(min(tuned, key=lambda r: (summary.total(r), r["key"]))[name])
+    return found[0], found[1]
+
+
+def tuning_jobs() -> list[Job]:
+    return [Job(arm, 0, lr, table_lr, "tune") for arm, grid in GRID.items() for lr, table_lr in grid]
+
+
+def jobs(seeds: list[int], home: Path) -> list[Job]:
+    """Every arm of the first seed, then of the next, and the control of all seeds at the end. The reference, which has
+    no seed, is measured once."""
+    planned = [
+        Job(arm, seed, *rates(arm, home))
+        for seed in seeds
+        for arm in arms.NAMES
+        if arm != "reference" or seed == seeds[0]
+    ]
+    return sorted(planned, key=lambda job: job.arm == "one-row")
+
+
+def affordable_steps(job: Job, records: list[dict[str, Any]]) -> int:
+    """Steps of all weights in the CPU seconds that `memory` took, by the median step of both in the same seed.
+
+    Raises:
+        ValueError: one of the two was not run yet.
+    """
+    mine = {r["arm"]: r for r in records if r["seed"] == job.seed}
+    if "memory" not in mine or "full" not in mine:
+        raise ValueError(f"full-seconds of seed {job.seed} needs the seconds of memory and full: run them first")
+    memory, full = mine["memory"], mine["full"]
+    steps = round(memory["steps"] * memory["step_cpu_seconds"] / full["step_cpu_seconds"])
+    return min(max(1, steps), full["steps"])  # one pass over the text is all there is
+
+
+def sweep(planned: list[Job], base: Any, home: Path, file: Path) -> int:
+    """Runs what is not in `file` yet, each in a forked process, and returns how many failed. base() loads the model."""
+    failed, loaded = 0, None
+    for job in planned:
+        records = read_results(file)
+        if job.key in {record["key"] for record in records}:
+            continue
+        loaded = loaded or base()
+        try:
+            if job.arm == "full-seconds":
+                job = Job(**{**asdict(job), "steps": affordable_steps(job, records)})
+            record = _in_a_process(job, loaded, home)
+        except (ValueError, RuntimeError) as error:
+            failed += 1
+            print(f"{job.arm} seed {job.seed} failed: {error}", file=sys.stderr, flush=True)
+            continue
+        with file.open("a") as results:
+            results.write(json.dumps(record) + "\n")
+        found = " ".join(f"{name} {value:.3f}" for name, value in record["measures"].items())
+        print(f"{job.arm} seed {job.seed} lr {job.lr:g} {job.table_lr:g}: {found}", flush=True)
+    return failed
+
+
+def _in_a_process(job: Job, base: Base, home: Path) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")  # the model is there already and its weights are shared until changed
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(job, base, home, theirs))
+    process.start()
+    theirs.close()
+    try:
+        record = ours.recv()
+    except EOFError:
+        record = None
+    process.join()
+    if record is None:
+        raise RuntimeError(f"its process ended with status {process.exitcode}")
+    return record
+
+
+def _child(job: Job, base: Base, home: Path, pipe: Any) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    try:
+        record, arrays = execute(job, base)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    if job.held_out == "validation":
+        side = home / "documents" / f"{job.key}.npz"
+        side.parent.mkdir(parents=True, exist_ok=True)
+        partial = side.with_name(f".{job.key}.partial.npz")
+        np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+        partial.replace(side)
+    pipe.send(record)
+
+
+def load_base(held_out: str) -> Base:
+    model, tokenizer = arms.pretrained()
+    text = load_text(tokenizer, held_out)
+    overlap = {side: float(overlap_13gram(text.train, getattr(text, side))) for side in ("inside", "outside")}
+    return Base(model, tokenizer, TokenMap.from_tokenizer(tokenizer), text, overlap)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tune", "run", "report", "plot"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    if given.what == "report":
+        summary.write(HOME)
+    elif given.what == "plot":
+        summary.draw(HOME)
+    else:
+        tune_allocator()
+        tuning = given.what == "tune"
+        planned = tuning_jobs() if tuning else jobs(given.seeds, HOME)
+        file = HOME / ("tune.jsonl" if tuning else "results.jsonl")
+        sys.exit(sweep(planned, lambda: load_base("tune" if tuning else "validation"), HOME, file) > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -260,7 +260,9 @@ def draw(home: Path) -> Path:
         asked.axvline(0, color=SOFT, linewidth=1)
         asked.set_title("taught facts, asked for in other words")
         asked.set_xlabel("nats per token, minus the untouched model's (left is better)")
-        panels[0, 0].set_yticks(range(len(names)), names, color=INK)
+        panels[0, 0].set_yticks(range(len(names)), names)
+        for axes in panels[:, 0]:
+            axes.tick_params(axis="y", labelcolor=INK)
         panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
     return save(figure, home)
 

@@ -157,7 +157,10 @@ def costs_table(arms: Arms) -> str:
             rates = f"{first['lr']:g} / {first['table_lr']:g}" if first["memory"] else f"{first['lr']:g}"
             in_rows = mean("trained_parameters") - mean("dense_trained")
             row = [arm, rates, f"{mean('trained_parameters') / 1e6:.2f}", f"{in_rows / 1e6:.2f}" if in_rows else ""]
-            row += [str(first["lora_rank"] or ""), f"{mean('total_parameters') / 1e6:.1f}"]
+            row += [
+                " to ".join(map(str, sorted({r["lora_rank"] for r in values if r["lora_rank"]}))),
+                f"{mean('total_parameters') / 1e6:.1f}",
+            ]
             row += [f"{mean('optimizer_bytes') / 1e6:.1f}", f"{mean('steps'):.0f}", f"{mean('tokens'):,.0f}"]
             row += [f"{mean('seconds'):.0f}", f"{mean('cpu_seconds'):.0f}"]
             row += [f"{mean('tokens') / mean('cpu_seconds'):.0f}"]
@@ -260,7 +263,9 @@ def draw(home: Path) -> Path:
         asked.axvline(0, color=SOFT, linewidth=1)
         asked.set_title("taught facts, asked for in other words")
         asked.set_xlabel("nats per token, minus the untouched model's (left is better)")
-        panels[0, 0].set_yticks(range(len(names)), names, color=INK)
+        panels[0, 0].set_yticks(range(len(names)), names)
+        for axes in panels[:, 0]:
+            axes.tick_params(axis="y", labelcolor=INK)
         panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
     return save(figure, home)
 

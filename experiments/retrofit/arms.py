@@ -20,7 +20,6 @@ from torch import nn
 
 import engram
 from engram.addressing import NgramHasher, TokenMap
-from engram.integrations.inputs import documents
 from engram.memory import EngramMemory, hash_layout
 from experiments.retrofit.data import Batches
 
@@ -73,7 +72,7 @@ def rows_read(hasher: NgramHasher, batches: Batches) -> int:
     """Distinct rows, over all layers, that the training text reads: no other row is ever trained."""
     found: dict[int, list[np.ndarray]] = {}
     for ids, positions in zip(batches.ids[..., :-1], batches.positions[..., :-1], strict=True):
-        for layer, rows in hasher(ids, documents=documents(positions, *ids.shape)).items():
+        for layer, rows in hasher(ids, documents=(positions == 0).cumsum(-1)).items():
             found.setdefault(layer, []).append(np.unique(rows.numpy()))
     return sum(len(np.unique(np.concatenate(parts))) for parts in found.values())
 

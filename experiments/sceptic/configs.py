@@ -37,9 +37,9 @@ DERIVED = (
     ("longer", "longer", (), "plain"),
     ("switched-off", "switched-off", (), "engram"),
     ("kneser-ney", "kneser-ney", (), "plain"),
-    ("knn-lm, exact", "knn-lm", (("index", "exact"),), "plain"),
-    ("knn-lm, ivf", "knn-lm", (("index", "ivf"),), "plain"),
-    ("knn-lm, ivfpq", "knn-lm", (("index", "ivfpq"),), "plain"),
+    ("knn-lm (exact)", "knn-lm", (("index", "exact"),), "plain"),
+    ("knn-lm (ivf)", "knn-lm", (("index", "ivf"),), "plain"),
+    ("knn-lm (ivfpq)", "knn-lm", (("index", "ivfpq"),), "plain"),
 )
 
 

@@ -146,7 +146,7 @@ def test_nothing_is_tuned_on_the_reported_text(name):
 
 def test_only_and_corpus_select_and_change_the_runs():
     runs = runs_of("sceptic", [0, 1], ["plain", "knn-lm"], "T", "stdlib")
-    assert [run.label for run in runs[:4]] == ["plain", "knn-lm, exact", "knn-lm, ivf", "knn-lm, ivfpq"]
+    assert [run.label for run in runs[:4]] == ["plain", "knn-lm (exact)", "knn-lm (ivf)", "knn-lm (ivfpq)"]
     assert {run.setting.corpus for run in runs} == {"stdlib"} and [run.seed for run in runs] == [0] * 4 + [1] * 4
     assert {run.group for run in runs} == {"T: stdlib"}
 

@@ -79,10 +79,9 @@ class MemoryCache:
 
     def rewind(self, positions: int) -> None:
         """Forgets the last `positions` tokens, as if they had never been seen."""
-        if positions < 0 or self.ids is None or positions > self.ids.shape[1]:
-            held = 0 if self.ids is None else self.ids.shape[1]
-            raise ValueError(f"cannot rewind {positions} positions of {held}")
-        keep = self.ids.shape[1] - positions
+        if positions < 0 or self.ids is None or positions > self.length:
+            raise ValueError(f"cannot rewind {positions} positions of {self.length}")
+        keep = self.length - positions
         self.ids = self.ids[:, :keep]
         self.runs = None if self.runs is None else self.runs[:, :keep]
         self.conv = {layer: inputs[:, :keep] for layer, inputs in self.conv.items()}

@@ -151,7 +151,7 @@ def facts(rows: list[Row]) -> str:
     lines = [
         f"{all_of('setting', shape)} tokens, vocabulary {all_of('vocabulary', '{:,}'.format)}; "
         f"corpus {all_of('corpus', lambda d: d[:12])}, 13-gram overlap with the training text "
-        f"{all_of('overlap_13gram', '{:.4f}'.format)}; code {all_of('code', _short)}; torch {all_of('torch')}; "
+        f"{all_of('overlap_13gram', '{:.4f}'.format)}; code {all_of('code', short)}; torch {all_of('torch')}; "
         f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired over "
         "documents and seeds; below 0, the arm is better than the baseline."
     ]
@@ -166,7 +166,8 @@ def facts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _short(commit: str) -> str:
+def short(commit: str) -> str:
+    """The first digits of a commit, and whether the code was changed since."""
     return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
@@ -227,14 +228,22 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
 
 
 def write_tables(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> None:
-    """Writes the tables between the marks of home/README.md, and nothing else in it.
+    """Writes the tables into home/README.md.
 
     Raises:
-        ValueError: a README without the marks. FileNotFoundError: no README, or a missing side file.
+        FileNotFoundError: a missing side file. Besides, what write_between_marks raises.
     """
-    readme = home / "README.md"
+    write_between_marks(home / "README.md", document(home, baseline, summary))
+
+
+def write_between_marks(readme: Path, text: str) -> None:
+    """Replaces what stands between the marks of a README, and nothing else in it.
+
+    Raises:
+        ValueError: a README without the marks. FileNotFoundError: no README.
+    """
     before, opening, rest = readme.read_text(encoding="utf-8").partition("<!-- table -->\n")
     _, closing, after = rest.partition("<!-- end -->\n")
     if not opening or not closing:
         raise ValueError(f"{readme} needs a line <!-- table --> and below it a line <!-- end -->, to write between")
-    write_whole(readme, f"{before}{opening}{document(home, baseline, summary)}\n{closing}{after}".encode())
+    write_whole(readme, f"{before}{opening}{text}\n{closing}{after}".encode())

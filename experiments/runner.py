@@ -97,7 +97,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "evaluation_seconds": evaluated - tested,
         "total_seconds": time.perf_counter() - began,
         "threads": threads,
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(),
         "parameters": {"dense": stored["parameters"] - looked_up["parameters"], "table": table["parameters"]},
         "bytes": {
             "dense": stored["bytes"] - looked_up["bytes"],
@@ -144,7 +144,8 @@ def _stored(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -268,6 +269,14 @@ def _documents(home: Path, experiment: str, key: str) -> Path:
     return home / experiment / "documents" / f"{key}.npz"
 
 
+def write_documents(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays of a run beside its line, compressed, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.stem}.{os.getpid()}.partial.npz")
+    np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+    os.replace(partial, file)
+
+
 def _one(home: Path, run: Run, threads: int, prepared: str, name: str) -> bool:
     """One run in its own process: so its peak memory is its own, and its crash too. prepared: the sweep's texts."""
     size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
@@ -310,11 +319,7 @@ def _child(home: Path, threads: int) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # whatever an arm prints, the line is the line
         record, documents = execute(run, threads, on_step)
     if run.held_out == "validation":
-        file = _documents(home, run.experiment, run.key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{run.key}.{os.getpid()}.partial.npz")
-        np.savez_compressed(partial, **documents)
-        os.replace(partial, file)
+        write_documents(_documents(home, run.experiment, run.key), documents)
     print(json.dumps(record, default=float))  # NumPy's numbers among an arm's facts
 
 

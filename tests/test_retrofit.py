@@ -74,7 +74,7 @@ def trained(base, arm, lr=1e-2):
     batches = job.pack(base.tokenizer, base.text.train, 0)
     torch.manual_seed(0)
     model, memory = arms.build(arm, base.model, base.token_map, MEMORY, batches)
-    job.train(model, memory, batches, len(batches.ids), lr, 0.1)
+    job.train(model, batches, len(batches.ids), lr, 0.1)
     return model, memory, batches
 
 

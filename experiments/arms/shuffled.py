@@ -49,7 +49,7 @@ class ShuffledMemory(EngramMemory):
         if self.training and ids.shape[0] > 1:
             return super().recall(ids.roll(1, 0), None if documents is None else documents.roll(1, 0), cache=cache)
         B, T = ids.shape
-        start = 0 if cache is None or cache.ids is None else cache.ids.shape[1]
+        start = 0 if cache is None else cache.length
         place = (torch.arange(B)[:, None] * _STRIDE + start + torch.arange(T)) % len(self.stream.ids)
         foreign = torch.from_numpy(self.stream.ids)[place].long().to(ids.device)
         if documents is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource  # peak memory; Unix only
-import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -21,6 +19,7 @@ from engram.lm.corpus import corpus_digest
 from experiments.retrofit import arms
 from experiments.retrofit.data import REPORTED, TUNING, Batches, Text, pack
 from experiments.retrofit.measure import SIDES, measure
+from experiments.runner import peak_memory
 from experiments.version import code_version, sources_digest
 
 WARM_UP, CLIP = 4, 1.0  # steps; norm of the dense gradient
@@ -55,7 +54,7 @@ class Base(NamedTuple):
     overlap: dict[str, float]  # share of the 13-grams of each held-out side that the training text has
 
 
-def train(model: Any, memory: Any, batches: Batches, steps: int, lr: float, table_lr: float) -> dict[str, Any]:
+def train(model: Any, batches: Batches, steps: int, lr: float, table_lr: float) -> dict[str, Any]:
     """Trains in bfloat16 (autocast; weights, rows and optimiser in float32). Warm-up, then linearly down to zero."""
     optimizer = build_optimizer(model, lr=lr, table_lr=table_lr, weight_decay=0.0)
     initial = [group["lr"] for group in optimizer.param_groups]
@@ -95,7 +94,7 @@ def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]
     torch.manual_seed(job.seed)
     batches = pack(base.tokenizer, base.text.train, job.seed)
     steps = job.steps or len(batches.ids)
-    loaded = _peak_memory()
+    loaded = peak_memory()
     config = arms.MEMORY.replace(seed=job.seed)
     model, memory = arms.build(job.arm, base.model, base.token_map, config, batches)
     record: dict[str, Any] = {
@@ -112,8 +111,8 @@ def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]
         "lora_rank": model.peft_config["default"].r if hasattr(model, "peft_config") else None,
     }
     if job.arm != "reference":
-        record |= train(model, memory, batches, steps, job.lr, job.table_lr)
-        record["peak_memory"], record["loaded_memory"] = _peak_memory(), loaded
+        record |= train(model, batches, steps, job.lr, job.table_lr)
+        record["peak_memory"], record["loaded_memory"] = peak_memory(), loaded
     began = time.perf_counter()
     sides = ("inside", "taught") if job.held_out == "tune" else SIDES
     arrays = measure(model, base.tokenizer, base.text, sides)
@@ -146,8 +145,3 @@ def means(arrays: dict[str, np.ndarray], sides: tuple[str, ...]) -> dict[str, fl
             shares = (name for name in (f"{side}_exact", f"{side}_rank") if name in arrays)
             found |= {name: float(arrays[name].mean()) for name in shares}
     return found
-
-
-def _peak_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,15 +12,13 @@ tune.jsonl). What is in the file is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
@@ -32,6 +30,7 @@ from experiments.config import read_results
 from experiments.retrofit import arms, summary
 from experiments.retrofit.data import load_text
 from experiments.retrofit.job import Base, Job, execute
+from experiments.runner import append, write_documents
 
 HOME = Path(__file__).parent
 # (lr, table lr) tried; 0: the arm has no table. The other arms take the rates of these (RATES_OF).
@@ -109,14 +108,13 @@ def sweep(planned: list[Job], base: Any, home: Path, file: Path) -> int:
         loaded = loaded or base()
         try:
             if job.arm == "full-seconds":
-                job = Job(**{**asdict(job), "steps": affordable_steps(job, records)})
+                job = replace(job, steps=affordable_steps(job, records))
             record = _in_a_process(job, loaded, home)
         except (ValueError, RuntimeError) as error:
             failed += 1
             print(f"{job.arm} seed {job.seed} failed: {error}", file=sys.stderr, flush=True)
             continue
-        with file.open("a") as results:
-            results.write(json.dumps(record) + "\n")
+        append(file, record)
         found = " ".join(f"{name} {value:.3f}" for name, value in record["measures"].items())
         print(f"{job.arm} seed {job.seed} lr {job.lr:g} {job.table_lr:g}: {found}", flush=True)
     return failed
@@ -146,11 +144,7 @@ def _child(job: Job, base: Base, home: Path, pipe: Any) -> None:
         traceback.print_exc()
         raise SystemExit(1) from None
     if job.held_out == "validation":
-        side = home / "documents" / f"{job.key}.npz"
-        side.parent.mkdir(parents=True, exist_ok=True)
-        partial = side.with_name(f".{job.key}.partial.npz")
-        np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
-        partial.replace(side)
+        write_documents(home / "documents" / f"{job.key}.npz", arrays)
     pipe.send(record)
 
 

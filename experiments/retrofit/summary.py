@@ -10,11 +10,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from engram.lm.report import write_whole
 from engram.lm.statistics import Interval, paired_bootstrap
 from experiments.config import read_results
 from experiments.measures import table
 from experiments.plots import COLOURS, INK, SOFT, STYLE, save
+from experiments.report import short, write_between_marks
 from experiments.retrofit.arms import NAMES
 
 Record = dict[str, Any]
@@ -200,7 +200,7 @@ def document(home: Path) -> str:
     if not arms:
         raise ValueError("results.jsonl has no runs yet: python experiments/retrofit/run.py run")
     runs = [r for mine in arms.values() for r in mine.values()]
-    code = " and ".join(dict.fromkeys(f"{r['code'][:10]}{'-dirty' * r['code'].endswith('-dirty')}" for r in runs))
+    code = " and ".join(dict.fromkeys(short(r["code"]) for r in runs))
     overlap = runs[0]["overlap_13gram"]
     facts = (
         f"13-grams found in the training text: {overlap['inside']:.4f} of the in-domain documents', "
@@ -228,13 +228,8 @@ def document(home: Path) -> str:
 
 
 def write(home: Path) -> None:
-    """Writes the tables between the marks of home/README.md. Raises ValueError where it has no marks."""
-    readme = home / "README.md"
-    before, opening, rest = readme.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    _, closing, after = rest.partition("<!-- end -->\n")
-    if not opening or not closing:
-        raise ValueError(f"{readme.name} needs a line <!-- table --> and below it a line <!-- end -->")
-    write_whole(readme, f"{before}{opening}{document(home)}\n{closing}{after}".encode())
+    """Writes the tables into home/README.md. Raises ValueError where it has no marks."""
+    write_between_marks(home / "README.md", document(home))
 
 
 def draw(home: Path) -> Path:

@@ -235,7 +235,7 @@ class HostTable:
         if self._file is None:
             return 0
         ids = self.check(row_ids)
-        if readahead.in_memory(self._file, ids.numpy(), row):
+        if readahead.in_memory(self._file, stored.data_ptr(), ids.numpy(), row):
             return 0
         return readahead.will_need(self._file, stored.data_ptr(), ids.numpy(), row, self.nbytes)
 

@@ -33,6 +33,7 @@ from engram.memory import EngramMemory
 from experiments import arms
 from experiments.config import HOME, NAMES, Run, hook, read_results
 from experiments.prepared import FOLDER, prepare
+from experiments.trained import train_once
 from experiments.version import code_version, sources_digest
 
 CURVE_POINTS, LAST_STEPS = 40, 50
@@ -58,12 +59,13 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     model = arms.build(run.arm, setting, data, **options)
     stored, looked_up = _stored(model), arms.tables(model)
     flops = forward_flops(model, data, setting.train.context)
-    own, used = hook(run.experiment, "train"), time.process_time()
+    own, shared, used = hook(run.experiment, "train"), False, time.process_time()
     if own is None:
-        log = train(model, data.train, setting.train, on_step=on_step)
+        text, how = data.train, setting.train
+        log, used, shared = train_once(model, text, how, lambda: train(model, text, how, on_step=on_step))
     else:
         log = own(replace(run, setting=setting), model, data, on_step)
-    used = time.process_time() - used
+        used = time.process_time() - used
     weights = [p for p in model.parameters() if p.requires_grad]
     model = arms.finish(run.arm, model, setting, data, **options)
     tested = time.perf_counter()
@@ -96,6 +98,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "train_cpu_seconds": used,  # of all threads; other work on the machine disturbs it less than the clock
         "evaluation_seconds": evaluated - tested,
         "total_seconds": time.perf_counter() - began,
+        "training_shared": shared,  # with another run of the sweep: the seconds of training are that one's
         "threads": threads,
         "peak_memory": peak_memory(),
         "parameters": {"dense": stored["parameters"] - looked_up["parameters"], "table": table["parameters"]},

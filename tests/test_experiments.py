@@ -256,6 +256,24 @@ def test_a_text_made_ready_for_a_sweep_gives_the_same_record(setting, finished, 
         assert all(np.array_equal(documents[name], saved[name]) for name in ("nats", "tokens", "bytes"))
 
 
+def test_runs_of_a_sweep_that_train_alike_train_once_with_the_same_result(setting, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
+    counts = Run("toy", "kneser-ney", setting)
+    alone = runner.execute(Run("toy", "plain", setting))[0]
+    assert not alone["training_shared"]
+    shared, losses = runner.execute(counts)
+    other = replace(setting, train=replace(setting.train, lr=1e-3))
+    for run in (counts.seeded(1), replace(counts, setting=other), Run("toy", "engram", setting)):
+        assert not runner.execute(run)[0]["training_shared"]
+    monkeypatch.delenv(prepared.FOLDER)
+    trained, expected = runner.execute(counts)
+    assert shared["training_shared"] and not trained["training_shared"]
+    same = ("loss", "train_loss", "curve", "tokens", "bytes", "extra")
+    assert [shared[name] for name in same] == [trained[name] for name in same]
+    assert shared["train_cpu_seconds"] == alone["train_cpu_seconds"]
+    assert np.array_equal(losses["nats"], expected["nats"])
+
+
 @pytest.mark.parametrize("held_out", ["validation", "tune"])
 def test_a_text_survives_its_folder(setting, tmp_path, held_out):
     made = prepare(setting, held_out)

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.config import HOME, NAMES, SETTINGS, Run, hook, questions, read_results
 from experiments.report import write_tables
-from experiments.runner import sweep
+from experiments.runner import run_again, sweep
 
 
 def seeds_of(text: str) -> list[int]:
@@ -81,8 +81,9 @@ def list_experiments() -> None:
         cells = module.configs(module.SETTING)
         runs = [cell.seeded(seed) for cell in cells for seed in (0, 1, 2)]
         there = sum(run.key in done for run in runs)
-        summary = (module.__doc__ or "").split("\n")[0]
-        print(f"{name:18} {module.SETTING}  {len(cells):3} cells, {there:3} of {len(runs):3} runs  {summary}")
+        print(f"{name:18} {module.SETTING}  {len(cells):3} cells, {there:3} of {len(runs):3} runs", end="")
+        other = f" and {len(done) - there} at other settings or texts" if len(done) > there else ""
+        print(f"{other}  {(module.__doc__ or '').splitlines()[0]}")
 
 
 def _with_results() -> list[str]:
@@ -102,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead: seed 0, setting T")
     run.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
     run.add_argument("--threads", type=int, default=1, help="of each run (default 1, which repeats to the last digit)")
+    run.add_argument("--again", action="store_true", help="make runs that are there once more and compare the losses")
     run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
     for command, what in (
         ("plot", "draw figure.png from the results"),
@@ -124,6 +126,8 @@ def main() -> int:
             if arguments.tune:
                 return bool(tune(arguments.name, only, **how))
             runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus)
+            if arguments.again:
+                return bool(run_again(runs, **how))
             return bool(sweep(runs, **how))
         elif arguments.command == "plot":
             for name in [arguments.name] if arguments.name else _with_results():

@@ -37,6 +37,7 @@ from experiments.trained import train_once
 from experiments.version import code_version, sources_digest
 
 CURVE_POINTS, LAST_STEPS = 40, 50
+SAME = 1e-6  # nats per token between a run and the same run again
 
 
 def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | None = None) -> tuple[Any, Any]:
@@ -234,6 +235,34 @@ def sweep(
     if None in ended:
         print(f"{ended.count(None)} runs not begun within {limit_minutes:g} minutes", flush=True)
     return ended.count(False)
+
+
+def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
+    """Makes runs that are in their results files once more, elsewhere, and prints both losses. Nothing is written.
+
+    Args:
+        how: workers, threads, limit_minutes, as of `sweep`. Other threads than the first time's may change a loss.
+
+    Returns:
+        How many failed or differ by more than 1e-6 nats per token.
+
+    Raises:
+        ValueError: a run that is not there to compare with.
+    """
+    lines = {run: [r for r in read_results(_file(home, run.experiment, run)) if r["key"] == run.key] for run in runs}
+    missing = [f"{run.label} seed {run.seed}" for run, found in lines.items() if not found]
+    if missing:
+        raise ValueError(f"nothing to compare with: {', '.join(missing)} did not run yet")
+    with tempfile.TemporaryDirectory(prefix="engram-lab-") as elsewhere:
+        wrong = sweep(runs, Path(elsewhere), others=(), **how)
+        for run, found in lines.items():
+            for line in read_results(_file(Path(elsewhere), run.experiment, run)):
+                if line["key"] == run.key:
+                    before, differ = found[-1]["loss"], abs(line["loss"] - found[-1]["loss"])
+                    wrong += differ > SAME
+                    print(f"{run.label} ({run.group}) seed {run.seed}: {before:.7f}, again {line['loss']:.7f}", end="")
+                    print(f", {differ:.1e} apart{'' if differ <= SAME else ': NOT THE SAME'}")
+    return wrong
 
 
 def _file(home: Path, experiment: str, run: Run) -> Path:

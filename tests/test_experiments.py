@@ -229,6 +229,22 @@ def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(setting, tmp_path
     assert "1 of 1 runs are there" in capsys.readouterr().out
 
 
+def test_a_run_made_again_is_compared_and_nothing_is_written(setting, finished, tmp_path, capsys):
+    home, runs = finished
+    shutil.copytree(home, tmp_path / "home")
+    file = tmp_path / "home" / "toy" / "results.jsonl"
+    before = file.read_bytes()
+    assert runner.run_again(runs[:1], tmp_path / "home") == 0
+    assert "0.0e+00 apart" in capsys.readouterr().out and file.read_bytes() == before
+    records = read_results(file)
+    records[0]["loss"] += 1e-5
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert runner.run_again(runs[:1], tmp_path / "home") == 1
+    assert "NOT THE SAME" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="plain seed 7 did not run yet"):
+        runner.run_again([runs[0].seeded(7)], tmp_path / "home")
+
+
 def test_a_run_that_another_experiment_has_is_taken_over(setting, finished, tmp_path):
     home, runs = finished
     mine = replace(runs[0], experiment="mine", label="base", group="g")

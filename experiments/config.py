@@ -121,6 +121,7 @@ def hook(experiment: str, name: str) -> Callable[..., Any] | None:
     """What an experiment's configs module does itself beside listing runs; None where it leaves that to the lab.
 
     train(run, model, data, on_step) -> TrainLog: in place of engram.lm.train.train.
+    evaluate(run, model, data) -> Evaluation: in place of engram.lm.evaluate.evaluate, for what else is to be scored.
     measure(run, model, data) -> dict: called with the evaluated model; its NumPy arrays go into the side file of the
         run as measured_<name>, all else is small and goes into the record as "measures".
     summary(home) -> Markdown: tables of its own, before those that `report` makes for every experiment.

@@ -70,9 +70,9 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     weights = [p for p in model.parameters() if p.requires_grad]
     model = arms.finish(run.arm, model, setting, data, **options)
     tested = time.perf_counter()
-    result = evaluate(model, data.validation)
+    score, measure = hook(run.experiment, "evaluate"), hook(run.experiment, "measure")
+    result = evaluate(model, data.validation) if score is None else score(run, model, data)
     evaluated = time.perf_counter()
-    measure = hook(run.experiment, "measure")
     measured = {} if measure is None else measure(replace(run, setting=setting), model, data)
     arrays = {name: value for name, value in measured.items() if isinstance(value, np.ndarray)}
     table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one

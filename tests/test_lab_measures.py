@@ -46,7 +46,7 @@ MEASURED = [name for name in NAMES if config.hook(name, "measure")]
 @pytest.fixture(scope="module")
 def data():
     train, held = task.documents_of(TASK, 200, 0), task.documents_of(TASK, 40, 1)
-    made = task._encoded(train), task._encoded(held)
+    made = task._encoded(train, TASK.pairs), task._encoded(held, TASK.pairs)
     return Data(None, TokenMap.identity(VOCABULARY), *made, prepared.Overlap(0.0), "toy")  # type: ignore[arg-type]
 
 
@@ -287,6 +287,15 @@ def test_the_memory_is_switched_off_for_one_measurement_and_on_again(data):
     assert task.measure(run, model, data) == {"on": found["off"]}
 
 
+def test_recall_scores_the_answers_and_nothing_else(data):
+    run = Run("recall", "plain", SETTING)
+    model = arms.build("plain", SETTING, data)
+    found, measured = task.evaluate(run, model, data), task.measure(run, model, data)["on"]
+    assert found.loss == pytest.approx(measured["nats"], abs=1e-5)
+    assert found.loss == pytest.approx(found.document_nats.sum() / found.document_tokens.sum())
+    assert found.bits_per_byte == pytest.approx(found.document_nats.sum() / np.log(2) / data.validation.bytes.sum())
+
+
 def test_recall_trains_at_the_answers_alone(data):
     _, targets, _ = runner.train.__globals__["Batches"](data.train, TASK.length, 8)(0)
     masked = task.only_answers(targets, TASK)
@@ -507,7 +516,7 @@ def test_claims_are_filled_from_the_results(tmp_path):
     lines = {line.split(" | ")[1]: line for line in rows}
     needles = lines["several needles are found more often"]
     assert (
-        "T: needles, 4 in 48, 3 seeds" in needles
+        "T: needles, 4 in 16, 3 seeds" in needles
         and "| agrees |" in needles
         and ("| +0.29" in needles or "| +0.30" in needles)
     )

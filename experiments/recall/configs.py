@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.config import SETTINGS, Run, change, tuned
+from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
 from experiments.recall.summary import summary
-from experiments.recall.task import VOCABULARY, Task, measure, train
+from experiments.recall.task import VOCABULARY, Task, evaluate, measure, train
 
-__all__ = ["BASELINE", "SETTING", "configs", "measure", "summary", "train"]
+__all__ = ["BASELINE", "SETTING", "configs", "evaluate", "measure", "summary", "train", "tune"]
 
 BASELINE, SETTING = "plain", "T"
-TASKS = {  # all of 65 tokens
-    "MQAR, 16 pairs": "recall:16+0",
-    "needle, 1 in 60": "recall:1+60",
-    "needles, 4 in 48": "recall:4+48",
-}
-STEPS = {"T": 2000, "S": 6000}
+TUNING = HOME / "recall" / "tune.jsonl"
+TASKS = {
+    "MQAR, 8 pairs": "recall:8+0",
+    "needle, 1 in 28": "recall:1+28",
+    "needles, 4 in 16": "recall:4+16",
+}  # 33 tokens
+STEPS, BATCH = {"T": 1000, "S": 3000}, 64
 ARMS = ("plain", "engram", "one-row")
 
 
 def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
-    runs = []
-    for words, corpus in TASKS.items():
-        length = Task.of(corpus).length
-        model = replace(setting.model, vocab_size=VOCABULARY, max_length=length)
-        train_how = {"context": length, "batch_size": 32, "tokens": STEPS[setting_name] * 32 * length}
-        base = change(setting, corpus=corpus, vocab_size=VOCABULARY, model=model)
-        for arm in ARMS:
-            mine = change(base, train={**tuned(arm), **train_how})
-            runs.append(Run("recall", arm, mine, group=f"{setting_name}: {words}"))
-    return runs
+    return [_cell(setting_name, words, arm, tuned(arm, TUNING) or tuned(arm)) for words in TASKS for arm in ARMS]
+
+
+def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float]) -> Run:
+    setting, corpus = SETTINGS[setting_name], TASKS[words]
+    length = Task.of(corpus).length
+    model = replace(setting.model, vocab_size=VOCABULARY, max_length=length)
+    train_how = {"context": length, "batch_size": BATCH, "tokens": STEPS[setting_name] * BATCH * length}
+    mine = change(setting, corpus=corpus, vocab_size=VOCABULARY, model=model, train={**rates, **train_how})
+    return Run("recall", arm, mine, group=f"{setting_name}: {words}")
+
+
+def tune() -> list[Run]:
+    """A grid of lr for every arm on MQAR, at T; rows take the rate of engram on text."""
+    return rate_grid([_cell("T", "MQAR, 8 pairs", arm, tuned(arm)) for arm in ARMS], TUNING, table_lrs=())

@@ -21,8 +21,10 @@ import xxhash
 from torch import Tensor
 
 from engram.addressing import TokenMap
+from engram.lm import evaluate as scoring
 from engram.lm import train as lm
 from engram.lm.corpus import Overlap
+from engram.lm.evaluate import Evaluation
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from engram.lm.train import Batches, TrainLog
@@ -80,18 +82,19 @@ def documents_of(task: Task, count: int, seed: int) -> np.ndarray:
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
-    """Made-up documents as a text; a byte a token, for want of any. Raises ValueError on a name that is no task."""
+    """Made-up documents as a text; an answer counts as a byte, for want of any. Raises what Task.of raises."""
     task = Task.of(setting.corpus)
     train = documents_of(task, TRAIN_DOCUMENTS, seed=0)
     held = documents_of(task, HELD_OUT_DOCUMENTS, seed={"validation": 1, "tune": 2}[held_out])
     digest = xxhash.xxh3_128_hexdigest(train.tobytes())
-    return Data(None, TokenMap.identity(VOCABULARY), _encoded(train), _encoded(held), Overlap(0.0), digest)  # type: ignore[arg-type]
+    texts = (_encoded(documents, task.pairs) for documents in (train, held))
+    return Data(None, TokenMap.identity(VOCABULARY), *texts, Overlap(0.0), digest)  # type: ignore[arg-type]
 
 
-def _encoded(documents: np.ndarray) -> Encoded:
+def _encoded(documents: np.ndarray, answers_each: int) -> Encoded:
     count, length = documents.shape
     numbers = np.repeat(np.arange(count, dtype=np.int32), length)
-    return Encoded(documents.ravel(), numbers, length * np.arange(count + 1), np.full(count, length - 1))
+    return Encoded(documents.ravel(), numbers, length * np.arange(count + 1), np.full(count, answers_each))
 
 
 def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
@@ -118,6 +121,20 @@ def only_answers(targets: Tensor, task: Task) -> Tensor:
     masked = torch.full_like(targets, -100)
     masked[:, task.asked] = targets[:, task.asked]
     return masked
+
+
+def evaluate(run: Run, model: Any, data: Data) -> Evaluation:
+    """The loss at the answers alone: its tokens and bytes are answers."""
+    task = Task.of(run.setting.corpus)
+    whole = scoring.evaluate(model, data.validation)
+    nats = whole.position_nats.reshape(-1, task.length)[:, task.asked].astype(np.float64).sum(1)
+    loss = nats.mean() / task.pairs
+    return whole._replace(
+        loss=float(loss),
+        bits_per_byte=float(loss / np.log(2)),
+        document_nats=nats,
+        document_tokens=np.full(len(nats), task.pairs),
+    )
 
 
 def measure(run: Run, model: Any, data: Data) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from engram.lm.report import write_whole
 from engram.lm.statistics import Interval
 from experiments import findings
-from experiments.config import HOME
+from experiments.config import HOME, NAMES, SETTINGS, questions
 from experiments.findings import Finding
 from experiments.kneser_ney.configs import WITH_PLAIN
 from experiments.report import interval
@@ -169,9 +169,9 @@ def document(home: Path = HOME) -> str:
                 claim.rule,
                 verdict(finding, claim.rule),
             ]
-            lines.append(_line(claim, cells))
+            lines.append(_line(claim, cells, command(claim, finding.group)))
         if not found:
-            lines.append(_line(claim, ["", claim.ours, "not run yet", claim.rule, ""]))
+            lines.append(_line(claim, ["", claim.ours, "not run yet", claim.rule, ""], claim.command))
     return "\n".join(lines) + "\n"
 
 
@@ -179,8 +179,20 @@ def _figure(value: Interval) -> str:
     return interval(value) if math.isfinite(value.low) else f"{value.mean:+.4f}"
 
 
-def _line(claim: Claim, cells: list[str]) -> str:
-    return "| " + " | ".join([claim.source, claim.words, *cells, f"`{claim.command}`"]) + " |"
+def command(claim: Claim, group: str) -> str:
+    """The command that makes the runs of a table, with the setting and the text that are not the experiment's own."""
+    name = claim.command.removeprefix("python -m experiments run ")
+    setting, _, text = group.replace(",", ":").partition(": ")
+    if name not in NAMES or setting not in SETTINGS:
+        return claim.command
+    options = "" if setting == questions(name).SETTING else f" --setting {setting}"
+    if name == "sceptic" and text != SETTINGS[setting].corpus:
+        options += f" --corpus {text}"
+    return claim.command + options
+
+
+def _line(claim: Claim, cells: list[str], how: str) -> str:
+    return "| " + " | ".join([claim.source, claim.words, *cells, f"`{how}`"]) + " |"
 
 
 def write_claims(home: Path = HOME, file: Path = FILE) -> None:

@@ -526,6 +526,22 @@ def test_claims_are_filled_from_the_results(tmp_path):
     assert "not run yet" in lines["the gate earns its place"]
 
 
+@pytest.mark.parametrize(
+    "name, group, options",
+    [
+        ("sceptic", "S: wiki+shakespeare+kjv", ""),
+        ("sceptic", "T: wiki+shakespeare+kjv", " --setting T"),
+        ("sceptic", "T: botocore", " --setting T --corpus botocore"),
+        ("lookup_or_module", "T: vocabulary 1,024", " --setting T"),
+        ("slots", "T, 4,096 rows", ""),
+        ("slots", "S", " --setting S"),
+    ],
+)
+def test_a_claim_names_the_command_that_makes_its_table(name, group, options):
+    claim = next(claim for claim in claims.CLAIMS if claim.command.endswith(f"run {name}"))
+    assert claims.command(claim, group) == f"python -m experiments run {name}{options}"
+
+
 def test_every_label_of_a_claim_is_one_that_its_experiment_runs():
     labels = {
         (name, run.label) for name in NAMES for setting in "ST" for run in config.questions(name).configs(setting)

@@ -25,6 +25,12 @@ def seeds_of(text: str) -> list[int]:
     return seeds
 
 
+def chosen(name: str, only: list[str] | None) -> list[str] | None:
+    """["a,b", "c, d"] -> ["a", "b", "c, d"] where "c, d" is a label. Raises ValueError: an unknown experiment."""
+    labels = {run.label for setting in SETTINGS for run in questions(name).configs(setting)}
+    return only and [part for text in only for part in ([text] if text in labels else text.split(","))]
+
+
 def runs_of(
     name: str, seeds: list[int], only: list[str] | None = None, setting: str | None = None, corpus: str | None = None
 ) -> list[Run]:
@@ -45,8 +51,13 @@ def runs_of(
     unknown = [arm for arm in only or () if arm not in names]
     if unknown:
         raise ValueError(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-    kept = [run for run in cells if only is None or run.label in only or run.arm in only]
-    return [run.seeded(seed) for seed in seeds for run in kept]
+    return [run.seeded(seed) for seed in seeds for run in _keep(cells, only)]
+
+
+def _keep(runs: list[Run], only: list[str] | None) -> list[Run]:
+    """The runs with these labels, or of these arms where no label is called so; all without `only`."""
+    labels = {run.label for run in runs}
+    return [run for run in runs if only is None or run.label in only or run.arm in set(only) - labels]
 
 
 def _on_corpus(run: Run, corpus: str) -> Run:
@@ -65,7 +76,7 @@ def tune(name: str, only: list[str] | None = None, limit_minutes: float | None =
         raise ValueError(f"{name} has nothing to tune: its runs take the rates of sceptic")
     asked: set[str] = set()
     while True:
-        runs = [run for run in module.tune() if only is None or run.label in only or run.arm in only]
+        runs = _keep(module.tune(), only)
         new = [run for run in runs if run.key not in asked]  # what failed is not tried again and again
         left = None if limit_minutes is None else limit_minutes - (time.monotonic() - began) / 60
         if not new or (left is not None and left < 0):
@@ -97,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="make the runs that are not there yet")
     run.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     run.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="default 0,1,2")
-    run.add_argument("--only", help="labels or arms, with commas between them")
+    only = "labels or arms, with commas between them; a label that has commas itself in an --only of its own"
+    run.add_argument("--only", action="append", help=only)
     run.add_argument("--setting", choices=tuple(SETTINGS), help="default: the experiment's own")
     run.add_argument("--corpus", help="another text, as engram.lm.corpus.load_corpus takes it")
     run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead: seed 0, setting T")
@@ -121,7 +133,7 @@ def main() -> int:
         if arguments.command == "list":
             list_experiments()
         elif arguments.command == "run":
-            only = arguments.only.split(",") if arguments.only else None
+            only = chosen(arguments.name, arguments.only)
             how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes")}
             if arguments.tune:
                 return bool(tune(arguments.name, only, **how))

@@ -18,7 +18,7 @@ from engram.lm.run import Setting, prepare
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
 from experiments import config, prepared, report, runner
-from experiments.__main__ import main, runs_of, seeds_of
+from experiments.__main__ import chosen, main, runs_of, seeds_of
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
 from experiments.slots.plot import log_fit
 
@@ -149,6 +149,12 @@ def test_only_and_corpus_select_and_change_the_runs():
     assert [run.label for run in runs[:4]] == ["plain", "knn-lm (exact)", "knn-lm (ivf)", "knn-lm (ivfpq)"]
     assert {run.setting.corpus for run in runs} == {"stdlib"} and [run.seed for run in runs] == [0] * 4 + [1] * 4
     assert {run.group for run in runs} == {"T: stdlib"}
+
+
+def test_a_label_with_commas_is_chosen_by_an_option_of_its_own():
+    only = chosen("components", ["engram,plain", "orders: 2, 3, 4"])
+    assert [run.label for run in runs_of("components", [0], only)] == ["engram", "plain", "orders: 2, 3, 4"]
+    assert chosen("components", None) is None
 
 
 def test_an_arm_that_is_not_there_is_named():

@@ -79,8 +79,12 @@ CLAIMS = (
         *(findings.slots_ahead, "below", "python -m experiments run slots"),
     ),
     Claim(
-        *(PAPER, "loss falls linearly in the logarithm of the rows", "slope over rows, nats a token and doubling"),
-        *(findings.slots_slope, "below", "python -m experiments run slots"),
+        *(PAPER, "loss falls with the number of rows", "slope over log2(rows), nats a token and doubling"),
+        *(findings.slots_fit("slope"), "below", "python -m experiments run slots"),
+    ),
+    Claim(
+        *(PAPER, "and linearly in its logarithm", "the size farthest from the line, minus the line, nats a token"),
+        *(findings.slots_fit("off"), "near", "python -m experiments run slots"),
     ),
     _loss(PAPER, "a quarter in the table beats experts alone", "allocation", "table 25 %", "table 0 %", "below"),
     _loss(PAPER, "and the table alone: a U", "allocation", "table 25 %", "table 100 %", "below"),

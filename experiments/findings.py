@@ -16,7 +16,7 @@ from experiments.measures import measured, paired
 from experiments.recall.summary import accuracy
 from experiments.report import Row, groups_of, rows_of
 from experiments.sensitivity.summary import retention_gap
-from experiments.slots.plot import cells_of, log_fit
+from experiments.slots.plot import LogFit, cells_of, log_fit
 
 INF = math.inf
 
@@ -44,8 +44,13 @@ def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Findi
     return figure
 
 
-def slots_slope(home: Path) -> list[Finding]:
-    """Nats per doubling of the rows."""
+def slots_fit(part: str) -> Callable[[Path], list[Finding]]:
+    """A part of the line through engram's loss over log2(rows): "slope" or "off"."""
+    return lambda home: [Finding(group, getattr(fit, part), seeds) for group, fit, seeds in _slots_fits(home)]
+
+
+def _slots_fits(home: Path) -> list[tuple[str, LogFit, int]]:
+    """(group, line, seeds) of every table with three sizes or more."""
     found, folder = [], home / "slots"
     for group, runs in sorted(groups_of(read_results(folder / "results.jsonl")).items()):
         if "plain" not in runs:
@@ -55,7 +60,7 @@ def slots_slope(home: Path) -> list[Finding]:
         if len(cells) >= 3:
             seeds = set.intersection(*({run["seed"] for run in row.runs} for row in (rows[0], *cells.values())))
             if seeds:
-                found.append(Finding(group, log_fit(folder, cells, rows[0])[0], len(seeds)))
+                found.append((group, log_fit(folder, cells, rows[0]), len(seeds)))
     return found
 
 

@@ -519,7 +519,11 @@ def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
         return report.Row(label, tuple(runs), (0, 1))
 
     cells = {2**power: row(f"2^{power}", 5 - 0.1 * power) for power in (2, 4, 6)}
-    slope, band = log_fit(tmp_path, cells, row("plain", 5.0), draws=300)
+    slope, band, off = log_fit(tmp_path, cells, row("plain", 5.0), draws=300)
+    assert off.low < 0 < off.high and abs(off.mean) < 0.01
+    bent = cells | {2**6: row("bent", 5 - 0.45)}
+    off = log_fit(tmp_path, bent, row("plain", 5.0), draws=300).off
+    assert off.mean == pytest.approx(-0.05, abs=0.01) and off.low < off.mean < off.high < 0
     assert slope.mean == pytest.approx(-0.1, abs=0.01) and slope.low < -0.1 < slope.high
     np.testing.assert_allclose(band[1], [-0.2, -0.4, -0.6], atol=0.02)
     assert (band[0] < band[1]).all() and (band[1] < band[2]).all()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
 from engram.lm.statistics import Interval
 from experiments.plots import COLOURS, SOFT, STYLE, load, new_figure, save
-from experiments.report import Row, documents_of
+from experiments.report import Row, documents_of, interval
 from experiments.slots.configs import BASELINE
 
 
@@ -31,10 +32,12 @@ def draw(home: Path) -> Path:
                     axes.plot([place] * len(values), values, ".", color=colour, alpha=0.4)
                 label = arm
                 if len(cells) >= 3:
-                    slope, band = log_fit(home, cells, plain)
-                    label += f": {slope.mean:+.4f} nats ({slope.low:+.4f} .. {slope.high:+.4f}) for each doubling"
-                    axes.plot(x, band[1], color=colour, linewidth=1)
-                    axes.fill_between(x, band[0], band[2], color=colour, alpha=0.15, linewidth=0)
+                    fit = log_fit(home, cells, plain)
+                    label += (
+                        f": {interval(fit.slope)} nats for each doubling, up to {abs(fit.off.mean):.3f} off the line"
+                    )
+                    axes.plot(x, fit.line[1], color=colour, linewidth=1)
+                    axes.fill_between(x, fit.line[0], fit.line[2], color=colour, alpha=0.15, linewidth=0)
                 axes.plot(x, [np.mean(values) for values in differences], "o", color=colour, label=label)
                 shown |= set(cells)
             axes.axhline(0, color=SOFT, linestyle="--", linewidth=1.2, label=f"{BASELINE}: {plain.mean('loss'):.4f}")
@@ -58,14 +61,24 @@ def seed_differences(row: Row, plain: Row) -> list[float]:
     return [run["loss"] - base[run["seed"]] for run in row.runs if run["seed"] in base]
 
 
-def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) -> tuple[Interval, np.ndarray]:
+class LogFit(NamedTuple):
+    """A line through loss - plain's loss over log2(rows), all in nats per token with 95 % intervals.
+
+    Attributes:
+        slope: for each doubling of the rows. line: [3, cells], low, middle and high of the line at each cell.
+        off: the cell that is farthest from the line, minus the line.
+    """
+
+    slope: Interval
+    line: np.ndarray
+    off: Interval
+
+
+def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) -> LogFit:
     """Least squares of (loss - plain's loss) on log2(rows), with a bootstrap over seeds and documents, both paired.
 
     Args:
         cells: {rows per head: its runs}, at least two. Only seeds that all of them and plain have are used.
-
-    Returns:
-        The slope in nats per token and doubling, and [3, cells]: low, middle and high of the fitted line (95 %).
 
     Raises:
         ValueError: cells without a seed in common.
@@ -83,12 +96,21 @@ def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) ->
     design = np.stack([np.log2(list(cells)), np.ones(len(cells))], axis=1)
     fit = np.linalg.pinv(design)  # [2, cells]
     rng, (_, count, documents) = np.random.default_rng(0), difference.shape
-    lines = np.empty((draws, 2))
+    points = np.empty((draws, len(cells)))
     for draw in range(draws):
         times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
         picked = rng.integers(count, size=count)
-        lines[draw] = fit @ ((difference @ times)[:, picked].mean(axis=1) / (times @ weights))
-    middle = fit @ (difference.sum(axis=2).mean(axis=1) / weights.sum())
-    low, high = np.quantile(lines[:, 0], (0.025, 0.975))
-    edges = np.quantile(lines @ design.T, (0.025, 0.975), axis=0)
-    return Interval(float(middle[0]), float(low), float(high)), np.stack([edges[0], design @ middle, edges[1]])
+        points[draw] = (difference @ times)[:, picked].mean(axis=1) / (times @ weights)
+    middle = difference.sum(axis=2).mean(axis=1) / weights.sum()
+    lines, offs = points @ fit.T @ design.T, middle - design @ fit @ middle
+    farthest = int(np.abs(offs).argmax())
+
+    def around(mean: float, drawn: np.ndarray) -> Interval:
+        return Interval(float(mean), *(float(edge) for edge in np.quantile(drawn, (0.025, 0.975))))
+
+    edges = np.quantile(lines, (0.025, 0.975), axis=0)
+    return LogFit(
+        around(fit[0] @ middle, points @ fit[0]),
+        np.stack([edges[0], design @ fit @ middle, edges[1]]),
+        around(offs[farthest], (points - lines)[:, farthest]),
+    )

@@ -38,11 +38,12 @@ def draw(home: Path) -> Path:
             axes.set_ylabel("KL to the final distribution, nats")
             axes.set_title(f"{home.name}, {group}: LogitLens (bars: 95 % over seeds)")
             axes.legend()
+        least, most = (edge([matrix for _, matrix in maps]) if maps else 0 for edge in (np.min, np.max))
         for axes, (title, matrix) in zip(panels[len(groups) :], maps, strict=True):
-            axes.imshow(matrix, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            axes.imshow(matrix, vmin=least, vmax=most, cmap="Blues", aspect="auto")  # one scale for all maps
             for i, j in np.ndindex(matrix.shape):
-                colour = INK if matrix[i, j] < 0.6 else "white"
-                axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=7)
+                colour = INK if matrix[i, j] < least + 0.6 * (most - least) else "white"
+                axes.text(j, i, f"{matrix[i, j]:.3f}", ha="center", va="center", color=colour, fontsize=7)
             axes.set_xticks(range(matrix.shape[1]), [f"{j + 1}" for j in range(matrix.shape[1])])
             axes.set_yticks(range(matrix.shape[0]), [f"{i + 1}" for i in range(matrix.shape[0])])
             axes.grid(visible=False)

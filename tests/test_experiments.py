@@ -239,14 +239,14 @@ def test_a_run_made_again_is_compared_and_nothing_is_written(setting, finished, 
     home, runs = finished
     shutil.copytree(home, tmp_path / "home")
     file = tmp_path / "home" / "toy" / "results.jsonl"
-    before = file.read_bytes()
-    assert runner.run_again(runs[:1], tmp_path / "home") == 0
-    assert "0.0e+00 apart" in capsys.readouterr().out and file.read_bytes() == before
     records = read_results(file)
-    records[0]["loss"] += 1e-5
+    records[1]["loss"] += 1e-5
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert runner.run_again(runs[:1], tmp_path / "home") == 1
-    assert "NOT THE SAME" in capsys.readouterr().out
+    before = file.read_bytes()
+    assert runner.run_again(runs[:2], tmp_path / "home") == 1 and file.read_bytes() == before
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "seed 0" in first and first.endswith("0.0e+00 apart")
+    assert "seed 1" in second and second.endswith("NOT THE SAME")
     with pytest.raises(ValueError, match="plain seed 7 did not run yet"):
         runner.run_again([runs[0].seeded(7)], tmp_path / "home")
 

@@ -37,7 +37,7 @@ LRS, TABLE_LRS = (1.5e-3, 3e-3, 6e-3), (0.01, 0.03, 0.1)
 # Where a grid goes on when its best rate is its smallest or largest, up to WIDEST rates.
 LADDERS = {
     "lr": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
-    "table_lr": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "table_lr": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 }
 WIDEST = 5
 

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engram.lm.evaluate import evaluate
+from engram.lm.report import write_whole
 from engram.lm.run import Data, Setting
 from engram.lm.train import train
 from engram.memory import EngramMemory
@@ -191,9 +192,7 @@ def rekey(home: Path, experiment: str, file: Path) -> int:
             record |= {"key": run.key, "cell": run.cell, "setting": asdict(setting)}
             changed += 1
     if changed:
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, "".join(json.dumps(record) + "\n" for record in records).encode())
         print(f"{file}: {changed} runs from before a field was added keep their place", file=sys.stderr)
     return changed
 
@@ -249,20 +248,27 @@ def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
     Raises:
         ValueError: a run that is not there to compare with.
     """
-    lines = {run: [r for r in read_results(_file(home, run.experiment, run)) if r["key"] == run.key] for run in runs}
-    missing = [f"{run.label} seed {run.seed}" for run, found in lines.items() if not found]
+    before = {run: _newest(home, run) for run in runs}
+    missing = [f"{run.label} seed {run.seed}" for run, line in before.items() if line is None]
     if missing:
         raise ValueError(f"nothing to compare with: {', '.join(missing)} did not run yet")
     with tempfile.TemporaryDirectory(prefix="engram-lab-") as elsewhere:
         wrong = sweep(runs, Path(elsewhere), others=(), **how)
-        for run, found in lines.items():
-            for line in read_results(_file(Path(elsewhere), run.experiment, run)):
-                if line["key"] == run.key:
-                    before, differ = found[-1]["loss"], abs(line["loss"] - found[-1]["loss"])
-                    wrong += differ > SAME
-                    print(f"{run.label} ({run.group}) seed {run.seed}: {before:.7f}, again {line['loss']:.7f}", end="")
-                    print(f", {differ:.1e} apart{'' if differ <= SAME else ': NOT THE SAME'}")
+        after = {run: _newest(Path(elsewhere), run) for run in runs}
+    for run in runs:
+        first, second = before[run], after[run]
+        if first is None or second is None:  # it failed, or did not begin in time: sweep has said so
+            continue
+        apart = abs(second["loss"] - first["loss"])
+        wrong += apart > SAME
+        print(f"{run.label} ({run.group}) seed {run.seed}: {first['loss']:.7f}, again {second['loss']:.7f}", end="")
+        print(f", {apart:.1e} apart{'' if apart <= SAME else ': NOT THE SAME'}")
     return wrong
+
+
+def _newest(home: Path, run: Run) -> dict[str, Any] | None:
+    lines = [line for line in read_results(_file(home, run.experiment, run)) if line["key"] == run.key]
+    return lines[-1] if lines else None
 
 
 def _file(home: Path, experiment: str, run: Run) -> Path:

@@ -1,6 +1,6 @@
 """What a row codec costs a trained model: train once, then evaluate with the rows stored by each codec in turn.
 
-    python experiments/codecs/run.py --tokens 1100000
+    python experiments/codecs/run.py
 
 Trains the main job's engram model (checkpoints in runs/, a killed run goes on), measures its validation loss, converts
 a copy of the trained rows per codec and measures again. Every result is a line of results.jsonl; what is there already
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,11 +19,15 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+
 from engram.lm.evaluate import evaluate
 from engram.lm.run import Setting, build_model, prepare
 from engram.lm.statistics import paired_bootstrap
 from engram.lm.train import train
 from engram.tables import HostTable, encode_table, report
+from experiments.report import write_between_marks
+from experiments.runner import append
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results.jsonl", HERE / "README.md"
@@ -64,13 +69,15 @@ def load_results(tokens: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=300_000, help="training budget")
+    parser.add_argument("--tokens", type=int, default=1_100_000, help="training budget")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the checkpoints")
     arguments = parser.parse_args()
     done = load_results(arguments.tokens)
     if set(configs) - set(done):
         run(arguments.tokens, arguments.runs / f"codecs-{arguments.tokens}", done)
-    write_table(arguments.tokens, list(load_results(arguments.tokens).values()))
+    text = table(arguments.tokens, list(load_results(arguments.tokens).values()))
+    write_between_marks(README, text)
+    print(text)
 
 
 def run(tokens: int, folder: Path, done: dict[str, dict[str, Any]]) -> None:
@@ -111,8 +118,7 @@ def run(tokens: int, folder: Path, done: dict[str, dict[str, Any]]) -> None:
             "memory": asdict(setting.memory),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         }
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        append(RESULTS, result)
         print(f"{codec:9} loss {scored.loss:.5f}  difference {result['difference']:+.5f}", flush=True)
 
 
@@ -124,10 +130,9 @@ def progress(steps: int):
     return on_step
 
 
-def write_table(tokens: int, results: list[dict[str, Any]]) -> None:
-    """Puts the table between the two markers of README.md, and prints it."""
+def table(tokens: int, results: list[dict[str, Any]]) -> str:
+    """Markdown: one row per codec, as they were measured."""
     lines = [
-        f"<!-- table: written by run.py --tokens {tokens} -->",
         "| rows | bytes a row | of float32 | validation loss | difference in nats | 95 % interval | rms error / rms |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -137,11 +142,7 @@ def write_table(tokens: int, results: list[dict[str, Any]]) -> None:
             f"| {r['codec']} | {r['row_bytes']} | {r['ratio']:.4f} | {r['loss']:.5f} | {r['difference']:+.5f} | "
             f"{interval} | {r['rms_error'] / r['rms']:.5f} |"
         )
-    lines.append("<!-- end of table -->")
-    text = README.read_text()
-    before, rest = text.split("<!-- table", 1)
-    README.write_text(before + "\n".join(lines) + rest.split("<!-- end of table -->", 1)[1])
-    print("\n".join(lines[1:-1]))
+    return "\n".join([*lines, "", f"{tokens:,} training tokens."])
 
 
 if __name__ == "__main__":

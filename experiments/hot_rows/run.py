@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+
 from engram import HashLayout, HostTable, NgramHasher, TokenMap
 from engram.lm.corpus import DEFAULT_CORPUS, corpus_digest, load_corpus, split
 from engram.lm.tokenizer import encode, train_tokenizer
 from engram.tables import HotRows
+from experiments.report import write_between_marks
 
 HOME = Path(__file__).parent
 ROWS_PER_HEAD, HEADS, ORDERS, VOCAB = 646_400, 2, (2, 3), 4096
@@ -142,14 +146,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512, help="tokens per gather")
     parser.add_argument("--tables-only", action="store_true", help="write README.md again from results.jsonl")
     arguments = parser.parse_args()
-    file, readme = HOME / "results.jsonl", HOME / "README.md"
+    file = HOME / "results.jsonl"
     if not arguments.tables_only:
         results = measure(arguments.tokens, list(range(arguments.seeds)), arguments.chunk)
         file.write_text("".join(json.dumps(result) + "\n" for result in results))
     results = [json.loads(line) for line in file.read_text().splitlines()]
-    before, _, rest = readme.read_text().partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- end -->\n")
-    readme.write_text(f"{before}<!-- table -->\n{tables(results)}\n<!-- end -->\n{after}")
+    write_between_marks(HOME / "README.md", tables(results))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+
 from engram.bench.compare import compare
 from engram.bench.rows import lookup
 from engram.bench.step import TIME, Trainer, main_job
 from engram.lm.train import tune_allocator
+from experiments.report import write_between_marks
 
 HOME = Path(__file__).parent
 FIGURE = HOME.parents[1] / "paper_notes" / "scale.png"
@@ -263,7 +267,7 @@ def main() -> None:
     parser.add_argument("--exponent", type=int, help="of the rows per head of `disk`")
     given = parser.parse_args()
     tune_allocator()
-    file, readme = HOME / "results.jsonl", HOME / "README.md"
+    file = HOME / "results.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for part in given.parts:
         if part == "disk":
@@ -273,9 +277,7 @@ def main() -> None:
         kinds = {line["kind"] for line in new}
         lines = [line for line in lines if line["kind"] not in kinds] + new
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    before, _, rest = readme.read_text().partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- end -->\n")
-    readme.write_text(f"{before}<!-- table -->\n{tables(lines)}\n<!-- end -->\n{after}")
+    write_between_marks(HOME / "README.md", tables(lines))
     draw(lines)
 
 

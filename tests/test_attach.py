@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -174,14 +175,15 @@ def test_rejected_drafts_of_assisted_decoding_leave_no_trace():
     assert torch.equal(drafted, model.generate(ids, **kwargs)) and min(crops) < 0
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @torch.no_grad()
-def test_a_cache_can_be_copied_repeated_selected_and_cleared():
+def test_a_cache_can_be_copied_repeated_selected_and_cleared(copied):
     model, _ = attached("llama")
     ids = text(time=10)
     full = model(ids).logits
     cache = hf.DynamicCache(config=model.config)
     model(ids[:, :6], past_key_values=cache)
-    twin = copy.deepcopy(cache)
+    twin = copied(cache)
     twin.batch_repeat_interleave(2)
     twin.batch_select_indices(torch.tensor([3, 0]))
     close(model(ids[[1, 0], 6:], past_key_values=twin).logits, full[[1, 0], 6:])

@@ -40,6 +40,14 @@ class _Followed:
         if before == self.engram.length:
             self.engram.rewind(before - positions(self))
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and pickled by the name of the class beneath: this one has no place to be imported from."""
+        return _unpickled, (type(self).__bases__[1],), self.__dict__
+
+
+def _unpickled(kind: type) -> Any:
+    return object.__new__(_followed(kind))
+
 
 _kinds: dict[type, type] = {}
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from engram import EngramConfig, HostTable, TokenMap, TransformerConfig, evaluate, train
 from engram.lm.run import Data, Setting
-from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import Cache, Transformer
 from experiments import arms
@@ -26,29 +25,14 @@ from experiments.arms.knn_lm import Neighbours
 from experiments.arms.mixture import fit_weight, seen_windows
 from experiments.arms.moe import MoE
 from experiments.arms.product_key import ProductKeys
+from tests.toy import VOCAB, corpus
 
-VOCAB, TIME = 64, 16
+TIME = 16
 OPTIONS = {"moe+engram": {"experts": 4, "rows": 100}, "knn-lm": {"index": "exact"}}
 MIXTURES = ("kneser-ney", "knn-lm")
 PARTS = (slice(0, 5), slice(5, None))
 OTHER_START = ("random", "wider", "deeper", "moe-total", "moe-active", "moe+engram")  # step-0 logits not plain's
 LOOKING_BACK = ("engram", "gate-one", "bigram-embedding", "hashed-bigram", "over-encoding", "moe+engram")
-
-
-def corpus(documents: int = 60, length: int = 40, seed: int = 0) -> Encoded:
-    """Documents in which a token pair mostly decides the next token."""
-    rng = np.random.default_rng(seed)
-    rule = np.random.default_rng(99).integers(1, VOCAB, (VOCAB, VOCAB))
-    texts = []
-    for _ in range(documents):
-        ids = [0, int(rng.integers(1, VOCAB))]
-        while len(ids) < length:
-            ids.append(int(rule[ids[-2], ids[-1]]) if rng.random() < 0.9 else int(rng.integers(1, VOCAB)))
-        texts.append(np.array(ids, dtype=np.int32))
-    starts = np.concatenate([[0], np.cumsum([len(t) for t in texts])])
-    numbers = np.repeat(np.arange(documents, dtype=np.int32), length)
-    return Encoded(np.concatenate(texts), numbers, starts, np.full(documents, 3 * length))
-
 
 SETTING = Setting(
     "toy",

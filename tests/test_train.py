@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,27 +19,11 @@ import torch
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, evaluate, generate, train
 from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
-from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, TrainConfig, learning_rate_scale
 from engram.optimizer import build_optimizer
+from tests.toy import VOCAB, corpus
 
-VOCAB = 64
 CONFIG = TrainConfig(tokens=30 * 4 * 16, batch_size=4, context=16, lr=1e-2, table_lr=0.05, warmup_steps=3)
-
-
-def corpus(documents: int = 60, length: int = 40, seed: int = 0) -> Encoded:
-    """Documents in which a token pair mostly decides the next token: food for a bigram memory."""
-    rng = np.random.default_rng(seed)
-    rule = np.random.default_rng(99).integers(1, VOCAB, (VOCAB, VOCAB))
-    texts = []
-    for _ in range(documents):
-        ids = [0, int(rng.integers(1, VOCAB))]
-        while len(ids) < length:
-            ids.append(int(rule[ids[-2], ids[-1]]) if rng.random() < 0.9 else int(rng.integers(1, VOCAB)))
-        texts.append(np.array(ids, dtype=np.int32))
-    starts = np.concatenate([[0], np.cumsum([len(t) for t in texts])])
-    numbers = np.repeat(np.arange(documents, dtype=np.int32), length)
-    return Encoded(np.concatenate(texts), numbers, starts, np.full(documents, 3 * length))
 
 
 def model(memory: bool = True, seed: int = 0) -> Transformer:
@@ -162,8 +147,8 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights_and_rows(tmp_path):
 
 KILLED = """
 import sys, torch
-sys.path.insert(0, {here!r})
-from test_train import *
+sys.path.insert(0, {root!r})
+from tests.test_train import *
 torch.set_num_threads(1)
 m = model()
 train(m, corpus(), replace(CONFIG, tokens=60 * 64), folder={folder!r}, checkpoint_every=4,
@@ -174,7 +159,7 @@ torch.save(m.state_dict(), {folder!r} + "/final.pt")
 
 def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_rows(tmp_path):
     def run(folder, kill_at: int | None) -> int:
-        code = KILLED.format(here=os.path.dirname(__file__), folder=str(folder))
+        code = KILLED.format(root=str(Path(__file__).parents[1]), folder=str(folder))
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if kill_at is not None and int(line) >= kill_at:

@@ -142,6 +142,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,
     table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    keep_checkpoints: Annotated[
+        int, typer.Option(min=0, help="Checkpoints that stay, the newest; each holds the whole table. 0: all.")
+    ] = 0,
 ) -> None:
     """Train one small language model, with checkpoints; run it again after an interruption and it goes on."""
     from engram.lm.run import build_model, prepare, save_run
@@ -163,7 +166,15 @@ def train(
             speed = done / max(progress.tasks[task].elapsed or 0.0, 1e-9)
             progress.update(task, completed=step, loss=loss, speed=speed)
 
-        log = run(model, data.train, setting.train, folder=out, checkpoint_every=checkpoint_every, on_step=on_step)
+        log = run(
+            model,
+            data.train,
+            setting.train,
+            folder=out,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            on_step=on_step,
+        )
     print(f"{log.tokens:,} tokens in {log.seconds:.0f} s, last training loss {log.curve[-1][1]:.3f}; saved in {out}")
 
 

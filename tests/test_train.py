@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, evaluate, generate, train
-from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from engram.lm.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
 from engram.lm.train import Batches, TrainConfig, learning_rate_scale
 from engram.optimizer import build_optimizer
 from tests.toy import VOCAB, corpus
@@ -176,6 +177,21 @@ def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_
     assert run(tmp_path / "killed", None) == 0
     whole, killed = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "killed"))
     assert_same(whole, killed)
+
+
+def test_the_newest_checkpoints_stay_and_a_run_goes_on_from_them(tmp_path):
+    whole = model()
+    train(whole, corpus(), CONFIG, folder=tmp_path / "all", checkpoint_every=7)
+    train(model(), corpus(), CONFIG, folder=tmp_path / "two", checkpoint_every=7, keep_checkpoints=2)
+    assert [path.name for path in checkpoints(tmp_path / "all")] == [f"step-{step:08}" for step in (7, 14, 21, 28, 30)]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["step-00000028", "step-00000030"]
+    shutil.rmtree(latest_checkpoint(tmp_path / "two"))
+    resumed = model()
+    train(resumed, corpus(), CONFIG, folder=tmp_path / "two", keep_checkpoints=1)
+    assert [path.name for path in checkpoints(tmp_path / "two")] == ["step-00000030"]
+    assert_same(weights(whole), weights(resumed))
+    with pytest.raises(ValueError, match="keep_checkpoints=-1 count steps and checkpoints"):
+        train(model(), corpus(), CONFIG, folder=tmp_path / "none", keep_checkpoints=-1)
 
 
 def saved(tmp_path):

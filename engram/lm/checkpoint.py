@@ -45,13 +45,20 @@ def _row_state(optimizer: EngramOptimizer) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: EngramOptimizer, step: int, facts: dict[str, Any]
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: EngramOptimizer,
+    step: int,
+    facts: dict[str, Any],
+    keep: int = 0,
 ) -> Path:
     """Writes FOLDER/step-<step> and returns its path.
 
     Args:
         folder: home of a run's checkpoints. model, optimizer: what to save. step: of the training run.
         facts: JSON values kept in the manifest (configuration, curve, position in the data).
+        keep: checkpoints that stay in the folder, this one among them; once it is whole, those of the lowest steps go.
+            0: all stay.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; no half-written checkpoint stays behind.
@@ -87,13 +94,21 @@ def save_checkpoint(
         if isinstance(error, (OSError, safetensors.SafetensorError)):
             raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
         raise
+    others = [path for path in checkpoints(home) if path != target]
+    for path in others[: len(others) + 1 - keep] if keep else []:
+        os.rename(path, partial)  # in one step: what is called step-<step> is whole
+        shutil.rmtree(partial)
     return target
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints in a folder, the one of the highest step last."""
+    return [manifest.parent for manifest in sorted(Path(folder).glob("step-*/manifest.json"))]
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint of the highest step in a folder, or None."""
-    found = sorted(Path(folder).glob("step-*/manifest.json"))
-    return found[-1].parent if found else None
+    return next(reversed(checkpoints(folder)), None)
 
 
 def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

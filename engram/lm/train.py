@@ -176,6 +176,7 @@ def train(
     *,
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 0,
+    keep_checkpoints: int = 0,
     evaluate: Callable[[], float] | None = None,
     evaluate_every: int = 0,
     on_step: Callable[[int, float], Any] | None = None,
@@ -188,7 +189,7 @@ def train(
     Args:
         model: weights and (maybe) memory to train. data: the training text. config: how.
         folder: home of the checkpoints; one that holds some is resumed. checkpoint_every: steps between them
-            (0: only at the end).
+            (0: only at the end). keep_checkpoints: how many stay, the newest; each holds all rows (0: all stay).
         evaluate: returns a held-out loss; called every evaluate_every steps (0: never) outside the timed part.
         on_step: called with (step, loss) after each step.
         batches: step -> (ids, targets, documents), each int64 [batch_size, context]; targets of -100 count for nothing.
@@ -196,9 +197,11 @@ def train(
         prefetch: hash and fetch the next batch's rows during the current step. Results are the same bits either way.
 
     Raises:
-        ValueError: a text shorter than one batch; a folder with checkpoints of another configuration.
+        ValueError: a text shorter than one batch; a count below 0; a folder with checkpoints of another configuration.
         FloatingPointError: the loss is not finite any more.
     """
+    if min(checkpoint_every, keep_checkpoints) < 0:
+        raise ValueError(f"{checkpoint_every=} and {keep_checkpoints=} count steps and checkpoints: 0 or more")
     tune_allocator()
     batches = batches or Batches(data, config.context, config.batch_size, config.seed)
     optimizer = build_optimizer(
@@ -248,7 +251,8 @@ def train(
             log.validation.append([log.tokens, evaluate()])
             model.train()
         if folder is not None and (done == config.steps or (checkpoint_every and done % checkpoint_every == 0)):
-            save_checkpoint(folder, model, optimizer, done, {"config": asdict(config), "log": asdict(log)})
+            facts = {"config": asdict(config), "log": asdict(log)}
+            save_checkpoint(folder, model, optimizer, done, facts, keep_checkpoints)
         if on_step is not None:
             on_step(done, loss)
     return log

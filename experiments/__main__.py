@@ -32,16 +32,22 @@ def chosen(name: str, only: list[str] | None) -> list[str] | None:
 
 
 def runs_of(
-    name: str, seeds: list[int], only: list[str] | None = None, setting: str | None = None, corpus: str | None = None
+    name: str,
+    seeds: list[int],
+    only: list[str] | None = None,
+    setting: str | None = None,
+    corpus: str | None = None,
+    groups: list[str] | None = None,
 ) -> list[Run]:
     """The runs of an experiment, all of a seed before the next seed's.
 
     Args:
-        only: labels or arms to keep. setting: "S" or "T" instead of the experiment's own. corpus: another text than
-            the setting's; its runs get a table of their own.
+        only: labels or arms to keep. groups: texts of which one must be in the name of a run's group.
+        setting: "S" or "T" instead of the experiment's own. corpus: another text than the setting's; its runs get a
+            table of their own.
 
     Raises:
-        ValueError: an unknown experiment; an `only` that no run has.
+        ValueError: an unknown experiment; an `only` that no run has, or a text that no group has in its name.
     """
     module = questions(name)
     cells = module.configs(setting or module.SETTING)
@@ -51,7 +57,12 @@ def runs_of(
     unknown = [arm for arm in only or () if arm not in names]
     if unknown:
         raise ValueError(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-    return [run.seeded(seed) for seed in seeds for run in _keep(cells, only)]
+    missing = [part for part in groups or () if not any(part in run.group for run in cells)]
+    if missing:
+        there = "; ".join(sorted({run.group for run in cells}))
+        raise ValueError(f"{name} has no group with {' or '.join(missing)} in its name; it has {there}")
+    kept = [run for run in _keep(cells, only) if groups is None or any(part in run.group for part in groups)]
+    return [run.seeded(seed) for seed in seeds for run in kept]
 
 
 def _keep(runs: list[Run], only: list[str] | None) -> list[Run]:
@@ -110,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="default 0,1,2")
     only = "labels or arms, with commas between them; a label that has commas itself in an --only of its own"
     run.add_argument("--only", action="append", help=only)
+    run.add_argument("--group", action="append", help="only groups (tables) with this in their name; may be repeated")
     run.add_argument("--setting", choices=tuple(SETTINGS), help="default: the experiment's own")
     run.add_argument("--corpus", help="another text, as engram.lm.corpus.load_corpus takes it")
     run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead: seed 0, setting T")
@@ -137,7 +149,7 @@ def main() -> int:
             how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes")}
             if arguments.tune:
                 return bool(tune(arguments.name, only, **how))
-            runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus)
+            runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus, arguments.group)
             if arguments.again:
                 return bool(run_again(runs, **how))
             return bool(sweep(runs, **how))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -34,7 +35,7 @@ from engram.memory import EngramMemory
 from experiments import arms
 from experiments.config import HOME, NAMES, Run, hook, read_results
 from experiments.prepared import FOLDER, prepare
-from experiments.trained import train_once
+from experiments.trained import FILE, train_once, training_of
 from experiments.version import code_version, sources_digest
 
 CURVE_POINTS, LAST_STEPS = 40, 50
@@ -63,8 +64,8 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     flops = forward_flops(model, data, setting.train.context)
     own, shared, used = hook(run.experiment, "train"), False, time.process_time()
     if own is None:
-        text, how = data.train, setting.train
-        log, used, shared = train_once(model, text, how, lambda: train(model, text, how, on_step=on_step))
+        file = Path(os.environ[FILE]) if FILE in os.environ else None
+        log, used, shared = train_once(model, lambda: train(model, data.train, setting.train, on_step=on_step), file)
     else:
         log = own(replace(run, setting=setting), model, data, on_step)
         used = time.process_time() - used
@@ -222,11 +223,16 @@ def sweep(
         if not _is_done(home, run) and not _take_over(home, run, others):
             pending.append(run)
 
+    trainings = Counter(map(training_of, pending))
+
     def one(place: int, run: Run) -> bool | None:
         if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
             return None
         name = f"[{place}/{len(pending)}] {run.experiment} {run.label} ({run.group})"
-        return _one(home, run, threads, prepared, name)
+        training, places = training_of(run), {FOLDER: prepared}
+        if training is not None and trainings[training] > 1:
+            places[FILE] = os.path.join(prepared, f"trained-{training}.pt")
+        return _one(home, run, threads, places, name)
 
     print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
     with tempfile.TemporaryDirectory(prefix="engram-lab-") as prepared, ThreadPoolExecutor(workers) as pool:
@@ -315,14 +321,15 @@ def write_documents(file: Path, arrays: dict[str, np.ndarray]) -> None:
     os.replace(partial, file)
 
 
-def _one(home: Path, run: Run, threads: int, prepared: str, name: str) -> bool:
-    """One run in its own process: so its peak memory is its own, and its crash too. prepared: the sweep's texts."""
+def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) -> bool:
+    """One run in its own process: so its peak memory is its own, and its crash too. places: where the sweep keeps what
+    its runs share, as environment variables."""
     size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     python_path = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         _child_command(home, threads),
         input=run.to_json(),
-        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path, FOLDER: prepared},
+        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path, **places},
         capture_output=True,
         text=True,
     )

@@ -1,63 +1,64 @@
-"""A model that several runs of a sweep train alike is trained once: plain, and what is laid over plain afterwards.
+"""A model that several runs of a sweep train alike is trained once: plain and what is laid over it, engram and engram
+that is switched off afterwards.
 
-Equal weights before the training, the same text and the same training give equal weights after it, bit for bit. So the
-sweep's folder keeps trained weights under a digest of these, and the next run takes them. Models with a memory train
-anew: their rows are large, and no two arms share them.
+Building and training leave nothing to chance: what is built by the same arm with the same options, setting and text
+ends with the same weights and rows, bit for bit. The sweep counts such runs and names a file to those that are not
+alone; the first that is trained writes it, the others read it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import xxhash
+from torch import nn
 
-from engram.lm.tokenizer import Encoded
-from engram.lm.train import TrainConfig, TrainLog
-from engram.lm.transformer import Transformer
-from experiments.prepared import FOLDER
+from engram.lm.train import TrainLog
+from experiments import arms
+from experiments.config import Run, hook
+
+FILE = "ENGRAM_LAB_TRAINED"
 
 
-def train_once(
-    model: Any, text: Encoded, config: TrainConfig, train: Callable[[], TrainLog]
-) -> tuple[TrainLog, float, bool]:
-    """Trains the model, or gives it the weights that another run of the sweep has trained so.
+def training_of(run: Run) -> str | None:
+    """Digest (16 hex digits) of all that decides what training makes of a run's model; None where nothing is trained,
+    not by engram.lm.train, or where the arm cannot be built: the run itself will say why."""
+    options = dict(run.options)
+    epochs = options.pop("epochs", None)
+    try:
+        like = arms.trained_as(run.arm, options)
+    except (ValueError, TypeError):
+        return None
+    if like is None or hook(run.experiment, "train") is not None:
+        return None
+    setting = asdict(run.setting)
+    if like[0] == "plain":
+        del setting["memory"]
+    what = [*like, epochs, setting, run.held_out]  # what is held out for tuning is not trained on
+    return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
 
-    Args:
-        model: untrained. text, config: what `train` trains it on, and how. train: engram.lm.train.train, in place.
+
+def train_once(model: nn.Module, train: Callable[[], TrainLog], file: Path | None) -> tuple[TrainLog, float, bool]:
+    """Trains the model in place, or gives it the weights and rows in `file`; writes that if it is not there yet.
 
     Returns:
         (the log of the training, its processor seconds, whether another run did it).
     """
-    home = os.environ.get(FOLDER)
-    shareable = bool(home) and type(model) is Transformer and model.memory is None
-    file = Path(home or "") / f"trained-{digest(model, text, config)}.pt" if shareable else None
     if file is not None and file.exists():
         found = torch.load(file, weights_only=True)
-        model.load_state_dict(found["weights"])
+        model.load_state_dict(found["model"])
         return TrainLog(**found["log"]), found["seconds"], True
     began = time.process_time()
     log = train()
     seconds = time.process_time() - began
     if file is not None:
         partial = file.with_suffix(f".{os.getpid()}")
-        torch.save({"weights": model.state_dict(), "log": asdict(log), "seconds": seconds}, partial)
+        torch.save({"model": model.state_dict(), "log": asdict(log), "seconds": seconds}, partial)
         os.replace(partial, file)
     return log, seconds, False
-
-
-def digest(model: Transformer, text: Encoded, config: TrainConfig) -> str:
-    """Of all that decides what the training makes of the model: its shape, its weights, the text, the training."""
-    found = xxhash.xxh3_64(repr((model.config, config)).encode())
-    for values in text:
-        found.update(np.ascontiguousarray(values))
-    for name, weights in model.state_dict().items():
-        found.update(name.encode())
-        found.update(weights.detach().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()

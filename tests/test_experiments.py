@@ -21,6 +21,7 @@ from experiments import config, prepared, report, runner
 from experiments.__main__ import chosen, main, runs_of, seeds_of
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
 from experiments.slots.plot import log_fit
+from experiments.trained import FILE, training_of
 
 
 @pytest.fixture(scope="module")
@@ -286,22 +287,49 @@ def test_a_text_made_ready_for_a_sweep_gives_the_same_record(setting, finished, 
         assert all(np.array_equal(documents[name], saved[name]) for name in ("nats", "tokens", "bytes"))
 
 
-def test_runs_of_a_sweep_that_train_alike_train_once_with_the_same_result(setting, finished, tmp_path, monkeypatch):
-    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
-    counts = Run("toy", "kneser-ney", setting)
-    alone = runner.execute(Run("toy", "plain", setting))[0]
-    assert not alone["training_shared"]
-    shared, losses = runner.execute(counts)
-    other = replace(setting, train=replace(setting.train, lr=1e-3))
-    for run in (counts.seeded(1), replace(counts, setting=other), Run("toy", "engram", setting)):
-        assert not runner.execute(run)[0]["training_shared"]
-    monkeypatch.delenv(prepared.FOLDER)
-    trained, expected = runner.execute(counts)
-    assert shared["training_shared"] and not trained["training_shared"]
+@pytest.mark.parametrize(
+    ("alone", "like"),
+    [
+        (Run("toy", "plain", Setting()), Run("toy", "kneser-ney", Setting(), (("order", 3),))),
+        (Run("toy", "engram", Setting()), Run("toy", "switched-off", Setting())),
+    ],
+)
+def test_runs_of_a_sweep_that_train_alike_train_once_with_the_same_result(alone, like, setting, tmp_path, monkeypatch):
+    alone, like = (replace(run, setting=setting) for run in (alone, like))
+    assert training_of(alone) == training_of(like)
+    first, others = runner.execute(like)
+    monkeypatch.setenv(FILE, str(tmp_path / "trained.pt"))
+    trained = runner.execute(alone)[0]
+    shared, losses = runner.execute(like)
+    assert [run["training_shared"] for run in (first, trained, shared)] == [False, False, True]
     same = ("loss", "train_loss", "curve", "tokens", "bytes", "extra")
-    assert [shared[name] for name in same] == [trained[name] for name in same]
-    assert shared["train_cpu_seconds"] == alone["train_cpu_seconds"]
-    assert np.array_equal(losses["nats"], expected["nats"])
+    assert [shared[name] for name in same] == [first[name] for name in same]
+    assert shared["train_cpu_seconds"] == trained["train_cpu_seconds"]
+    assert np.array_equal(losses["nats"], others["nats"])
+
+
+def test_a_sweep_shares_the_training_of_runs_that_are_not_alone_with_it(setting, tmp_path):
+    runs = [Run("toy", arm, setting) for arm in ("engram", "switched-off", "plain")]
+    assert runner.sweep(runs, tmp_path, others=()) == 0
+    lines = read_results(tmp_path / "toy" / "results.jsonl")
+    assert [line["training_shared"] for line in lines] == [False, True, False]
+
+
+def test_what_trains_otherwise_has_another_digest(setting):
+    plain, engram = Run("toy", "plain", setting), Run("toy", "engram", setting)
+    others = [
+        plain.seeded(1),
+        replace(plain, held_out="tune"),
+        replace(plain, options=(("epochs", 2),)),
+        replace(plain, setting=config.change(setting, train={"lr": 1e-3})),
+        engram,
+        replace(engram, options=(("token_map", "identity"),)),
+        replace(engram, setting=config.change(setting, {"rows_per_head": 77})),
+        replace(engram, arm="random"),
+    ]
+    assert len({training_of(run) for run in (plain, *others)}) == len(others) + 1
+    assert training_of(replace(plain, setting=config.change(setting, {"rows_per_head": 77}))) == training_of(plain)
+    assert training_of(replace(plain, arm="kneser-ney", options=(("base", "none"),))) is None
 
 
 @pytest.mark.parametrize("held_out", ["validation", "tune"])

@@ -31,7 +31,7 @@ from experiments.arms import (
 from experiments.arms.dense import vocabulary_for
 from experiments.arms.host import plain
 
-__all__ = ["NAMES", "build", "finish", "tables", "vocabulary_for"]
+__all__ = ["NAMES", "build", "finish", "tables", "trained_as", "vocabulary_for"]
 
 _BUILD: dict[str, Callable[..., Any]] = {
     "plain": plain,
@@ -40,7 +40,7 @@ _BUILD: dict[str, Callable[..., Any]] = {
     "random": controls.random,
     "shuffled": shuffled.build,
     "gate-one": controls.gate_one,
-    "switched-off": controls.switched_off,
+    "switched-off": controls.engram,
     "wider": dense.wider,
     "deeper": dense.deeper,
     "longer": plain,
@@ -66,6 +66,8 @@ _FINISH: dict[str, Callable[..., Any]] = {
     "kneser-ney": kneser_ney.finish,
     "knn-lm": knn_lm.finish,
 }
+# The arms that are another arm until finish() or the length of the training makes the difference; see trained_as().
+_TRAINED_AS = {"switched-off": "engram", "longer": "plain", "larger-vocabulary": "plain", "knn-lm": "plain"}
 NAMES: tuple[str, ...] = tuple(_BUILD)
 
 
@@ -88,6 +90,14 @@ def finish(name: str, model: nn.Module, setting: Setting, data: Data, **options:
     if name not in _FINISH:
         return model
     return _FINISH[name](model, setting, data, **_of(_FINISH[name], options))
+
+
+def trained_as(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The arm whose training this one's is, with those of the options that matter to it; None: nothing is trained.
+    Raises what build() raises."""
+    _check(name, options)
+    base = options.get("base", "plain") if name == "kneser-ney" else _TRAINED_AS.get(name, name)
+    return None if base == "none" else (base, _of(_BUILD[base], options))
 
 
 def tables(model: Any) -> dict[str, int]:

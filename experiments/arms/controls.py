@@ -37,10 +37,6 @@ def gate_one(setting: Setting, data: Data) -> Transformer:
     return build_model(replace(setting, memory=setting.memory.replace(gate="none")), "engram", data.token_map)
 
 
-def switched_off(setting: Setting, data: Data) -> Transformer:
-    return build_model(setting, "engram", data.token_map)
-
-
 def switch_off(model: Transformer, setting: Setting, data: Data) -> Transformer:
     model.memory = None
     return model

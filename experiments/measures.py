@@ -9,25 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from engram.lm.statistics import Interval
+from engram.lm.statistics import Interval, over_seeds
 from experiments.config import read_results
 from experiments.report import Record, groups_of
-
-# Two-sided 95 % points of Student's t, by degrees of freedom; beyond these the formula below is good to 0.01.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval (Student's t) of one number per seed: all that varies from run to run is in it, and with
-    two or three seeds it is wide. One seed has no interval: its ends are infinite. Raises ValueError on no value."""
-    if not len(values):
-        raise ValueError("an interval over seeds needs a seed")
-    mean, freedom = float(np.mean(values)), len(values) - 1
-    if not freedom or not np.isfinite(values).all():
-        return Interval(mean, -math.inf, math.inf)
-    t = _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.37 / freedom + 2.82 / freedom**2
-    half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
 
 
 def measured(home: Path) -> dict[str, dict[str, dict[int, Record]]]:

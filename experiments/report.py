@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from engram.lm.report import write_whole
-from engram.lm.statistics import Interval, paired_bootstrap
+from engram.lm.report import BUCKETS, percent, write_whole
+from engram.lm.seen import ORDERS
+from engram.lm.statistics import Interval, over_seeds, paired_bootstrap
 from experiments.config import read_results
 
 Record = dict[str, Any]
@@ -130,6 +131,34 @@ def table(rows: list[Row], baseline: str) -> str:
     return "\n".join(lines)
 
 
+def seen_table(rows: list[Row], baseline: str, order: str) -> str:
+    """Markdown: differences to the baseline in nats per token, by how often training saw the bigram or trigram before
+    the token; "" where the runs did not count. An arm that trained on another number of tokens counts others."""
+    base = {
+        run["seed"]: run["seen"][order] for row in rows for run in row.runs if row.label == baseline and run.get("seen")
+    }
+    if not base:
+        return ""
+    tokens = {bucket: sum(seen[bucket][0] for seen in base.values()) for bucket in BUCKETS}
+    shares = (f"{name}: {percent(tokens[bucket] / sum(tokens.values()))}" for bucket, name in BUCKETS.items())
+    lines = [f"| {order} before the token seen | " + " | ".join(shares) + " |", "|---|" + "---:|" * len(BUCKETS)]
+    for row in rows:
+        pairs = [(run["seen"][order], base[run["seed"]]) for run in row.runs if run.get("seen") and run["seed"] in base]
+        same = [pair for pair in pairs if all(pair[0][bucket][0] == pair[1][bucket][0] for bucket in BUCKETS)]
+        if same and row.label != baseline:
+            cells = (_spread([a[b][1] - c[b][1] for a, c in same if a[b][0]]) for b in BUCKETS)
+            lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    """ "-0.123 ± 0.045", a 95 % interval over seeds; of one seed the value alone."""
+    if not values:
+        return ""
+    mean, low, _ = over_seeds(values)
+    return f"{mean:+.3f}" + (f" ± {mean - low:.3f}" if math.isfinite(low) else "")
+
+
 def interval(value: Interval | None) -> str:
     """ "-0.0123 (-0.0150 .. -0.0101)", or nothing."""
     return "" if value is None else f"{value.mean:+.4f} ({value.low:+.4f} .. {value.high:+.4f})"
@@ -220,7 +249,13 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
     parts = []
     for group, runs in sorted(groups_of(read_results(home / "results.jsonl")).items()):
         rows = rows_of(home, runs, baseline)
-        parts.append(f"### {group}\n\n{table(rows, baseline)}\n\n{facts(rows)}")
+        tables = [table(rows, baseline), facts(rows)]
+        seen = [text for order in ORDERS if (text := seen_table(rows, baseline, order))]
+        if seen:
+            tables.append(
+                f"Nats a token minus {baseline}'s, by how often training saw the tokens before (± 95 % over seeds):"
+            )
+        parts.append("\n\n".join([f"### {group}", *tables, *seen]))
     if parts and summary is not None:
         parts.insert(0, summary(home))
     tuning = tuning_table(read_results(home / "tune.jsonl"))

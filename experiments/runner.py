@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engram.lm.evaluate import evaluate
 from engram.lm.report import write_whole
 from engram.lm.run import Data, Setting
+from engram.lm.seen import seen_counts, seen_losses
 from engram.lm.train import train
 from engram.memory import EngramMemory
 from experiments import arms
@@ -49,7 +50,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
         document, and the arrays that the experiment measured besides). Times are in seconds, losses in nats per token.
         train_loss is the mean of the last 50 steps, training FLOPs are three times the forward ones, peak_memory is of
-        this process and in bytes.
+        this process and in bytes, seen is what engram.lm.seen says.
     """
     torch.set_num_threads(threads)
     began = time.perf_counter()
@@ -75,6 +76,8 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     score, measure = hook(run.experiment, "evaluate"), hook(run.experiment, "measure")
     result = evaluate(model, data.validation) if score is None else score(run, model, data)
     evaluated = time.perf_counter()
+    usual = own is None and score is None  # else it was trained on something else, or something else is scored
+    seen = seen_losses(result, seen_counts(data, setting.train)) if usual else {}
     measured = {} if measure is None else measure(replace(run, setting=setting), model, data)
     arrays = {name: value for name, value in measured.items() if isinstance(value, np.ndarray)}
     table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
@@ -116,6 +119,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "curve": [np.mean(part, axis=0).tolist() for part in np.array_split(log.curve, min(CURVE_POINTS, len(losses)))],
         "loss": result.loss,
         "bpb": result.bits_per_byte,
+        "seen": seen,
         "extra": dict(getattr(model, "extra_facts", None) or {}),
     }
     if measure is not None:

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -208,6 +210,44 @@ def test_flops_are_two_for_each_weight_of_a_product_and_token(setting, finished)
     expected = 2 * (2 * 12 * d * d + vocabulary * d) + 2 * attention
     assert plain["flops_per_token"]["forward"] == expected
     assert plain["flops_per_token"]["training"] == 3 * expected
+
+
+def test_losses_are_split_by_how_often_training_saw_the_tokens_before(setting, finished):
+    home, runs = finished
+    data, train = prepare(setting), runs[0].setting.train
+    batches = Batches(data.train, train.context, train.batch_size, train.seed)
+    trained = Counter()
+    for step in range(train.steps):
+        ids, _, documents = (part.tolist() for part in batches(step))
+        for row, numbers in zip(ids, documents, strict=True):
+            inside = [i for i in range(1, len(row)) if numbers[i] == numbers[i - 1]]
+            trained.update(tuple(row[i - 1 : i + 1]) for i in inside)
+    expected = Counter()
+    held = data.validation
+    for begin, end in pairwise(held.starts.tolist()):
+        for i in range(begin + 1, end - 1):  # the last token of a document predicts nothing
+            count = trained[tuple(held.ids[i - 1 : i + 1].tolist())]
+            expected["0" if count == 0 else "1" if count == 1 else "2-9" if count < 10 else "10+"] += 1
+    plain = read_results(home / "toy" / "results.jsonl")[0]
+    found = plain["seen"]["bigram"]
+    assert {bucket: tokens for bucket, (tokens, _) in found.items()} == {b: expected[b] for b in found}
+    assert expected["0"] and expected["2-9"]  # else this shows little
+    assert sum(tokens for tokens, _ in plain["seen"]["trigram"].values()) < expected.total()
+
+
+def test_the_table_of_seen_tokens_compares_seeds_that_counted_alike(tmp_path):
+    def run(label, seed, losses, tokens=5):
+        seen = {"trigram": {b: [tokens, loss] for b, loss in zip(("0", "1", "2-9", "10+"), losses, strict=True)}}
+        return {"label": label, "seed": seed, "seen": seen}
+
+    plain = [run("plain", 0, [4.0, 3.0, 2.0, 1.0]), run("plain", 1, [4.0, 3.0, 2.0, 1.0])]
+    arm = [run("arm", 0, [4.0, 2.5, 1.5, 1.0]), run("arm", 1, [4.0, 2.7, 1.5, 1.0])]
+    other = [run("longer", 0, [1.0] * 4, tokens=6)]
+    rows = [report.Row("plain", tuple(plain)), report.Row("arm", tuple(arm)), report.Row("longer", tuple(other))]
+    head, _, *lines = report.seen_table(rows, "plain", "trigram").splitlines()
+    assert head.count("25 %") == 4 and len(lines) == 1
+    assert lines[0] == "| arm | +0.000 ± 0.000 | -0.400 ± 1.271 | -0.500 ± 0.000 | +0.000 ± 0.000 |"
+    assert report.seen_table([report.Row("plain", ({"label": "plain", "seed": 0},))], "plain", "trigram") == ""
 
 
 def test_every_arm_of_a_seed_sees_the_same_batches(setting, monkeypatch):
@@ -510,7 +550,8 @@ def test_the_report_writes_between_its_marks_and_nothing_else(finished):
     assert "old" not in written and written.startswith("# Question\n\n<!-- table -->\n### ")
     assert written.endswith("\n<!-- end -->\n\n## What this does not show\n")
     lines = [line for line in written.splitlines() if line.startswith(("| plain", "| engram"))]
-    assert [line.split(" | ")[:2] for line in lines] == [["| plain", "2"], ["| engram", "2"]]
+    assert [line.split(" | ")[:2] for line in lines[:2]] == [["| plain", "2"], ["| engram", "2"]]
+    assert [line.count("±") for line in lines[2:]] == [4, 4]  # by bigrams and trigrams seen
     report.write_tables(home / "toy", "plain")
     assert readme.read_text() == written
 

@@ -14,7 +14,7 @@ import torch
 from engram import EngramConfig, TokenMap, TransformerConfig
 from engram.lm.corpus import Document, Split
 from engram.lm.run import Data, Setting, build_model
-from engram.lm.statistics import Interval
+from engram.lm.statistics import Interval, over_seeds
 from engram.lm.tokenizer import END_OF_TEXT_ID, train_tokenizer
 from engram.lm.train import TrainConfig
 from experiments import arms, claims, config, prepared, report, runner
@@ -24,7 +24,7 @@ from experiments.depth.measure import alignment, cka, layer_states
 from experiments.depth.measure import measure as measure_depth
 from experiments.depth.summary import shift
 from experiments.findings import Finding
-from experiments.measures import over_seeds, paired
+from experiments.measures import paired
 from experiments.recall import task
 from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
 from experiments.sensitivity import facts as facts_module

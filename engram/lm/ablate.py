@@ -19,7 +19,8 @@ import torch
 
 from engram.lm.evaluate import Evaluation, evaluate
 from engram.lm.run import ARMS, Data, Setting, build_model, prepare
-from engram.lm.statistics import loss_by_count, ngram_counts, paired_bootstrap
+from engram.lm.seen import seen_counts, seen_losses
+from engram.lm.statistics import paired_bootstrap
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, memory_traffic, train
 
@@ -68,7 +69,7 @@ def ablate(
     results: dict[tuple[str, int], Evaluation] = {}
     for seed in seeds:
         seeded = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
-        counts = {name: _seen(seeded, data, order) for name, order in (("bigram", 2), ("trigram", 3))}
+        counts = seen_counts(data, seeded.train)
         for arm in arms:
             report = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
             run, result = _run(seeded, arm, data, counts, report)
@@ -137,27 +138,11 @@ def _run(
         "validation_curve": log.validation,
         "loss": result.loss,
         "bpb": result.bits_per_byte,
-        "seen": {name: _seen_losses(result, count) for name, count in counts.items()},
+        "seen": seen_losses(result, counts),
     }
     if memory is not None:
         memory.close()
     return run, result
-
-
-def _seen_losses(result: Evaluation, counts: np.ndarray) -> dict[str, list[float | None]]:
-    """{"0": [tokens, loss], ...}; the loss of an empty bucket is None, which JSON knows."""
-    nats = result.position_nats
-    buckets = loss_by_count(nats, np.where(np.isnan(nats), -1, counts))  # a document's last position predicts nothing
-    return {name: [tokens, loss if tokens else None] for name, (tokens, loss) in buckets.items()}
-
-
-def _seen(setting: Setting, data: Data, order: int) -> np.ndarray:
-    """How often the n-gram ending at each held-out position stood in the windows that this run trains on."""
-    batches = Batches(data.train, setting.train.context, setting.train.batch_size, setting.train.seed)
-    starts = np.concatenate([batches.order(step) for step in range(setting.train.steps)]) * setting.train.context
-    take = starts[:, None] + np.arange(setting.train.context)
-    counts = ngram_counts(data.train.ids[take], data.train.documents[take], order)
-    return counts.lookup(data.validation.ids, data.validation.documents)
 
 
 def _summary(

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from engram.lm.statistics import Interval
+from engram.lm.statistics import Interval, over_seeds
 from experiments.depth.measure import alignment, cka
-from experiments.measures import mean_of, measured, over_seeds, paired, shown, table
+from experiments.measures import mean_of, measured, paired, shown, table
 from experiments.report import Record
 
 

@@ -135,6 +135,22 @@ CLAIMS = (
     _loss(OTHERS, "so do hashed bigrams at every layer", "sceptic", "hashed-bigram", "engram", "no worse"),
     _loss(OTHERS, "the hash family does not matter", "components", "hash: xxh64", "engram", "near"),
     _loss(OTHERS, "rows should start at zero", "components", "init: normal, 1", "engram", "above"),
+    Claim(
+        *(
+            OTHERS,
+            "a large vocabulary takes the gain away",
+            "what engram is ahead of plain, lost on the way, bits a byte",
+        ),
+        *(findings.change_of_gain("vocabulary", "vocabulary"), "above", "python -m experiments run vocabulary"),
+    ),
+    Claim(
+        *(
+            OTHERS,
+            "and so do more tokens, or several passes",
+            "what engram is ahead of plain, lost on the way, bits a byte",
+        ),
+        *(findings.change_of_gain("tokens", "tokens"), "above", "python -m experiments run tokens"),
+    ),
     _loss(SCEPTICS, "the module alone would do", "lookup_or_module", "one-row", "engram", "no worse"),
     _loss(SCEPTICS, "random rows would do", "lookup_or_module", "random", "engram", "no worse"),
     _loss(SCEPTICS, "as many weights in wider layers would do", "sceptic", "wider", "engram", "no worse"),

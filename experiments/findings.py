@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engram.lm.statistics import Interval
+import numpy as np
+
+from engram.lm.statistics import Interval, paired_bootstrap
 from experiments.config import read_results
 from experiments.depth.summary import early_lens, shift
 from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
 from experiments.measures import measured, paired
 from experiments.recall.summary import accuracy
-from experiments.report import Row, groups_of, rows_of
+from experiments.report import Record, Row, documents_of, groups_of, rows_of
 from experiments.sensitivity.summary import retention_gap
 from experiments.slots.plot import LogFit, cells_of, log_fit
 
@@ -42,6 +44,43 @@ def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Findi
         return found
 
     return figure
+
+
+def change_of_gain(name: str, along: str) -> Callable[[Path], list[Finding]]:
+    """Engram's difference to plain where record[along] is largest, minus the one where it is smallest, in bits per byte
+    of the same documents: above 0, the gain shrinks. One finding for each setting and text with two such tables."""
+
+    def figure(home: Path) -> list[Finding]:
+        series: dict[tuple[str, str], list[tuple[float, str, dict[str, dict[int, Record]]]]] = {}
+        for group, labels in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
+            pair = {arm: {run["seed"]: run for run in labels.get(arm, [])} for arm in ("plain", "engram")}
+            if set(pair["plain"]) & set(pair["engram"]):
+                run = next(iter(pair["plain"].values()))
+                where = group.partition(":")[0], run["setting"]["corpus"]
+                series.setdefault(where, []).append((run[along], group, pair))
+        found = []
+        for tables in series.values():
+            (_, first, before), (_, last, after) = min(tables, key=_place), max(tables, key=_place)
+            seeds = sorted(set.intersection(*(set(runs) for pair in (before, after) for runs in pair.values())))
+            if first != last and seeds:
+                gains = [_gain(home / name, pair, seeds) for pair in (after, before)]
+                sizes = documents_of(home / name, before["plain"][seeds[0]])["bytes"]
+                found.append(Finding(f"{first} to {last}", paired_bootstrap(*gains, sizes), len(seeds)))
+        return found
+
+    return figure
+
+
+def _place(table: tuple[float, str, Any]) -> float:
+    return table[0]
+
+
+def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> np.ndarray:
+    """[seeds, documents], bits of engram minus bits of plain."""
+    ours, plain = (
+        np.stack([documents_of(home, pair[arm][seed])["nats"] for seed in seeds]) for arm in ("engram", "plain")
+    )
+    return (ours - plain) / math.log(2)
 
 
 def slots_fit(part: str) -> Callable[[Path], list[Finding]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -17,7 +18,7 @@ from engram.lm.run import Data, Setting, build_model
 from engram.lm.statistics import Interval, over_seeds
 from engram.lm.tokenizer import END_OF_TEXT_ID, train_tokenizer
 from engram.lm.train import TrainConfig
-from experiments import arms, claims, config, prepared, report, runner
+from experiments import arms, claims, config, findings, prepared, report, runner
 from experiments.arms import mixture
 from experiments.config import NAMES, Run
 from experiments.depth.measure import alignment, cka, layer_states
@@ -540,6 +541,25 @@ def test_claims_are_filled_from_the_results(tmp_path):
 def test_a_claim_names_the_command_that_makes_its_table(name, group, options):
     claim = next(claim for claim in claims.CLAIMS if claim.command.endswith(f"run {name}"))
     assert claims.command(claim, group) == f"python -m experiments run {name}{options}"
+
+
+def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
+    home, rng = tmp_path / "tokens", np.random.default_rng(0)
+    (home / "documents").mkdir(parents=True)
+    base, sizes = rng.normal(300, 20, 40), np.full(40, 100)
+    with (home / "results.jsonl").open("w") as file:
+        for tokens, lead in ((1, 50), (4, 10), (2, 90)):
+            for seed, arm in itertools.product((0, 1), ("plain", "engram")):
+                key = f"{tokens}{seed}{arm}"
+                nats = base + rng.normal(0, 0.1, 40) - lead * (arm == "engram")
+                np.savez(home / "documents" / f"{key}.npz", nats=nats, tokens=sizes, bytes=sizes)
+                record = {"key": key, "cell": f"{tokens}{arm}", "label": arm, "seed": seed, "tokens": tokens}
+                record |= {"group": f"T: text, {tokens}M tokens", "setting": {"corpus": "text"}}
+                file.write(json.dumps(record) + "\n")
+    (found,) = findings.change_of_gain("tokens", "tokens")(tmp_path)
+    assert found.group == "T: text, 1M tokens to T: text, 4M tokens" and found.seeds == 2
+    assert found.value.mean == pytest.approx(40 / 100 / np.log(2), rel=0.01) and found.value.low > 0
+    assert findings.change_of_gain("vocabulary", "vocabulary")(tmp_path) == []
 
 
 def test_every_label_of_a_claim_is_one_that_its_experiment_runs():

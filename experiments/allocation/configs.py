@@ -11,6 +11,7 @@ SETTING = "T"
 TUNING = HOME / "allocation" / "tune.jsonl"
 BUDGET, TOP_K = 64, 2  # inactive experts a layer, where all goes to experts; two are in use at any token
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the table; at 1 only the two experts in use are left
+TUNED = (0.0, 1 / 4, 1.0)  # the others take the rate of the nearest of these
 
 
 def label_of(share: float) -> str:
@@ -42,13 +43,16 @@ def expert_parameters(setting: Setting) -> int:
 
 
 def configs(setting_name: str) -> list[Run]:
-    """The split cells, each at its own dense rate, and plain, which has no such parameters."""
+    """The split cells, each at the dense rate of the nearest split that was tuned, and plain, which has no such
+    parameters."""
     runs = [Run("allocation", "plain", change(SETTINGS[setting_name], train=tuned("plain")), group=setting_name)]
-    for run in cells(setting_name):
-        runs.append(replace(run, setting=change(run.setting, train=tuned(run.label, TUNING))))
+    for share, run in zip(SHARES, cells(setting_name), strict=True):
+        nearest = min(TUNED, key=lambda tuned_share: abs(tuned_share - share))
+        runs.append(replace(run, setting=change(run.setting, train=tuned(label_of(nearest), TUNING))))
     return runs
 
 
 def tune() -> list[Run]:
-    """A grid of lr for every split, at T; rows take the rate of engram."""
-    return rate_grid(cells("T"), TUNING, table_lrs=())
+    """A grid of lr for three splits, at T; rows take the rate of engram."""
+    labels = [label_of(share) for share in TUNED]
+    return rate_grid([run for run in cells("T") if run.label in labels], TUNING, table_lrs=())

@@ -10,7 +10,7 @@ from experiments.measures import table
 from experiments.report import Row, groups_of, interval, rows_of
 
 BASELINE, SETTING = "plain", "T"
-FACTORS = (0.125, 0.25, 0.5, 1, 2, 4)  # of the setting's training tokens
+FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # of the setting's training tokens
 ROWS = (256, 1024, 4096, 16384, 65536)  # a head of engram; the counts get the bytes of that table
 ALONE, WITH_PLAIN, WITH_ENGRAM = "kneser-ney alone", "plain + kneser-ney", "engram + kneser-ney"
 # arm, base of its counts, whose rates, and the share of the rows: engram + kneser-ney is half a table and counts of as
@@ -72,11 +72,12 @@ def against_engram(home: Path) -> list[tuple[str, int, str, Row, Row]]:
 
 def summary(home: Path) -> str:
     """Counts against engram directly: who is ahead, at how many tokens and bytes."""
-    head = ("table", "arm", "rows a head", "MB of its table", "MB of engram's", "nats minus engram's", "ahead")
+    head = ("table", "arm", "rows a head", "seeds", "MB of its table", "MB of engram's", "nats minus engram's", "ahead")
     lines = []
     for group, rows, name, row, base in against_engram(home):
         assert row.nats is not None
         ahead = "engram" if row.nats.low > 0 else name if row.nats.high < 0 else "cannot tell"
+        ahead = ahead if len(row.paired) > 1 else "one seed"
         sizes = [f"{one.mean('bytes', 'table') / 1e6:.2f}" for one in (row, base)]
-        lines.append((group, name, f"{rows:,}", *sizes, interval(row.nats), ahead))
+        lines.append((group, name, f"{rows:,}", f"{len(row.paired)}", *sizes, interval(row.nats), ahead))
     return f"### Against engram of as many bytes\n\n{table(head, lines, words=2)}"

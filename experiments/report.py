@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,8 @@ def _at_the_edge(row: dict[tuple[float, float], float]) -> bool:
 def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> str:
     """All tables of an experiment as Markdown. summary: of home, what the experiment adds in front of them."""
     parts = []
-    for group, runs in sorted(groups_of(read_results(home / "results.jsonl")).items()):
+    groups = groups_of(read_results(home / "results.jsonl"))
+    for group, runs in sorted(groups.items(), key=lambda item: _by_numbers(item[0])):
         rows = rows_of(home, runs, baseline)
         tables = [table(rows, baseline), facts(rows)]
         seen = [text for order in ORDERS if (text := seen_table(rows, baseline, order))]
@@ -260,6 +262,12 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
         parts.insert(0, summary(home))
     tuning = tuning_table(read_results(home / "tune.jsonl"))
     return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
+
+
+def _by_numbers(group: str) -> list[tuple[int, str | float]]:
+    """A key that sorts "4,096" before "16,384"."""
+    parts = re.split(r"(\d[\d,]*\.?\d*)", group)  # every second one is a number
+    return [(0, float(part.replace(",", ""))) if place % 2 else (1, part) for place, part in enumerate(parts)]
 
 
 def write_tables(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> None:

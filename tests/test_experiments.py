@@ -568,6 +568,12 @@ def test_a_missing_side_file_is_named(finished, tmp_path):
         report.rows_of(tmp_path, runs, "plain")
 
 
+def test_tables_stand_in_the_order_of_their_numbers():
+    groups = ["T: kjv, 00.28M", "T: 16,384", "T: 4,096", "S: 1", "T: bytes", "T: kjv, 00.14M"]
+    ordered = ["S: 1", "T: 4,096", "T: 16,384", "T: bytes", "T: kjv, 00.14M", "T: kjv, 00.28M"]
+    assert sorted(groups, key=report._by_numbers) == ordered
+
+
 def test_the_tuning_table_marks_the_best_and_warns_at_the_edge():
     inside = [fake("a", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))]
     outside = [fake("b", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0), (4.0, 1.5))]

@@ -9,6 +9,7 @@ BASELINE, SETTING = "plain", "T"
 # budgets on a third of it (one of its three corpora) are several.
 FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 SMALL_TEXT, SMALL_FACTORS = "kjv", (0.5, 1, 2, 4, 8, 16)
+SLOWER = 0.01  # a table_lr below the tuned one, where the small text repeats: are rows that move less spared?
 
 
 def configs(setting_name: str) -> list[Run]:
@@ -21,4 +22,7 @@ def configs(setting_name: str) -> list[Run]:
             for arm in ("plain", "engram"):
                 mine = change(setting, train={**tuned(arm), "tokens": tokens}, corpus=corpus)
                 runs.append(Run("tokens", arm, mine, group=group))
+            if corpus == SMALL_TEXT and factor > 1:
+                slower = change(mine, train={"table_lr": SLOWER})
+                runs.append(Run("tokens", "engram", slower, label=f"engram, table lr {SLOWER:g}", group=group))
     return runs

@@ -16,7 +16,7 @@ def draw(home: Path) -> Path:
     for group, rows in load(home, BASELINE).items():
         for row in rows:
             if row.bits is not None:
-                name = group.rsplit(",", 1)[0]  # without the budget
+                name = group.rsplit(",", 1)[0] + row.label.removeprefix("engram")  # without the budget
                 curves.setdefault(name, []).append((first_run(row)["tokens"], row))
     figure, (axes,) = new_figure(7.2, [4.0])
     with matplotlib.rc_context(STYLE):
@@ -24,7 +24,7 @@ def draw(home: Path) -> Path:
             points.sort(key=lambda point: point[0])
             curve(axes, [tokens / 1e6 for tokens, _ in points], [gain(row) for _, row in points], colour, name)
             once = first_run(points[0][1])["text_tokens"]
-            if once < points[-1][0]:
+            if points[0][0] < once < points[-1][0]:
                 axes.axvline(once / 1e6, color=colour, linestyle=":", linewidth=1.2, label=f"{name}: one pass")
         axes.axhline(0, color=SOFT, linewidth=1)
         axes.set_xscale("log")

@@ -95,7 +95,7 @@ def save_checkpoint(
             raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
         raise
     others = [path for path in checkpoints(home) if path != target]
-    for path in others[: len(others) + 1 - keep] if keep else []:
+    for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
         os.rename(path, partial)  # in one step: what is called step-<step> is whole
         shutil.rmtree(partial)
     return target

@@ -51,16 +51,16 @@ def change_of_gain(name: str, along: str) -> Callable[[Path], list[Finding]]:
     of the same documents: above 0, the gain shrinks. One finding for each setting and text with two such tables."""
 
     def figure(home: Path) -> list[Finding]:
-        series: dict[tuple[str, str], list[tuple[float, str, dict[str, dict[int, Record]]]]] = {}
+        series: dict[tuple[str, str], dict[float, tuple[str, dict[str, dict[int, Record]]]]] = {}
         for group, labels in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
             pair = {arm: {run["seed"]: run for run in labels.get(arm, [])} for arm in ("plain", "engram")}
             if set(pair["plain"]) & set(pair["engram"]):
-                run = next(iter(pair["plain"].values()))
+                run = labels["plain"][0]
                 where = group.partition(":")[0], run["setting"]["corpus"]
-                series.setdefault(where, []).append((run[along], group, pair))
+                series.setdefault(where, {})[run[along]] = group, pair
         found = []
         for tables in series.values():
-            (_, first, before), (_, last, after) = min(tables, key=_place), max(tables, key=_place)
+            (first, before), (last, after) = tables[min(tables)], tables[max(tables)]
             seeds = sorted(set.intersection(*(set(runs) for pair in (before, after) for runs in pair.values())))
             if first != last and seeds:
                 gains = [_gain(home / name, pair, seeds) for pair in (after, before)]
@@ -69,10 +69,6 @@ def change_of_gain(name: str, along: str) -> Callable[[Path], list[Finding]]:
         return found
 
     return figure
-
-
-def _place(table: tuple[float, str, Any]) -> float:
-    return table[0]
 
 
 def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> np.ndarray:

@@ -76,9 +76,10 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     score, measure = hook(run.experiment, "evaluate"), hook(run.experiment, "measure")
     result = evaluate(model, data.validation) if score is None else score(run, model, data)
     evaluated = time.perf_counter()
+    measured = {} if measure is None else measure(replace(run, setting=setting), model, data)
+    peak = peak_memory()  # before n-grams are counted
     usual = own is None and score is None  # else it was trained on something else, or something else is scored
     seen = seen_losses(result, seen_counts(data, setting.train)) if usual else {}
-    measured = {} if measure is None else measure(replace(run, setting=setting), model, data)
     arrays = {name: value for name, value in measured.items() if isinstance(value, np.ndarray)}
     table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
     record = {
@@ -106,7 +107,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "total_seconds": time.perf_counter() - began,
         "training_shared": shared,  # with another run of the sweep: the seconds of training are that one's
         "threads": threads,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak,
         "parameters": {"dense": stored["parameters"] - looked_up["parameters"], "table": table["parameters"]},
         "bytes": {
             "dense": stored["bytes"] - looked_up["bytes"],

@@ -20,8 +20,7 @@ def seen_counts(data: Data, config: TrainConfig) -> dict[str, np.ndarray]:
         ValueError: what Batches raises, and ids too large for ngram_counts.
     """
     batches = Batches(data.train, config.context, config.batch_size, config.seed)
-    windows = np.concatenate([batches.order(step) for step in range(config.steps)])
-    take = windows[:, None] * config.context + np.arange(config.context)
+    take = batches.orders(config.steps)[:, None] * config.context + np.arange(config.context)
     ids, documents, held = data.train.ids[take], data.train.documents[take], data.validation
     return {
         name: ngram_counts(ids, documents, order).lookup(held.ids, held.documents) for name, order in ORDERS.items()

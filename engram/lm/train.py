@@ -79,6 +79,10 @@ class Batches:
         order = np.random.default_rng([self.seed, epoch]).permutation(self.windows)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
+    def orders(self, steps: int) -> np.ndarray:
+        """Window numbers [steps * batch_size] of the first steps; those of a second epoch come again."""
+        return np.concatenate([self.order(step) for step in range(steps)])
+
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, targets, documents) of a step, each int64 [batch_size, context]."""
         starts = self.order(step)[:, None] * self.context + np.arange(self.context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engram.lm.run import Setting
@@ -21,7 +22,7 @@ def label_of(share: float) -> str:
 BASELINE = label_of(0.0)
 
 
-def cells(setting_name: str) -> list[Run]:
+def cells(setting_name: str, shares: Sequence[float] = SHARES) -> list[Run]:
     setting = change(SETTINGS[setting_name], train=tuned("engram"))
     rows = BUDGET * expert_parameters(setting) // (setting.memory.columns * setting.memory.head_dim)
     return [
@@ -33,7 +34,7 @@ def cells(setting_name: str) -> list[Run]:
             label_of(share),
             setting_name,
         )
-        for share in SHARES
+        for share in shares
     ]
 
 
@@ -54,5 +55,4 @@ def configs(setting_name: str) -> list[Run]:
 
 def tune() -> list[Run]:
     """A grid of lr for three splits, at T; rows take the rate of engram."""
-    labels = [label_of(share) for share in TUNED]
-    return rate_grid([run for run in cells("T") if run.label in labels], TUNING, table_lrs=())
+    return rate_grid(cells("T", TUNED), TUNING, table_lrs=())

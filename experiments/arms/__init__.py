@@ -56,7 +56,7 @@ _BUILD: dict[str, Callable[..., Any]] = {
     "moe+engram": moe.moe_engram,
     "product-key": product_key.build,
     "kneser-ney": kneser_ney.build,
-    "knn-lm": knn_lm.build,
+    "knn-lm": plain,
 }
 _FINISH: dict[str, Callable[..., Any]] = {
     "switched-off": controls.switch_off,
@@ -66,8 +66,6 @@ _FINISH: dict[str, Callable[..., Any]] = {
     "kneser-ney": kneser_ney.finish,
     "knn-lm": knn_lm.finish,
 }
-# The arms that are another arm until finish() or the length of the training makes the difference; see trained_as().
-_TRAINED_AS = {"switched-off": "engram", "longer": "plain", "larger-vocabulary": "plain", "knn-lm": "plain"}
 NAMES: tuple[str, ...] = tuple(_BUILD)
 
 
@@ -93,11 +91,13 @@ def finish(name: str, model: nn.Module, setting: Setting, data: Data, **options:
 
 
 def trained_as(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The arm whose training this one's is, with those of the options that matter to it; None: nothing is trained.
-    Raises what build() raises."""
+    """The arm whose training this one's is, the first that is built alike, with those of the options that matter to it;
+    None: nothing is trained. Raises what build() raises."""
     _check(name, options)
-    base = options.get("base", "plain") if name == "kneser-ney" else _TRAINED_AS.get(name, name)
-    return None if base == "none" else (base, _of(_BUILD[base], options))
+    base = options.get("base", "plain") if name == "kneser-ney" else name
+    if base == "none":
+        return None
+    return next(arm for arm in NAMES if _BUILD[arm] is _BUILD[base]), _of(_BUILD[base], options)
 
 
 def tables(model: Any) -> dict[str, int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engram.lm.run import Data, Setting
 from engram.lm.transformer import Transformer
-from experiments.arms.host import plain, vocabulary
+from experiments.arms.host import vocabulary
 from experiments.arms.mixture import Mixture, fit_weight, scored, seen_windows, tune_windows
 
 INDEXES = ("exact", "ivf", "ivfpq")
@@ -101,10 +101,6 @@ def collect(model: Transformer, windows: tuple[np.ndarray, np.ndarray]) -> tuple
         probabilities.append(p.cpu().numpy().astype(np.float64))
     hook.remove()
     return np.concatenate(keys), np.concatenate(tokens), np.concatenate(probabilities)
-
-
-def build(setting: Setting, data: Data) -> Transformer:
-    return plain(setting, data)
 
 
 def finish(

@@ -75,8 +75,7 @@ def seen_windows(setting: Setting, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """
     train = setting.train
     batches = Batches(data.train, train.context, train.batch_size, train.seed)
-    order = np.unique(np.concatenate([batches.order(step) for step in range(train.steps)]))
-    return _cut(data.train, order, train.context)
+    return _cut(data.train, np.unique(batches.orders(train.steps)), train.context)
 
 
 def tune_windows(setting: Setting, data: Data) -> tuple[np.ndarray, np.ndarray]:

@@ -61,14 +61,16 @@ def runs_of(
     if missing:
         there = "; ".join(sorted({run.group for run in cells}))
         raise ValueError(f"{name} has no group with {' or '.join(missing)} in its name; it has {there}")
-    kept = [run for run in _keep(cells, only) if groups is None or any(part in run.group for part in groups)]
-    return [run.seeded(seed) for seed in seeds for run in kept]
+    return [run.seeded(seed) for seed in seeds for run in _keep(cells, only, groups)]
 
 
-def _keep(runs: list[Run], only: list[str] | None) -> list[Run]:
-    """The runs with these labels, or of these arms where no label is called so; all without `only`."""
+def _keep(runs: list[Run], only: list[str] | None, groups: list[str] | None = None) -> list[Run]:
+    """The runs with these labels, or of these arms where no label is called so, in groups with one of these texts in
+    their name; None is no choice."""
     labels = {run.label for run in runs}
-    return [run for run in runs if only is None or run.label in only or run.arm in set(only) - labels]
+    if only is not None:
+        runs = [run for run in runs if run.label in only or run.arm in set(only) - labels]
+    return [run for run in runs if groups is None or any(part in run.group for part in groups)]
 
 
 def _on_corpus(run: Run, corpus: str) -> Run:
@@ -78,7 +80,13 @@ def _on_corpus(run: Run, corpus: str) -> Run:
     return replace(run, setting=replace(run.setting, corpus=corpus), group=group)
 
 
-def tune(name: str, only: list[str] | None = None, limit_minutes: float | None = None, **how: Any) -> int:
+def tune(
+    name: str,
+    only: list[str] | None = None,
+    groups: list[str] | None = None,
+    limit_minutes: float | None = None,
+    **how: Any,
+) -> int:
     """Makes the tuning runs of an experiment, seed 0; the later part of a grid hangs on the earlier.
 
     Returns how many failed."""
@@ -87,7 +95,9 @@ def tune(name: str, only: list[str] | None = None, limit_minutes: float | None =
         raise ValueError(f"{name} has nothing to tune: its runs take the rates of sceptic")
     asked: set[str] = set()
     while True:
-        runs = _keep(module.tune(), only)
+        runs = _keep(module.tune(), only, groups)
+        if not runs:
+            raise ValueError(f"{name} tunes nothing that --only and --group leave")
         new = [run for run in runs if run.key not in asked]  # what failed is not tried again and again
         left = None if limit_minutes is None else limit_minutes - (time.monotonic() - began) / 60
         if not new or (left is not None and left < 0):
@@ -148,7 +158,7 @@ def main() -> int:
             only = chosen(arguments.name, arguments.only)
             how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes")}
             if arguments.tune:
-                return bool(tune(arguments.name, only, **how))
+                return bool(tune(arguments.name, only, arguments.group, **how))
             runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus, arguments.group)
             if arguments.again:
                 return bool(run_again(runs, **how))

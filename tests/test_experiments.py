@@ -20,7 +20,7 @@ from engram.lm.run import Setting, prepare
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
 from experiments import config, prepared, report, runner
-from experiments.__main__ import chosen, main, runs_of, seeds_of
+from experiments.__main__ import chosen, main, runs_of, seeds_of, tune
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
 from experiments.slots.plot import log_fit
 from experiments.trained import FILE, training_of
@@ -166,6 +166,8 @@ def test_groups_are_chosen_by_a_part_of_their_name():
     assert [run.arm for run in runs_of("tokens", [0], ["plain"], groups=["+kjv, 02.24M"])] == ["plain"]
     with pytest.raises(ValueError, match=r"no group with 2\.5M in its name; it has T: kjv, 00\.28M tokens;"):
         runs_of("tokens", [0], groups=["2.5M"])
+    with pytest.raises(ValueError, match="recall tunes nothing that --only and --group leave"):
+        tune("recall", groups=["needle"])
 
 
 def test_an_arm_that_is_not_there_is_named():

@@ -46,7 +46,7 @@ MEASURED = [name for name in NAMES if config.hook(name, "measure")]
 
 @pytest.fixture(scope="module")
 def data():
-    train, held = task.documents_of(TASK, 200, 0), task.documents_of(TASK, 40, 1)
+    train, held = task.documents_of(TASK, 500, 0), task.documents_of(TASK, 40, 1)
     made = task._encoded(train, TASK.pairs), task._encoded(held, TASK.pairs)
     return Data(None, TokenMap.identity(VOCABULARY), *made, prepared.Overlap(0.0), "toy")  # type: ignore[arg-type]
 
@@ -311,6 +311,15 @@ def test_recall_learns_and_logs_like_any_training(data):
     assert len(log.curve) == 60 and log.tokens == 60 * 8 * TASK.length and log.row_state_bytes > 0
     assert np.mean([loss for _, loss in log.curve[-5:]]) < log.curve[0][1] - 0.5
     assert any(table.tensor.abs().max() > 0 for table in model.memory.tables.values())
+
+
+def test_recall_trains_on_no_document_twice(data):
+    setting = config.change(SETTING, train={"tokens": 63 * 8 * TASK.length})
+    with pytest.raises(ValueError, match="63 steps of 8 documents want more than the 499 that are there"):
+        task.train(Run("recall", "plain", setting), None, data)
+    for name in ("S", "T"):
+        for run in config.questions("recall").configs(name):
+            assert run.setting.train.steps * run.setting.train.batch_size < task.TRAIN_DOCUMENTS
 
 
 def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):

@@ -32,7 +32,7 @@ from experiments.config import Run
 
 KEYS, VALUES, FILLER = 64, 64, 127
 VOCABULARY = 1 + KEYS + VALUES + FILLER
-TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS = 2**15, 512
+TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS = 2**18, 512  # more than S trains on: none is read twice
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,23 @@ def _encoded(documents: np.ndarray, answers_each: int) -> Encoded:
 
 
 def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
-    """engram.lm.train.train with the loss at the answers alone; one window is one document.
+    """engram.lm.train.train with the loss at the answers alone; one window is one document, and none comes twice: a
+    memory would learn the answers of a document by heart, and what is asked here is recall within the text.
 
     Raises:
-        ValueError: windows of another length than the documents. FloatingPointError: a loss that is not finite.
+        ValueError: windows of another length than the documents; more steps than there are documents for.
+        FloatingPointError: a loss that is not finite.
     """
     task, config = Task.of(run.setting.corpus), run.setting.train
     if config.context != task.length:
         raise ValueError(f"documents of {run.setting.corpus!r} have {task.length} tokens, context is {config.context}")
     # The stream lacks the token after its last window, so Batches sees one document less than there are.
     windows = Batches(data.train, config.context, config.batch_size, config.seed)
+    if config.steps > windows.per_epoch:
+        raise ValueError(
+            f"{config.steps:,} steps of {config.batch_size} documents want more than the {windows.windows:,} that are "
+            f"there, and none may come twice: take fewer tokens, or raise TRAIN_DOCUMENTS"
+        )
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, targets, documents = windows(step)

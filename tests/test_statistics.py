@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from engram.lm import statistics
 from engram.lm.statistics import bits_per_byte, loss_by_count, ngram_counts, paired_bootstrap
 
 
@@ -80,6 +81,14 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
     first = paired_bootstrap(a, b, weights, seed=1)
     assert first == paired_bootstrap(a, b, weights, seed=1) != paired_bootstrap(a, b, weights, seed=2)
     assert first.low < first.mean < first.high
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_draws_that_were_kept_are_the_draws_that_would_be_made_anew(seeds, monkeypatch):
+    first, second = (arms(np.random.default_rng(k), seeds=seeds) for k in (9, 10))
+    kept = [paired_bootstrap(*both) for both in (first, second, first)]
+    monkeypatch.setattr(statistics, "_MOST_KEPT", 0)
+    assert kept == [paired_bootstrap(*both) for both in (first, second, first)] and kept[0] != kept[1]
 
 
 @pytest.mark.parametrize(

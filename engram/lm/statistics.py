@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -43,20 +44,36 @@ def paired_bootstrap(
         raise ValueError(f"{documents} documents, {seeds} seeds, {samples} samples: an interval needs two documents")
     if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(w).all() and (w > 0).all()):
         raise ValueError("losses and weights must be finite and every weight positive")
-    difference = a - b
+    difference, means = a - b, []
+    draws = _kept_draws if samples * documents <= _MOST_KEPT else _draws
+    for drawn, picked in draws(documents, seeds, samples, seed):
+        times = drawn.astype(np.float64)
+        per_seed = np.take_along_axis(times @ difference.T, picked, axis=1)  # [n, seeds]
+        means.append(per_seed.mean(axis=1) / (times @ w))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return Interval(float(difference.sum() / (seeds * w.sum())), float(low), float(high))
+
+
+def _draws(documents: int, seeds: int, samples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of (how often each document was drawn, uint16 or int64 [n, documents]; the seeds drawn, int64 [n, seeds]),
+    `samples` draws in all."""
     rng = np.random.default_rng(seed)
-    means = np.empty(samples)
     rows = max(1, 2_000_000 // documents)  # bounds the memory; 16 MB for each array below
     for first in range(0, samples, rows):
         n = min(rows, samples - first)
         drawn = rng.integers(documents, size=(n, documents)) + documents * np.arange(n)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=n * documents).reshape(n, documents).astype(np.float64)
-        per_seed = times @ difference.T  # [n, seeds]
-        if seeds > 1:
-            per_seed = np.take_along_axis(per_seed, rng.integers(seeds, size=(n, seeds)), axis=1)
-        means[first : first + n] = per_seed.mean(axis=1) / (times @ w)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(difference.sum() / (seeds * w.sum())), float(low), float(high))
+        times = np.bincount(drawn.ravel(), minlength=n * documents).reshape(n, documents)
+        picked = rng.integers(seeds, size=(n, seeds)) if seeds > 1 else np.zeros((n, 1), np.int64)
+        yield times.astype(np.uint16) if documents < 2**16 else times, picked
+
+
+# Most of the work is the drawing, and tables of many arms draw the same from the same documents.
+_MOST_KEPT = 10_000_000  # counts of 2 bytes
+
+
+@lru_cache(maxsize=6)
+def _kept_draws(documents: int, seeds: int, samples: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(_draws(documents, seeds, samples, seed))
 
 
 def over_seeds(values: Sequence[float]) -> Interval:

@@ -4,6 +4,7 @@ section on mechanisms; debiased HSIC after Song et al. 2012, CKA after Kornblith
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,18 @@ def cka(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         ValueError: another number of rows, or fewer than four.
     """
-    if len(a) != len(b) or len(a) < 4:
-        raise ValueError(f"CKA compares the same positions, four at least, not {len(a)} and {len(b)}")
-    mine, other = (_gram(x.astype(np.float64)) for x in (a, b))
-    return float(_hsic(mine, other) / np.sqrt(_hsic(mine, mine) * _hsic(other, other)))
+    return float(likeness([a], [b])[0, 0])
+
+
+def likeness(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
+    """CKA [layers of a, layers of b] of states at the same positions. Raises what cka raises."""
+    lengths = {len(states) for states in (*a, *b)}
+    if len(lengths) != 1 or min(lengths) < 4:
+        raise ValueError(f"CKA compares the same positions, four at least, not {' and '.join(map(str, lengths))}")
+    mine, other = ([_gram(states.astype(np.float64)) for states in side] for side in (a, b))
+    own_a, own_b = ([_hsic(gram, gram) for gram in side] for side in (mine, other))
+    both = np.array([[_hsic(x, y) for y in other] for x in mine])
+    return both / np.sqrt(np.outer(own_a, own_b))
 
 
 def _gram(x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engram.lm.statistics import Interval, over_seeds
-from experiments.depth.measure import alignment, cka
+from experiments.depth.measure import alignment, likeness
 from experiments.measures import mean_of, measured, paired, shown, table
 from experiments.report import Record
 
@@ -29,21 +29,16 @@ def states_of(home: Path, run: Record) -> np.ndarray:
         return arrays["measured_states"]
 
 
-def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """CKA [layers of a, layers of b], without the embeddings."""
-    return np.array([[cka(x, y) for y in b[1:]] for x in a[1:]])
-
-
 def compare(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """{seed: (likeness of the seed's run to plain of every other seed, likeness of plain to the same)}, means over the
-    other seeds. Other seeds only, on both sides: runs of one seed share their first weights."""
+    other seeds, without the embeddings. Other seeds only, on both sides: runs of one seed share their first weights."""
     states = {seed: states_of(home, run) for seed, run in plain.items()}
     found = {}
     for seed in sorted(set(runs) & set(plain)):
         others = [states[other] for other in states if other != seed]
         if others:
             ours = states_of(home, runs[seed])
-            pair = ([likeness(x, other) for other in others] for x in (ours, states[seed]))
+            pair = ([likeness(x[1:], other[1:]) for other in others] for x in (ours, states[seed]))
             found[seed] = tuple(np.mean(part, axis=0) for part in pair)
     return found  # type: ignore[return-value]
 

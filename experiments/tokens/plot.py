@@ -25,7 +25,10 @@ def draw(home: Path) -> Path:
             curve(axes, [tokens / 1e6 for tokens, _ in points], [gain(row) for _, row in points], colour, name)
             once = first_run(points[0][1])["text_tokens"]
             if points[0][0] < once < points[-1][0]:
-                axes.axvline(once / 1e6, color=colour, linestyle=":", linewidth=1.2, label=f"{name}: one pass")
+                axes.axvline(once / 1e6, color=colour, linestyle=":", linewidth=1.2)
+                place = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
+                words = f"one pass of {name.partition(': ')[2]}"
+                axes.annotate(words, (once / 1e6, 0.03), rotation=90, ha="right", color=colour, fontsize=8, **place)
         axes.axhline(0, color=SOFT, linewidth=1)
         axes.set_xscale("log")
         ticks = sorted({tokens / 1e6 for points in curves.values() for tokens, _ in points})

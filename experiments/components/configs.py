@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
 
 BASELINE, SETTING = "engram", "T"
 TUNING = HOME / "components" / "tune.jsonl"
+RAW_IDS, OPTIMIZER = "token map: raw ids", "optimiser: "
 
 # Steps of these optimisers are not on one scale, so each has a grid of its own. RMS has no bias correction and begins
 # with ten times its rate; the others need rates as much larger.
@@ -58,27 +60,32 @@ def configs(setting_name: str) -> list[Run]:
     base = change(SETTINGS[setting_name], train=tuned("engram"))
 
     def cell(label: str, memory: dict[str, Any] | None = None, arm: str = "engram", **train: Any) -> Run:
-        return Run("components", arm, change(base, memory, train), label=label, group=setting_name)
+        rates = train | tuned(label, TUNING)
+        return Run("components", arm, change(base, memory, rates), label=label, group=setting_name)
 
     runs = [cell("engram"), cell("plain", arm="plain", **tuned("plain"))]
     runs += [cell(label, memory) for label, memory in changes(base.model.layers).items()]
-    runs.append(Run("components", "engram", base, (("token_map", "identity"),), "token map: raw ids", setting_name))
+    raw = change(base, train=tuned(RAW_IDS, TUNING))
+    runs.append(Run("components", "engram", raw, (("token_map", "identity"),), RAW_IDS, setting_name))
     for name, rates in TABLE_OPTIMIZERS.items():
-        rate = {"table_lr": rates[1]} | tuned(_optimizer_label(name), TUNING)
-        runs.append(cell(_optimizer_label(name), table_optimizer=name, **rate))
+        runs.append(cell(_optimizer_label(name), table_optimizer=name, table_lr=rates[1]))
     return runs
 
 
 def tune() -> list[Run]:
-    """A grid of table_lr for each row optimiser, at T and at the dense rate of engram."""
-    base = change(SETTINGS["T"], train=tuned("engram"))
+    """At T, a grid of lr for each change of the module, and of table_lr for each row optimiser; the other rate is
+    engram's."""
     runs = []
-    for name, rates in TABLE_OPTIMIZERS.items():
-        middle = change(base, train={"table_optimizer": name, "table_lr": rates[1]})
-        cell = Run("components", "engram", middle, label=_optimizer_label(name), group="T")
-        runs += rate_grid([cell], TUNING, lrs=(), table_lrs=rates)
+    for cell in configs("T"):
+        name = cell.setting.train.table_optimizer
+        if cell.label.startswith(OPTIMIZER):
+            base = change(cell.setting, train=tuned("engram") | {"table_lr": TABLE_OPTIMIZERS[name][1]})
+            runs += rate_grid([replace(cell, setting=base)], TUNING, lrs=(), table_lrs=TABLE_OPTIMIZERS[name])
+        elif cell.label not in ("engram", "plain"):
+            base = change(cell.setting, train=tuned("engram"))
+            runs += rate_grid([replace(cell, setting=base)], TUNING, table_lrs=())
     return runs
 
 
 def _optimizer_label(name: str) -> str:
-    return f"optimiser: {name}"
+    return OPTIMIZER + name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+from experiments.config import HOME, SETTINGS, TABLE_LRS, Run, change, rate_grid, tuned
 
 BASELINE, SETTING = "engram", "T"
 TUNING = HOME / "components" / "tune.jsonl"
@@ -74,7 +74,7 @@ def configs(setting_name: str) -> list[Run]:
 
 def tune() -> list[Run]:
     """At T, a grid of lr for each change of the module, and of table_lr for each row optimiser; the other rate is
-    engram's."""
+    engram's. Rows that go into attention values have a grid of both: value embeddings want rates far from engram's."""
     runs = []
     for cell in configs("T"):
         name = cell.setting.train.table_optimizer
@@ -83,7 +83,8 @@ def tune() -> list[Run]:
             runs += rate_grid([replace(cell, setting=base)], TUNING, lrs=(), table_lrs=TABLE_OPTIMIZERS[name])
         elif cell.label not in ("engram", "plain"):
             base = change(cell.setting, train=tuned("engram"))
-            runs += rate_grid([replace(cell, setting=base)], TUNING, table_lrs=())
+            both = cell.setting.memory.inject == "values"
+            runs += rate_grid([replace(cell, setting=base)], TUNING, table_lrs=TABLE_LRS if both else ())
     return runs
 
 

@@ -72,7 +72,7 @@ def save(figure: Figure, home: Path) -> Path:
 
 def dot_plots(home: Path, baseline: str) -> Path:
     """One panel per group, one line per arm, best first: difference to the baseline in bits per byte, which holds for
-    arms with another tokenizer too. Filled where the interval leaves zero out."""
+    arms with another tokenizer too. Filled where the interval leaves zero out and is of more than one seed."""
     groups = {name: [row for row in rows if row.bits] for name, rows in load(home, baseline).items()}
     groups = {name: rows for name, rows in groups.items() if rows}
     if not groups:
@@ -89,7 +89,7 @@ def dot_plots(home: Path, baseline: str) -> Path:
 def _dots(axes: Axes, rows: list[Row]) -> None:
     for place, row in enumerate(rows):
         assert row.bits is not None
-        clear = row.bits.low > 0 or row.bits.high < 0
+        clear = len(row.paired) > 1 and (row.bits.low > 0 or row.bits.high < 0)
         colour = SOFT if not clear else COLOURS[0] if row.bits.mean < 0 else COLOURS[1]
         axes.plot([row.bits.low, row.bits.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
         axes.plot(row.bits.mean, place, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=5)

@@ -185,9 +185,8 @@ def test_the_newest_checkpoints_stay_and_a_run_goes_on_from_them(tmp_path):
     train(model(), corpus(), CONFIG, folder=tmp_path / "two", checkpoint_every=7, keep_checkpoints=2)
     assert [path.name for path in checkpoints(tmp_path / "all")] == [f"step-{step:08}" for step in (7, 14, 21, 28, 30)]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["step-00000028", "step-00000030"]
-    train(
-        model(), corpus(), CONFIG, folder=tmp_path / "six", checkpoint_every=7, keep_checkpoints=6
-    )  # more than there are
+    more_than_there_are = {"checkpoint_every": 7, "keep_checkpoints": 6}
+    train(model(), corpus(), CONFIG, folder=tmp_path / "six", **more_than_there_are)
     assert len(checkpoints(tmp_path / "six")) == 5
     shutil.rmtree(latest_checkpoint(tmp_path / "two"))
     resumed = model()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments.config import HOME, SETTINGS, TABLE_LRS, Run, change, rate_grid, tuned
+from experiments.config import HOME, LRS, SETTINGS, TABLE_LRS, Run, change, rate_grid, tuned
 
 BASELINE, SETTING = "engram", "T"
 TUNING = HOME / "components" / "tune.jsonl"
-RAW_IDS, OPTIMIZER = "token map: raw ids", "optimiser: "
 
 # Steps of these optimisers are not on one scale, so each has a grid of its own. RMS has no bias correction and begins
 # with ten times its rate; the others need rates as much larger.
@@ -56,37 +55,36 @@ def changes(layers: int) -> dict[str, dict[str, Any]]:
     return table
 
 
-def configs(setting_name: str) -> list[Run]:
+def cells(setting_name: str) -> list[Run]:
+    """Every change at engram's rates; a row optimiser at the middle of its own grid."""
     base = change(SETTINGS[setting_name], train=tuned("engram"))
 
-    def cell(label: str, memory: dict[str, Any] | None = None, arm: str = "engram", **train: Any) -> Run:
-        rates = train | tuned(label, TUNING)
-        return Run("components", arm, change(base, memory, rates), label=label, group=setting_name)
+    def cell(label: str, memory: dict[str, Any] | None = None, options: tuple[Any, ...] = (), **train: Any) -> Run:
+        return Run("components", "engram", change(base, memory, train), options, label, setting_name)
 
-    runs = [cell("engram"), cell("plain", arm="plain", **tuned("plain"))]
-    runs += [cell(label, memory) for label, memory in changes(base.model.layers).items()]
-    raw = change(base, train=tuned(RAW_IDS, TUNING))
-    runs.append(Run("components", "engram", raw, (("token_map", "identity"),), RAW_IDS, setting_name))
+    runs = [cell(label, memory) for label, memory in changes(base.model.layers).items()]
+    runs.append(cell("token map: raw ids", options=(("token_map", "identity"),)))
     for name, rates in TABLE_OPTIMIZERS.items():
-        runs.append(cell(_optimizer_label(name), table_optimizer=name, table_lr=rates[1]))
+        runs.append(cell(f"optimiser: {name}", table_optimizer=name, table_lr=rates[1]))
     return runs
+
+
+def configs(setting_name: str) -> list[Run]:
+    setting = SETTINGS[setting_name]
+    unchanged = [
+        Run("components", arm, change(setting, train=tuned(arm)), group=setting_name) for arm in ("engram", "plain")
+    ]
+    return unchanged + [
+        replace(run, setting=change(run.setting, train=tuned(run.label, TUNING))) for run in cells(setting_name)
+    ]
 
 
 def tune() -> list[Run]:
     """At T, a grid of lr for each change of the module, and of table_lr for each row optimiser; the other rate is
     engram's. Rows that go into attention values have a grid of both: value embeddings want rates far from engram's."""
     runs = []
-    for cell in configs("T"):
-        name = cell.setting.train.table_optimizer
-        if cell.label.startswith(OPTIMIZER):
-            base = change(cell.setting, train=tuned("engram") | {"table_lr": TABLE_OPTIMIZERS[name][1]})
-            runs += rate_grid([replace(cell, setting=base)], TUNING, lrs=(), table_lrs=TABLE_OPTIMIZERS[name])
-        elif cell.label not in ("engram", "plain"):
-            base = change(cell.setting, train=tuned("engram"))
-            both = cell.setting.memory.inject == "values"
-            runs += rate_grid([replace(cell, setting=base)], TUNING, table_lrs=TABLE_LRS if both else ())
+    for cell in cells("T"):
+        own = TABLE_OPTIMIZERS.get(cell.setting.train.table_optimizer)
+        into_values = cell.setting.memory.inject == "values"
+        runs += rate_grid([cell], TUNING, () if own else LRS, own or (TABLE_LRS if into_values else ()))
     return runs
-
-
-def _optimizer_label(name: str) -> str:
-    return OPTIMIZER + name

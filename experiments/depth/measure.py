@@ -81,7 +81,9 @@ def likeness(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
     """CKA [layers of a, layers of b] of states at the same positions. Raises what cka raises."""
     lengths = {len(states) for states in (*a, *b)}
     if len(lengths) != 1 or min(lengths) < 4:
-        raise ValueError(f"CKA compares the same positions, four at least, not {' and '.join(map(str, lengths))}")
+        raise ValueError(
+            f"CKA compares the same positions, four at least, not {' and '.join(map(str, sorted(lengths)))}"
+        )
     mine, other = ([_gram(states.astype(np.float64)) for states in side] for side in (a, b))
     own_a, own_b = ([_hsic(gram, gram) for gram in side] for side in (mine, other))
     both = np.array([[_hsic(x, y) for y in other] for x in mine])

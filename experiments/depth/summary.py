@@ -46,8 +46,12 @@ def compare(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> di
 def shift(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> Interval | None:
     """How many layers deeper the layers are, on average, in terms of plain, than plain's own are: over seeds. None
     without two seeds of plain."""
-    found = compare(home, runs, plain).values()
-    return over_seeds([float(np.mean(alignment(ours) - alignment(own))) for ours, own in found]) if found else None
+    return _deeper(compare(home, runs, plain))
+
+
+def _deeper(found: dict[int, tuple[np.ndarray, np.ndarray]]) -> Interval | None:
+    by_seed = [float(np.mean(alignment(ours) - alignment(own))) for ours, own in found.values()]
+    return over_seeds(by_seed) if by_seed else None
 
 
 def summary(home: Path) -> str:
@@ -70,11 +74,11 @@ def summary(home: Path) -> str:
         for label, runs in labels.items():
             found = {} if label == "plain" else compare(home, runs, plain)
             if found:
-                parts.append(_likeness_table(home, label, group, found, shift(home, runs, plain)))
+                parts.append(_likeness_table(label, group, found))
     return "\n\n".join(parts)
 
 
-def _likeness_table(home: Path, label: str, group: str, found: Any, deeper: Interval | None) -> str:
+def _likeness_table(label: str, group: str, found: dict[int, tuple[np.ndarray, np.ndarray]]) -> str:
     ours, own = (np.mean([pair[side] for pair in found.values()], axis=0) for side in (0, 1))
     lines = []
     for i, row in enumerate(ours):
@@ -84,5 +88,5 @@ def _likeness_table(home: Path, label: str, group: str, found: Any, deeper: Inte
     head = ("layer", *(f"plain's {j + 1}" for j in range(ours.shape[1])), "like layer", "plain's own is like")
     return (
         f"### CKA of {label} and plain, {group}\n\nBetween different seeds, also for plain's own; means over pairs.\n\n"
-        f"{table(head, lines)}\n\nLayers of {label} are deeper by {shown(deeper, '+.2f')} layers on average."
+        f"{table(head, lines)}\n\nLayers of {label} are deeper by {shown(_deeper(found), '+.2f')} layers on average."
     )

@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--group", action="append", help="only groups (tables) with this in their name; may be repeated")
     run.add_argument("--setting", choices=tuple(SETTINGS), help="default: the experiment's own")
     run.add_argument("--corpus", help="another text, as engram.lm.corpus.load_corpus takes it")
-    run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead: seed 0, setting T")
+    run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead, of seed 0")
     run.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
     run.add_argument("--threads", type=int, default=1, help="of each run (default 1, which repeats to the last digit)")
     run.add_argument("--again", action="store_true", help="make runs that are there once more and compare the losses")

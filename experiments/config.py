@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,8 +151,10 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     return results
 
 
-def tuned(arm: str, file: Path | None = None) -> dict[str, float]:
-    """The learning rates {"lr", "table_lr"} with the lowest loss of an arm's tuning runs; {} where none ran yet.
+def tuned(arm: str, setting: Setting, file: Path | None = None) -> dict[str, float]:
+    """The learning rates {"lr", "table_lr"} with the lowest loss of an arm's tuning runs; {} where none ran yet. The
+    best rate falls as training gets longer: where an arm was tuned at several budgets, the one nearest (by ratio) to
+    the setting's counts.
 
     Args:
         arm: the label of the tuning runs. file: their tune.jsonl; default: the one of sceptic, which tunes all arms.
@@ -159,8 +162,14 @@ def tuned(arm: str, file: Path | None = None) -> dict[str, float]:
     results = [r for r in read_results(file or HOME / "sceptic" / "tune.jsonl") if r["label"] == arm]
     if not results:
         return {}
-    best = min(results, key=lambda r: (r["loss"], r["key"]))["setting"]["train"]
+    budget = min((budget_of(r) for r in results), key=lambda tokens: abs(math.log(tokens / setting.train.tokens)))
+    best = min((r for r in results if budget_of(r) == budget), key=lambda r: (r["loss"], r["key"]))["setting"]["train"]
     return {"lr": best["lr"], "table_lr": best["table_lr"]}
+
+
+def budget_of(result: dict[str, Any]) -> int:
+    """The tokens that a run was asked to train on."""
+    return int(result["setting"]["train"]["tokens"])
 
 
 def rate_grid(

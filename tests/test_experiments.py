@@ -63,7 +63,7 @@ def finished(setting, tmp_path_factory):
 
 
 def fake(label, seed=0, lr=3e-3, table_lr=0.03, loss=1.0, **other):
-    setting = {"train": {"lr": lr, "table_lr": table_lr}}
+    setting = {"train": {"lr": lr, "table_lr": table_lr, "tokens": 560_000}}
     return {
         "key": f"{label}{seed}{lr}{table_lr}",
         "label": label,
@@ -162,7 +162,7 @@ def test_a_label_with_commas_is_chosen_by_an_option_of_its_own():
 
 def test_groups_are_chosen_by_a_part_of_their_name():
     runs = runs_of("tokens", [0], groups=[": kjv", "02.24M"])
-    assert len(runs) == 2 * (6 + 1) + 4 and all(": kjv" in run.group or "02.24M" in run.group for run in runs)
+    assert len(runs) == 2 * (4 + 1) + 2 and all(": kjv" in run.group or "02.24M" in run.group for run in runs)
     assert [run.arm for run in runs_of("tokens", [0], ["plain"], groups=["+kjv, 02.24M"])] == ["plain"]
     with pytest.raises(ValueError, match=r"no group with 2\.5M in its name; it has T: kjv, 00\.28M tokens;"):
         runs_of("tokens", [0], groups=["2.5M"])
@@ -496,13 +496,24 @@ def test_a_grid_goes_on_beyond_an_edge_where_its_best_rate_lies_and_ends_somewhe
     assert tried == [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 
 
-def test_the_chosen_rates_are_those_of_the_lowest_loss(tmp_path):
+def test_the_chosen_rates_are_those_of_the_lowest_loss(setting, tmp_path):
     file = tmp_path / "tune.jsonl"
-    assert tuned("engram", file) == {}
+    assert tuned("engram", setting, file) == {}
     for lr, loss in ((1e-3, 3.0), (2e-3, 1.0), (4e-3, 2.0)):
         runner.append(file, fake("engram", lr=lr, loss=loss))
     runner.append(file, fake("plain", lr=9e-3, loss=0.5))
-    assert tuned("engram", file) == {"lr": 2e-3, "table_lr": 0.03}
+    assert tuned("engram", setting, file) == {"lr": 2e-3, "table_lr": 0.03}
+
+
+def test_the_chosen_rates_are_those_of_the_nearest_budget(setting, tmp_path):
+    file, tokens = tmp_path / "tune.jsonl", setting.train.tokens
+    for factor, lr in ((1, 4e-3), (8, 2e-3)):  # the larger budget has the lower loss
+        line = fake("engram", lr=lr, loss=1 / factor)
+        line["setting"]["train"]["tokens"] = factor * tokens
+        runner.append(file, line)
+    for factor, lr in ((0.1, 4e-3), (2, 4e-3), (4, 2e-3), (100, 2e-3)):
+        asked = config.change(setting, train={"tokens": round(factor * tokens)})
+        assert tuned("engram", asked, file)["lr"] == lr
 
 
 def test_rows_compare_with_the_baseline_of_the_same_seeds(finished):
@@ -642,6 +653,6 @@ def test_a_figure_without_results_says_what_to_run(tmp_path):
 
 
 def test_the_command_line_fails_where_there_is_nothing_to_tune(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["experiments", "run", "tokens", "--tune"])
+    monkeypatch.setattr(sys, "argv", ["experiments", "run", "slots", "--tune"])
     assert main() == 1
     assert "nothing to tune" in capsys.readouterr().err

@@ -23,7 +23,8 @@ BASELINE = label_of(0.0)
 
 
 def cells(setting_name: str, shares: Sequence[float] = SHARES) -> list[Run]:
-    setting = change(SETTINGS[setting_name], train=tuned("engram"))
+    setting = SETTINGS[setting_name]
+    setting = change(setting, train=tuned("engram", setting))
     rows = BUDGET * expert_parameters(setting) // (setting.memory.columns * setting.memory.head_dim)
     return [
         Run(
@@ -46,10 +47,11 @@ def expert_parameters(setting: Setting) -> int:
 def configs(setting_name: str) -> list[Run]:
     """The split cells, each at the dense rate of the nearest split that was tuned, and plain, which has no such
     parameters."""
-    runs = [Run("allocation", "plain", change(SETTINGS[setting_name], train=tuned("plain")), group=setting_name)]
+    setting = SETTINGS[setting_name]
+    runs = [Run("allocation", "plain", change(setting, train=tuned("plain", setting)), group=setting_name)]
     for share, run in zip(SHARES, cells(setting_name), strict=True):
         nearest = min(TUNED, key=lambda tuned_share: abs(tuned_share - share))
-        runs.append(replace(run, setting=change(run.setting, train=tuned(label_of(nearest), TUNING))))
+        runs.append(replace(run, setting=change(run.setting, train=tuned(label_of(nearest), setting, TUNING))))
     return runs
 
 

@@ -57,7 +57,8 @@ def changes(layers: int) -> dict[str, dict[str, Any]]:
 
 def cells(setting_name: str) -> list[Run]:
     """Every change at engram's rates; a row optimiser at the middle of its own grid."""
-    base = change(SETTINGS[setting_name], train=tuned("engram"))
+    setting = SETTINGS[setting_name]
+    base = change(setting, train=tuned("engram", setting))
 
     def cell(label: str, memory: dict[str, Any] | None = None, options: tuple[Any, ...] = (), **train: Any) -> Run:
         return Run("components", "engram", change(base, memory, train), options, label, setting_name)
@@ -72,10 +73,12 @@ def cells(setting_name: str) -> list[Run]:
 def configs(setting_name: str) -> list[Run]:
     setting = SETTINGS[setting_name]
     unchanged = [
-        Run("components", arm, change(setting, train=tuned(arm)), group=setting_name) for arm in ("engram", "plain")
+        Run("components", arm, change(setting, train=tuned(arm, setting)), group=setting_name)
+        for arm in ("engram", "plain")
     ]
     return unchanged + [
-        replace(run, setting=change(run.setting, train=tuned(run.label, TUNING))) for run in cells(setting_name)
+        replace(run, setting=change(run.setting, train=tuned(run.label, setting, TUNING)))
+        for run in cells(setting_name)
     ]
 
 

@@ -19,4 +19,4 @@ def configs(setting_name: str) -> list[Run]:
     setting = SETTINGS[setting_name]
     setting = change(setting, model=replace(setting.model, layers=LAYERS))
     group = f"{setting_name}: {setting.corpus}, {LAYERS} layers"
-    return [Run("depth", arm, change(setting, train=tuned(arm)), group=group) for arm in ARMS]
+    return [Run("depth", arm, change(setting, train=tuned(arm, setting)), group=group) for arm in ARMS]

@@ -8,6 +8,7 @@ from engram.lm.run import Setting
 from experiments.config import SETTINGS, Run, change, read_results, tuned
 from experiments.measures import table
 from experiments.report import Row, groups_of, interval, rows_of
+from experiments.tokens.configs import TUNING, budget, group_of
 
 BASELINE, SETTING = "plain", "T"
 FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # of the setting's training tokens
@@ -25,13 +26,11 @@ ARMS = {
 
 def configs(setting_name: str) -> list[Run]:
     """Against training tokens with the largest table; against bytes with the tokens of the setting."""
-    setting = SETTINGS[setting_name]
     runs = []
     for factor in FACTORS:
-        tokens = round(setting.train.tokens * factor)
-        group = f"{setting_name}: {setting.corpus}, {tokens / 1e6:05.2f}M tokens"
-        base = change(setting, train={"tokens": tokens})
-        runs.append(Run("kneser_ney", "plain", change(base, train=tuned("plain")), group=group))
+        base = budget(SETTINGS[setting_name], factor)
+        group = group_of(setting_name, base)
+        runs.append(Run("kneser_ney", "plain", change(base, train=tuned("plain", base, TUNING)), group=group))
         for rows in ROWS if factor == 1 else ROWS[-1:]:
             runs += [_cell(base, name, rows, group) for name in ARMS]
     return runs
@@ -39,7 +38,7 @@ def configs(setting_name: str) -> list[Run]:
 
 def _cell(base: Setting, name: str, rows: int, group: str) -> Run:
     arm, counts_beside, rates_of, share = ARMS[name]
-    mine = change(base, {"rows_per_head": round(rows * share)}, tuned(rates_of))
+    mine = change(base, {"rows_per_head": round(rows * share)}, tuned(rates_of, base, TUNING))
     options = () if counts_beside is None else (("base", counts_beside),)
     return Run("kneser_ney", arm, mine, options, label_of(name, rows), group)
 

@@ -15,7 +15,7 @@ def configs(setting_name: str) -> list[Run]:
     for size in VOCABULARIES:
         group = f"{setting_name}: vocabulary {size:,}"
         for arm in ARMS:
-            rates = tuned("engram" if arm == "switched-off" else arm)
+            rates = tuned("engram" if arm == "switched-off" else arm, setting)
             mine = change(setting, vocab_size=size, train=rates)
             runs.append(Run("lookup_or_module", arm, mine, group=group))
     return runs

@@ -22,7 +22,7 @@ ARMS = ("plain", "engram", "one-row")
 
 
 def configs(setting_name: str) -> list[Run]:
-    return [_cell(setting_name, words, arm, tuned(arm, TUNING) or tuned(arm)) for words in TASKS for arm in ARMS]
+    return [_cell(setting_name, words, arm, tuned(arm, SETTINGS["T"], TUNING)) for words in TASKS for arm in ARMS]
 
 
 def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float]) -> Run:
@@ -36,4 +36,4 @@ def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float]) -> R
 
 def tune() -> list[Run]:
     """A grid of lr for every arm on MQAR, at T; rows take the rate of engram on text."""
-    return rate_grid([_cell("T", "MQAR, 8 pairs", arm, tuned(arm)) for arm in ARMS], TUNING, table_lrs=())
+    return rate_grid([_cell("T", "MQAR, 8 pairs", arm, tuned(arm, SETTINGS["T"])) for arm in ARMS], TUNING, table_lrs=())

@@ -29,6 +29,7 @@ TRAINED = {
     "moe-active": False,
     "product-key": True,
 }
+TUNED_AT_S = ("engram", "plain")  # ten minutes a run: the two that every conclusion at S is about
 # Rows that are added to the hidden state as they are, without a projection, want smaller steps.
 BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
 DATASTORE = 1_000_000  # keys of kNN-LM at most: a query of the exact index reads them all
@@ -49,7 +50,7 @@ def configs(setting_name: str) -> list[Run]:
     cells = [(arm, arm, (), arm) for arm in TRAINED] + list(DERIVED)
     runs = []
     for label, arm, options, rates_of in cells:
-        mine = change(setting, train=tuned(rates_of))
+        mine = change(setting, train=tuned(rates_of, setting))
         if arm == "knn-lm":
             options = (*options, ("limit", DATASTORE))
         if arm == "longer":
@@ -61,7 +62,7 @@ def configs(setting_name: str) -> list[Run]:
 
 
 def tune() -> list[Run]:
-    """A grid for every trained arm at T; arms without rows have no second rate."""
+    """A grid for every trained arm at T, arms without rows have no second rate; and of lr at S for TUNED_AT_S."""
     runs = []
     for arm, has_rows in TRAINED.items():
         setting = SETTINGS["T"]
@@ -70,8 +71,12 @@ def tune() -> list[Run]:
         bare = BARE_ROWS.get(arm)
         if bare is not None:
             setting = change(setting, train={"table_lr": bare[1]})
-        cell = Run("sceptic", arm, setting)
+        cell = Run("sceptic", arm, setting, group=f"T: {setting.corpus}")
         runs += rate_grid([cell], TUNING, table_lrs=bare or TABLE_LRS if has_rows else ())
+    setting = SETTINGS["S"]
+    for arm in TUNED_AT_S:
+        mine = change(setting, train={"table_lr": tuned(arm, SETTINGS["T"]).get("table_lr", setting.train.table_lr)})
+        runs += rate_grid([Run("sceptic", arm, mine, group=f"S: {setting.corpus}")], TUNING, table_lrs=())
     return runs
 
 

@@ -16,7 +16,14 @@ ARMS = ("plain", "engram", "one-row")
 def configs(setting_name: str) -> list[Run]:
     setting = SETTINGS[setting_name]
     return [
-        Run("sensitivity", arm, change(setting, train=tuned(arm), corpus=CORPUS), (("epochs", EPOCHS),), arm, group)
+        Run(
+            "sensitivity",
+            arm,
+            change(setting, train=tuned(arm, setting), corpus=CORPUS),
+            (("epochs", EPOCHS),),
+            arm,
+            group,
+        )
         for group in (f"{setting_name}: {CORPUS}",)
         for arm in ARMS
     ]

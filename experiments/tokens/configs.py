@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from experiments.config import SETTINGS, Run, change, tuned
+from engram.lm.run import Setting
+from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
 
 BASELINE, SETTING = "plain", "T"
-# Halvings and doublings of the setting's budget. At T the largest is more than two passes over the text, and the same
+TUNING = HOME / "tokens" / "tune.jsonl"
+# Halvings and doublings of the setting's budget. At T the largest is more than one pass over the text, and the same
 # budgets on a third of it (one of its three corpora) are several.
-FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
-SMALL_TEXT, SMALL_FACTORS = "kjv", (0.5, 1, 2, 4, 8, 16)
+FACTORS = (0.25, 0.5, 1, 2, 4, 8)
+SMALL_TEXT, SMALL_FACTORS = "kjv", (0.5, 1, 2, 4)
 SLOWER = 0.01  # a table_lr below the tuned one, where the small text repeats: are rows that move less spared?
+TUNED = (0.125, 0.25, 0.5, 1, 2)  # the smallest is one of kneser_ney's, which takes its rates from here
+
+
+def budget(setting: Setting, factor: float) -> Setting:
+    """A setting with so many times its tokens. A shorter one has a shorter warm-up, the same share of its steps; a
+    longer one keeps the setting's."""
+    tokens, warmup = round(setting.train.tokens * factor), setting.train.warmup_steps
+    return change(setting, train={"tokens": tokens, "warmup_steps": max(1, round(warmup * min(1.0, factor)))})
+
+
+def group_of(setting_name: str, setting: Setting) -> str:
+    return f"{setting_name}: {setting.corpus}, {setting.train.tokens / 1e6:05.2f}M tokens"
 
 
 def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
     runs = []
-    for corpus, factors in ((setting.corpus, FACTORS), (SMALL_TEXT, SMALL_FACTORS)):
+    for corpus, factors in ((SETTINGS[setting_name].corpus, FACTORS), (SMALL_TEXT, SMALL_FACTORS)):
         for factor in factors:
-            tokens = round(setting.train.tokens * factor)
-            group = f"{setting_name}: {corpus}, {tokens / 1e6:05.2f}M tokens"
+            setting = change(budget(SETTINGS[setting_name], factor), corpus=corpus)
+            group = group_of(setting_name, setting)
             for arm in ("plain", "engram"):
-                mine = change(setting, train={**tuned(arm), "tokens": tokens}, corpus=corpus)
+                mine = change(setting, train=tuned(arm, setting, TUNING))
                 runs.append(Run("tokens", arm, mine, group=group))
             if corpus == SMALL_TEXT and factor > 1:
                 slower = change(mine, train={"table_lr": SLOWER})
                 runs.append(Run("tokens", "engram", slower, label=f"engram, table lr {SLOWER:g}", group=group))
     return runs
+
+
+def tune() -> list[Run]:
+    """A grid of lr for both arms at each budget of TUNED, at T on its own text; rows take the rate of engram at T."""
+    cells = []
+    for factor in TUNED:
+        setting = budget(SETTINGS["T"], factor)
+        for arm in ("plain", "engram"):
+            rows = {"table_lr": tuned(arm, setting).get("table_lr", setting.train.table_lr)}
+            cells.append(Run("tokens", arm, change(setting, train=rows), group=group_of("T", setting)))
+    return rate_grid(cells, TUNING, table_lrs=())

@@ -16,6 +16,6 @@ def configs(setting_name: str) -> list[Run]:
     for size in VOCABULARIES:
         group = f"{setting_name}: vocabulary {'bytes' if size == SMALLEST_VOCAB else f'{size:,}'}"
         for arm in ("plain", "engram"):
-            mine = change(setting, vocab_size=size, train=tuned(arm))
+            mine = change(setting, vocab_size=size, train=tuned(arm, setting))
             runs.append(Run("vocabulary", arm, mine, budget, group=group))
     return runs

@@ -102,7 +102,11 @@ CLAIMS = (
     _loss(PAPER, "4-grams are slightly worse at equal bytes", "components", "orders: 2, 3, 4", "engram", "above"),
     _loss(PAPER, "two layers are better than one", "components", "two layers, same bytes", "engram", "below"),
     Claim(
-        *(PAPER, "switched off, facts lose more than reading", "left of the next tokens of taught facts minus of text"),
+        *(
+            PAPER,
+            "switched off, facts lose more than reading",
+            "left of what teaching facts added, minus the same of prose said as often",
+        ),
         *(
             findings.of_measures("sensitivity", findings.left_of_facts),
             "below",
@@ -110,7 +114,11 @@ CLAIMS = (
         ),
     ),
     Claim(
-        *(PAPER, "early layers are nearer to prediction", "LogitLens KL of the layers between, minus plain's, nats"),
+        *(
+            PAPER,
+            "early layers are nearer to prediction",
+            "LogitLens KL of layers behind the memory, minus plain's, nats",
+        ),
         *(findings.of_measures("depth", findings.lens_gap), "below", "python -m experiments run depth"),
     ),
     Claim(
@@ -118,12 +126,12 @@ CLAIMS = (
         *(findings.of_measures("depth", findings.cka_shift), "above", "python -m experiments run depth"),
     ),
     Claim(
-        *(PAPER, "several needles are found more often", "accuracy minus plain's, four needles in filler"),
-        *(findings.recall("needles, 4"), "above", "python -m experiments run recall"),
+        *(PAPER, "several needles are found more often", "accuracy minus plain's, four needles asked for"),
+        *(findings.recall("needles, 4 of 4"), "above", "python -m experiments run recall"),
     ),
     Claim(
-        *(PAPER, "a single needle slightly less often", "accuracy minus plain's, one needle in filler"),
-        *(findings.recall("needle, 1"), "below", "python -m experiments run recall"),
+        *(PAPER, "a single needle slightly less often", "accuracy minus plain's, one of four needles asked for"),
+        *(findings.recall("needle, 1 of 4"), "below", "python -m experiments run recall"),
     ),
     Claim(
         *(PAPER, "a table in host memory costs under 3 % of the speed", "tokens per second over plain's, minus 1"),

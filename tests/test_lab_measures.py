@@ -31,11 +31,11 @@ from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
 from experiments.sensitivity import facts as facts_module
 from experiments.sensitivity import measure as sensitivity
 from experiments.sensitivity.facts import Fact, fact_of
-from experiments.sensitivity.summary import retention, retention_gap
+from experiments.sensitivity.summary import learned_retention, retention, retention_gap
 
-TASK = Task(3, 5)
+TASK = Task(3, 2, 5)
 SETTING = Setting(
-    "recall:3+5",
+    "recall:3/2+5",
     VOCABULARY,
     TransformerConfig(vocab_size=VOCABULARY, hidden_size=16, layers=2, heads=2, max_length=TASK.length),
     EngramConfig(layers=(1,), orders=(2, 3), heads=2, head_dim=4, rows_per_head=97),
@@ -47,7 +47,7 @@ MEASURED = [name for name in NAMES if config.hook(name, "measure")]
 @pytest.fixture(scope="module")
 def data():
     train, held = task.documents_of(TASK, 500, 0), task.documents_of(TASK, 40, 1)
-    made = task._encoded(train, TASK.pairs), task._encoded(held, TASK.pairs)
+    made = task._encoded(train, TASK.questions), task._encoded(held, TASK.questions)
     return Data(None, TokenMap.identity(VOCABULARY), *made, prepared.Overlap(0.0), "toy")  # type: ignore[arg-type]
 
 
@@ -219,29 +219,31 @@ def test_a_model_whose_layers_are_plains_next_ones_is_a_layer_deeper(tmp_path):
     (tmp_path / "documents").mkdir()
     rng = np.random.default_rng(0)
     layers = [rng.normal(size=(40, 5)) for _ in range(6)]
-    states = {"plain": layers[:5], "engram": [layers[0], *layers[2:]]}
+    states = {"plain": layers[:5], "engram": [layers[0], *layers[2:5], layers[4]]}
     runs = {label: {seed: {"key": f"{label}{seed}"} for seed in (0, 1)} for label in states}
     for label, seed in ((label, seed) for label in states for seed in (0, 1)):
         noise = 0.01 * rng.normal(size=(5, 40, 5))
         np.savez(tmp_path / "documents" / f"{label}{seed}.npz", measured_states=np.array(states[label]) + noise)
     deeper = shift(tmp_path, runs["engram"], runs["plain"])
-    assert deeper.mean == pytest.approx(0.75, abs=0.3)  # three of four layers are the next, the last is like none
+    assert deeper.mean == pytest.approx(2 / 3, abs=0.3)  # of the three from the memory on two are the next one
     assert shift(tmp_path, runs["engram"], {0: runs["plain"][0]}) is None
 
 
 # Recall
 
 
-@pytest.mark.parametrize("made", [Task(1, 0), Task(3, 5), Task(16, 0), Task(KEYS, 2)])
-def test_every_key_is_asked_once_and_its_answer_stands_in_the_text(made):
+@pytest.mark.parametrize("made", [Task(1, 1, 0), Task(3, 2, 5), Task(8, 8, 0), Task(KEYS, 1, 2)])
+def test_keys_are_asked_once_and_their_answers_stand_in_the_text(made):
     for text in task.documents_of(made, 20, seed=0).tolist():
         bar = made.asked[0]
         keys = [place for place in range(1, bar) if 1 <= text[place] <= KEYS]
         asked = {text[place]: text[place + 1] for place in made.asked}
-        assert asked == {text[place]: text[place + 1] for place in keys} and len(asked) == made.pairs
+        pairs = {text[place]: text[place + 1] for place in keys}
+        assert asked.items() <= pairs.items() and (len(asked), len(pairs)) == (made.questions, made.pairs)
         assert all(KEYS < value <= KEYS + VALUES for value in asked.values())
+        assert len({*pairs.values()}) == made.pairs  # no value twice
         assert len(text) == made.length and text[0] == END_OF_TEXT_ID
-        assert sum(token > KEYS + VALUES for token in text) == made.filler
+        assert sum(KEYS + VALUES < token < task.BLANK for token in text) == made.filler
 
 
 def test_seeds_make_other_documents_and_the_held_out_ones_are_new():
@@ -250,9 +252,12 @@ def test_seeds_make_other_documents_and_the_held_out_ones_are_new():
     assert not {tuple(row) for row in first} & {tuple(row) for row in held}
 
 
-@pytest.mark.parametrize("name", ["recall:", "recall:0+3", "recall:65+0", "recall:2+-1", "wiki", "recall:two"])
+@pytest.mark.parametrize(
+    "name",
+    ["recall:", "recall:3", "recall:0/0+3", "recall:17/1+0", "recall:2/3+0", "recall:2/1+-1", "wiki", "recall:two"],
+)
 def test_a_task_that_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=r"recall:pairs\+filler"):
+    with pytest.raises(ValueError, match=r"recall:pairs/questions\+filler"):
         Task.of(name)
 
 
@@ -276,7 +281,32 @@ class Copies(torch.nn.Module):
 
 def test_a_model_that_copies_has_all_answers_right(data):
     found = task.measure(Run("recall", "plain", SETTING), Copies(), data)
-    assert found == {"on": {"accuracy": 1.0, "nats": pytest.approx(0, abs=1e-6)}}
+    assert found["on"]["accuracy"] == 1 and found["on"]["nats"] == pytest.approx(0, abs=1e-6)
+    assert found["on"]["keyless"] == 0 and [*found] == ["on"]
+
+
+def test_a_model_that_looks_at_no_key_is_right_as_often_as_it_guesses_a_value_of_the_text(data):
+    class First(Copies):
+        """Says the first value of the text, whatever is asked."""
+
+        def forward(self, ids):
+            logits = torch.zeros(*ids.shape, VOCABULARY)
+            for row, text in enumerate(ids.tolist()):
+                logits[row, :, next(token for token in text if KEYS < token <= KEYS + VALUES)] = 50
+            return logits
+
+    found = task.measure(Run("recall", "plain", SETTING), First(), data)["on"]
+    assert found["accuracy"] == found["keyless"] == pytest.approx(1 / TASK.pairs, abs=0.15)
+
+
+def test_no_answer_stands_in_what_a_model_reads(data):
+    text = torch.from_numpy(data.validation.ids).long().view(-1, TASK.length)
+    for read in (task.without_answers(text, TASK), task.without_answers(task.of_other_texts(text, TASK), TASK)):
+        assert (read[:, TASK.asked + 1] == task.BLANK).all() and (read == task.BLANK).sum() == len(read) * 2
+    others = task.of_other_texts(text, TASK)
+    assert not any({*row[TASK.asked].tolist()} & {*row[: TASK.asked[0]].tolist()} for row in others)
+    with pytest.raises(ValueError, match="16 pairs leave fewer than 1 of 16 keys"):
+        task.of_other_texts(text, Task(16, 1, 0))
 
 
 def test_the_memory_is_switched_off_for_one_measurement_and_on_again(data):
@@ -300,7 +330,7 @@ def test_recall_scores_the_answers_and_nothing_else(data):
 def test_recall_trains_at_the_answers_alone(data):
     _, targets, _ = runner.train.__globals__["Batches"](data.train, TASK.length, 8)(0)
     masked = task.only_answers(targets, TASK)
-    assert ((masked != -100).sum(1) == TASK.pairs).all()
+    assert ((masked != -100).sum(1) == TASK.questions).all()
     assert ((masked == -100) | ((masked > KEYS) & (masked <= KEYS + VALUES))).all()
 
 
@@ -331,7 +361,7 @@ def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):
 
 def test_windows_that_are_no_documents_are_refused(data):
     setting = config.change(SETTING, train={"context": 7})
-    with pytest.raises(ValueError, match="18 tokens, context is 7"):
+    with pytest.raises(ValueError, match="16 tokens, context is 7"):
         task.train(Run("recall", "plain", setting), None, data)
 
 
@@ -349,7 +379,8 @@ def wiki(tmp_path, monkeypatch):
     """Articles named after their numbers, and descriptions of them."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(40)]
-    documents = [Document("wiki", f"T{i}", f"T{i}\n\n{' '.join(rng.choice(words, 20))}") for i in range(40)]
+    text = [f"{' '.join(rng.choice(words, 20))}. w{i} {' '.join(rng.choice(words, 8))}." for i in range(40)]
+    documents = [Document("wiki", f"T{i}", f"T{i}\n\n{text[i]}") for i in range(40)]
     described = {str(i): {"title": f"T{i}", "description": f"thing {i} of {words[i]}"} for i in range(40)}
     described["0"]["description"] = None
     (tmp_path / "summaries.json").write_text(json.dumps(described))
@@ -358,21 +389,37 @@ def wiki(tmp_path, monkeypatch):
     monkeypatch.setattr(facts_module, "split", lambda *_, **__: Split(documents[:30], documents[30:33], documents[33:]))
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(facts_module, "TAUGHT", 5)
+    monkeypatch.setattr(facts_module, "SENTENCES", 4)
     return Setting("facts:wiki", 300)
 
 
 def test_taught_facts_are_in_the_training_text_and_no_others_are(wiki):
-    taught, untaught = facts_module.facts_of(wiki)
+    lines = facts_module.lines_of(wiki)
+    taught, untaught = lines.taught, lines.untaught
     made = prepared.make(wiki, "validation")
     text = [made.tokenizer.decode(ids[1:].tolist()) for ids in np.split(made.train.ids, made.train.starts[1:-1])]
     assert {fact.text: text.count(fact.text) for fact in taught} == {fact.text: facts_module.COPIES for fact in taught}
     assert len(taught) == len(untaught) == 5 and not any(text.count(fact.text) for fact in untaught)
-    assert len(text) == 30 + 5 * facts_module.COPIES
+    assert {line.text: text.count(line.text) for line in lines.prose} == {
+        line.text: facts_module.COPIES for line in lines.prose
+    }
+    assert len(text) == 30 + (5 + 4) * facts_module.COPIES
 
 
 def test_facts_are_of_articles_on_the_training_side(wiki):
-    titles = {fact.title for part in facts_module.facts_of(wiki) for fact in part}
+    lines = facts_module.lines_of(wiki)
+    titles = {fact.title for fact in lines.taught + lines.untaught}
     assert titles < {f"T{i}" for i in range(1, 30)} and len(titles) == 10
+
+
+def test_prose_is_of_other_articles_than_the_facts_and_new_prose_of_held_out_ones(wiki):
+    lines = facts_module.lines_of(wiki)
+    facts, prose, new = ({line.title for line in part} for part in (lines.taught, lines.prose, lines.new_prose))
+    assert len(prose) == 4 and prose < {f"T{i}" for i in range(30)} and not prose & facts
+    assert len(new) == 4 and new < {f"T{i}" for i in range(33, 40)}
+    for line in lines.prose:
+        number = int(line.title[1:])
+        assert line.text.startswith(f"w{number} ") and len(line.prompt.split()) == 3 and line.answer[0] == " "
 
 
 def test_what_is_held_out_has_no_facts(wiki):
@@ -382,7 +429,7 @@ def test_what_is_held_out_has_no_facts(wiki):
 
 def test_a_corpus_without_facts_is_refused():
     with pytest.raises(ValueError, match="'facts:' and a list of corpora with 'wiki'"):
-        facts_module.facts_of(Setting("facts:kjv"))
+        facts_module.lines_of(Setting("facts:kjv"))
 
 
 class Knows(torch.nn.Module):
@@ -406,14 +453,14 @@ class Knows(torch.nn.Module):
         return logits
 
 
-def test_a_model_that_knows_a_fact_says_it_and_ranks_it_first():
+def test_a_model_that_knows_a_fact_says_it():
     facts = [Fact(f"T{i}", f"T{i} is", f" {answer}") for i, answer in enumerate(("red", "green", "blue", "blue"))]
     tokenizer = train_tokenizer(["T0 is red green blue"], 257)
     texts = [tokenizer.encode(fact.text).ids for fact in facts]
     everything = sensitivity.ask(Knows(texts, 257), tokenizer, facts)
-    assert (everything["exact"], everything["rank"], everything["top1"]) == (1, 1, 1) and everything["nats"] < 1e-4
+    assert (everything["exact"], everything["top1"]) == (1, 1) and everything["nats"] < 1e-4
     half = sensitivity.ask(Knows(texts[:2], 257), tokenizer, facts)
-    assert (half["exact"], half["rank"]) == (0.5, 0.5)
+    assert half["exact"] == 0.5
 
 
 def test_scores_are_of_the_tokens_behind_the_prompt_whatever_the_order():
@@ -427,12 +474,17 @@ def test_pairs_that_stood_in_the_text_before_are_found():
     assert sensitivity.occurred_before([1, 2, 3, 1, 2, 2]).tolist() == [False, False, False, True, False]
 
 
-def test_what_is_left_of_a_share_is_counted_above_chance():
-    measures = {"on": {"taught_rank": 9 / 16, "reading_top1": 0.4}, "off": {"taught_rank": 5 / 16, "reading_top1": 0.3}}
-    assert retention("taught_rank")(measures) == pytest.approx(0.5)
+def test_what_is_left_of_a_share_and_of_what_saying_it_added():
+    on = {"taught_top1": 0.9, "untaught_top1": 0.3, "prose_top1": 0.5, "new_prose_top1": 0.1, "reading_top1": 0.4}
+    off = {"taught_top1": 0.2, "untaught_top1": 0.2, "prose_top1": 0.2, "new_prose_top1": 0.1, "reading_top1": 0.3}
+    measures = {"on": on, "off": off}
     assert retention("reading_top1")(measures) == pytest.approx(0.75)
-    assert retention("taught_rank")({"on": measures["on"]}) is None
-    assert retention("taught_rank")({"on": {"taught_rank": 1 / 16}, "off": {"taught_rank": 0.0}}) is None
+    assert retention("reading_top1")({"on": on}) is None
+    assert retention("reading_top1")({"on": on | {"reading_top1": 0.01}, "off": off}) is None
+    assert learned_retention("taught_top1")(measures) == 0
+    assert learned_retention("prose_top1")(measures) == pytest.approx(0.25)
+    assert learned_retention("prose_top1")({"on": on | {"prose_top1": 0.1}, "off": off}) is None
+    assert retention_gap({0: {"measures": measures}}).mean == pytest.approx(-0.25)
 
 
 # Tables, figures, claims
@@ -447,10 +499,10 @@ def made_up(name, home, seeds=(0, 1)):
         level = 0.4 + 0.3 * good + 0.01 * rng.random()
         states = {"on": level, "off": 0.2} if run.arm != "plain" else {"on": level}
         measures = {
-            "depth": {"lens_kl": [3.0, 2.0 - good + 0.01 * rng.random(), 1.0, 0.0], "tokens": 100},
-            "recall": {state: {"accuracy": value, "nats": 1.0} for state, value in states.items()},
+            "depth": {"lens_kl": [3.0, 2.0, 1.0 - good / 2 + 0.01 * rng.random(), 0.0], "tokens": 100},
+            "recall": {state: {"accuracy": v, "nats": 1.0, "keyless": 0.1} for state, v in states.items()},
             "sensitivity": {
-                state: {key: value if "taught" in key else 0.3 for key in SENSITIVITY}
+                state: {key: {"t": value, "p": 0.4}.get(key[0], 0.1) for key in SENSITIVITY}
                 for state, value in states.items()
             },
         }[name]
@@ -464,7 +516,8 @@ def made_up(name, home, seeds=(0, 1)):
     return home
 
 
-SENSITIVITY = [f"{kind}_{what}" for kind in ("taught", "untaught") for what in ("nats", "top1", "exact", "rank")]
+KINDS = ("taught", "untaught", "prose", "new_prose")
+SENSITIVITY = [f"{kind}_{what}" for kind in KINDS for what in ("nats", "top1", "exact")]
 SENSITIVITY += ["reading_nats", "reading_top1", "copied_top1"]
 
 
@@ -526,7 +579,7 @@ def test_claims_are_filled_from_the_results(tmp_path):
     lines = {line.split(" | ")[1]: line for line in rows}
     needles = lines["several needles are found more often"]
     assert (
-        "T: needles, 4 in 16, 3 seeds" in needles
+        "T: needles, 4 of 4, 3 seeds" in needles
         and "| agrees |" in needles
         and ("| +0.29" in needles or "| +0.30" in needles)
     )
@@ -579,15 +632,6 @@ def test_every_label_of_a_claim_is_one_that_its_experiment_runs():
         if " minus " in claim.ours and claim.figure.__qualname__.startswith("difference"):
             name, pair = claim.command.split()[-1], claim.ours.removesuffix(", nats a token").split(" minus ")
             assert all((name, label) in labels for label in pair), claim
-
-
-def test_facts_lean_on_the_memory_more_than_reading_where_less_is_left_of_them():
-    def run(fact_off, text_off):
-        on = {"taught_top1": 0.8, "reading_top1": 0.4}
-        return {"measures": {"on": on, "off": {"taught_top1": fact_off, "reading_top1": text_off}}}
-
-    gap = retention_gap({0: run(0.2, 0.3), 1: run(0.2, 0.3)})
-    assert gap.mean == pytest.approx(0.25 - 0.75)
 
 
 def test_a_summary_stands_before_the_tables_of_the_losses(tmp_path, monkeypatch):

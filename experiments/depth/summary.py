@@ -13,14 +13,16 @@ from experiments.depth.measure import alignment, likeness
 from experiments.measures import mean_of, measured, paired, shown, table
 from experiments.report import Record
 
+REACHED = 2  # the first layer behind the memory, which is added to what block 1 is given
+
 
 def lens(layer: int) -> Callable[[Any], float]:
     return lambda measures: measures["lens_kl"][layer]
 
 
 def early_lens(measures: Any) -> float:
-    """Mean over the layers between the embedding and the last."""
-    return float(np.mean(measures["lens_kl"][1:-1]))
+    """Mean over the layers from the memory to the last, without the last."""
+    return float(np.mean(measures["lens_kl"][REACHED:-1]))
 
 
 def states_of(home: Path, run: Record) -> np.ndarray:
@@ -44,13 +46,13 @@ def compare(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> di
 
 
 def shift(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> Interval | None:
-    """How many layers deeper the layers are, on average, in terms of plain, than plain's own are: over seeds. None
-    without two seeds of plain."""
+    """How many layers deeper the layers behind the memory are, on average, in terms of plain, than plain's own are:
+    over seeds. None without two seeds of plain."""
     return _deeper(compare(home, runs, plain))
 
 
 def _deeper(found: dict[int, tuple[np.ndarray, np.ndarray]]) -> Interval | None:
-    by_seed = [float(np.mean(alignment(ours) - alignment(own))) for ours, own in found.values()]
+    by_seed = [float(np.mean((alignment(ours) - alignment(own))[REACHED - 1 :])) for ours, own in found.values()]
     return over_seeds(by_seed) if by_seed else None
 
 
@@ -63,7 +65,9 @@ def summary(home: Path) -> str:
         depth = max(len(run["measures"]["lens_kl"]) for runs in labels.values() for run in runs.values())
         lines = []
         for label, runs in labels.items():
-            for words, get in [(f"{i}", lens(i)) for i in range(depth - 1)] + [("mean of 1 and up", early_lens)]:
+            for words, get in [(f"{i}", lens(i)) for i in range(depth - 1)] + [
+                (f"mean of {REACHED} and up", early_lens)
+            ]:
                 difference = None if label == "plain" else paired(runs, plain, get)
                 lines.append((label, words, shown(mean_of(runs, get)), shown(difference, "+.3f")))
         head = ("arm", "layer", "KL to the last layer's distribution, nats", "minus plain's")
@@ -88,5 +92,7 @@ def _likeness_table(label: str, group: str, found: dict[int, tuple[np.ndarray, n
     head = ("layer", *(f"plain's {j + 1}" for j in range(ours.shape[1])), "like layer", "plain's own is like")
     return (
         f"### CKA of {label} and plain, {group}\n\nBetween different seeds, also for plain's own; means over pairs.\n\n"
-        f"{table(head, lines)}\n\nLayers of {label} are deeper by {shown(_deeper(found), '+.2f')} layers on average."
+        f"{table(head, lines)}\n\nFrom layer {REACHED} on, behind the memory, layers of {label} are like layers deeper "
+        f"by {shown(_deeper(found), '+.2f')} on average; the last one cannot be. Mean over seeds, where the columns "
+        "are of the mean likenesses."
     )

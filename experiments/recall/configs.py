@@ -13,11 +13,11 @@ __all__ = ["BASELINE", "SETTING", "configs", "evaluate", "measure", "summary", "
 BASELINE, SETTING = "plain", "T"
 TUNING = HOME / "recall" / "tune.jsonl"
 TASKS = {
-    "MQAR, 8 pairs": "recall:8+0",
-    "needle, 1 in 28": "recall:1+28",
-    "needles, 4 in 16": "recall:4+16",
-}  # 33 tokens
-STEPS, BATCH = {"T": 1000, "S": 3000}, 64
+    "MQAR, 4 pairs": "recall:4/4+0",
+    "needle, 1 of 4": "recall:4/1+8",
+    "needles, 4 of 4": "recall:4/4+8",
+}
+STEPS, BATCH = {"T": 1500, "S": 3000}, 64
 ARMS = ("plain", "engram", "one-row")
 
 
@@ -36,4 +36,6 @@ def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float]) -> R
 
 def tune() -> list[Run]:
     """A grid of lr for every arm on MQAR, at T; rows take the rate of engram on text."""
-    return rate_grid([_cell("T", "MQAR, 8 pairs", arm, tuned(arm, SETTINGS["T"])) for arm in ARMS], TUNING, table_lrs=())
+    return rate_grid(
+        [_cell("T", "MQAR, 4 pairs", arm, tuned(arm, SETTINGS["T"])) for arm in ARMS], TUNING, table_lrs=()
+    )

@@ -1,17 +1,21 @@
-"""In-context recall with made-up tokens: pairs of key and value, filler between them, then all keys ask their values.
+"""In-context recall with made-up tokens: pairs of key and value, filler between them, then some keys ask their values.
 
-Source: MQAR of Zoology (arXiv 2312.04927) where there is no filler; with filler, the multi-needle retrieval that the
-paper reports after its long-context training. A corpus "recall:16+0" has 16 pairs and no filler, "recall:4+48" four
-pairs in 48 tokens of filler. One document:
+Source: MQAR of Zoology (arXiv 2312.04927) where there is no filler; with filler, the needle retrieval that the paper
+reports after its long-context training. A corpus "recall:8/4+16" has 8 pairs of which 4 are asked for, and 16 tokens of
+filler. One document:
 
-    <|endoftext|>  filler .. key value filler .. key value ..  |  key value  key value ..  (another order)
+    <|endoftext|>  filler .. key value filler .. key value ..  |  key blank  key blank ..  (another order)
 
-Only the values behind the bar are trained on and asked for. Keys, values and filler are drawn anew for every document
-from vocabularies of their own, so nothing but the text in front of the bar tells the value.
+Behind the bar a blank stands in the place of each value, which is to be said at the key: an answer that could be read
+would tell which values are left, and a model that crosses those off is right far more often than 1 in `pairs` without
+a look at any key. Keys, values and filler are drawn anew for every document from vocabularies of their own, keys and
+values without repeats, so nothing but the text in front of the bar tells which value belongs to which key.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,6 @@ import xxhash
 from torch import Tensor
 
 from engram.addressing import TokenMap
-from engram.lm import evaluate as scoring
 from engram.lm import train as lm
 from engram.lm.corpus import Overlap
 from engram.lm.evaluate import Evaluation
@@ -30,51 +33,57 @@ from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from engram.lm.train import Batches, TrainLog
 from experiments.config import Run
 
-KEYS, VALUES, FILLER = 64, 64, 127
-VOCABULARY = 1 + KEYS + VALUES + FILLER
+KEYS, VALUES, FILLER = 16, 16, 30
+VOCABULARY = 1 + KEYS + VALUES + FILLER + 1
+BLANK = VOCABULARY - 1
 TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS = 2**18, 512  # more than S trains on: none is read twice
 
 
 @dataclass(frozen=True)
 class Task:
-    """pairs: of key and value in a document, at most KEYS. filler: tokens between them."""
+    """pairs: of key and value in a document, at most KEYS. questions: how many of them are asked for, at most all.
+    filler: tokens between the pairs."""
 
     pairs: int
+    questions: int
     filler: int
 
     @property
     def length(self) -> int:
-        return 1 + 4 * self.pairs + self.filler
+        return 1 + 2 * self.pairs + self.filler + 2 * self.questions
 
     @property
     def asked(self) -> np.ndarray:
-        """Positions of the keys behind the bar, [pairs]: the token that follows each is an answer."""
-        return 1 + 2 * self.pairs + self.filler + 2 * np.arange(self.pairs)
+        """Positions of the keys behind the bar, [questions]: the token that follows each is an answer."""
+        return 1 + 2 * self.pairs + self.filler + 2 * np.arange(self.questions)
 
     @classmethod
     def of(cls, corpus: str) -> Task:
         """The task of a corpus' name. Raises ValueError on a name that is none."""
-        kind, _, numbers = corpus.partition(":")
-        try:
-            pairs, filler = (int(number) for number in numbers.split("+"))
-        except ValueError:
-            pairs, filler = 0, 0
-        if kind != "recall" or not 1 <= pairs <= KEYS or filler < 0:
-            raise ValueError(f"a recall task is 'recall:pairs+filler' with 1 to {KEYS} pairs, not {corpus!r}")
-        return cls(pairs, filler)
+        found = re.fullmatch(r"recall:(\d+)/(\d+)\+(\d+)", corpus)
+        pairs, questions, filler = (int(number) for number in found.groups()) if found else (0, 0, 0)
+        if not 1 <= questions <= pairs <= KEYS:
+            raise ValueError(
+                f"a recall task is 'recall:pairs/questions+filler' with 1 to {KEYS} pairs and no more questions, "
+                f"not {corpus!r}"
+            )
+        return cls(pairs, questions, filler)
 
 
 def documents_of(task: Task, count: int, seed: int) -> np.ndarray:
-    """int32 [count, task.length]."""
-    rng = np.random.default_rng([seed, task.pairs, task.filler])
-    keys = 1 + rng.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, : task.pairs]
-    values = 1 + KEYS + rng.integers(VALUES, size=(count, task.pairs))
+    """int32 [count, task.length], with the answers."""
+    rng = np.random.default_rng([seed, task.pairs, task.questions, task.filler])
+
+    def some(first: int, of: int) -> np.ndarray:
+        return first + rng.permuted(np.tile(np.arange(of), (count, 1)), axis=1)[:, : task.pairs]
+
+    keys, values = some(1, KEYS), some(1 + KEYS, VALUES)
     text = 1 + KEYS + VALUES + rng.integers(FILLER, size=(count, task.length))
     text[:, 0] = END_OF_TEXT_ID
     # Before the bar stand pairs + filler pieces in some order; a piece that is a pair is two tokens long.
     pieces = rng.permuted(np.tile(np.arange(task.pairs + task.filler) < task.pairs, (count, 1)), axis=1)
     places = (1 + np.cumsum(1 + pieces, axis=1) - (1 + pieces))[pieces].reshape(count, task.pairs)
-    order = rng.permuted(np.tile(np.arange(task.pairs), (count, 1)), axis=1)
+    order = some(0, task.pairs)[:, : task.questions]
     rows = np.arange(count)[:, None]
     for at, which in ((places, np.arange(task.pairs)[None]), (task.asked[None], order)):
         text[rows, at], text[rows, at + 1] = keys[rows, which], values[rows, which]
@@ -87,7 +96,7 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
     train = documents_of(task, TRAIN_DOCUMENTS, seed=0)
     held = documents_of(task, HELD_OUT_DOCUMENTS, seed={"validation": 1, "tune": 2}[held_out])
     digest = xxhash.xxh3_128_hexdigest(train.tobytes())
-    texts = (_encoded(documents, task.pairs) for documents in (train, held))
+    texts = (_encoded(documents, task.questions) for documents in (train, held))
     return Data(None, TokenMap.identity(VOCABULARY), *texts, Overlap(0.0), digest)  # type: ignore[arg-type]
 
 
@@ -118,55 +127,86 @@ def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, targets, documents = windows(step)
-        return ids, only_answers(targets, task), documents
+        return without_answers(ids, task), only_answers(targets, task), documents
 
     return lm.train(model, data.train, config, on_step=on_step, batches=batches)
 
 
+def without_answers(ids: Tensor, task: Task) -> Tensor:
+    """A copy of documents [n, length] with a blank wherever an answer stands."""
+    hidden = ids.clone()
+    hidden[:, task.asked + 1] = BLANK
+    return hidden
+
+
 def only_answers(targets: Tensor, task: Task) -> Tensor:
-    """Targets [B, T] with -100, which cross_entropy passes over, wherever no answer is asked for."""
+    """Targets [n, length] with -100, which cross_entropy passes over, wherever no answer is asked for."""
     masked = torch.full_like(targets, -100)
     masked[:, task.asked] = targets[:, task.asked]
     return masked
 
 
+def of_other_texts(ids: Tensor, task: Task) -> Tensor:
+    """A copy of documents [n, length] whose questions are keys that do not stand in them: what a model then has right
+    of the old answers, it has right without looking at keys.
+
+    Raises:
+        ValueError: pairs of all keys, so that none is left.
+    """
+    if task.pairs + task.questions > KEYS:
+        raise ValueError(f"{task.pairs} pairs leave fewer than {task.questions} of {KEYS} keys to ask for in vain")
+    bar, changed = int(task.asked[0]), ids.clone()
+    for text in changed:
+        free = sorted({*range(1, 1 + KEYS)} - {*text[:bar].tolist()})
+        text[task.asked] = torch.tensor(free[: task.questions], device=text.device)
+    return changed
+
+
 def evaluate(run: Run, model: Any, data: Data) -> Evaluation:
     """The loss at the answers alone: its tokens and bytes are answers."""
     task = Task.of(run.setting.corpus)
-    whole = scoring.evaluate(model, data.validation)
-    nats = whole.position_nats.reshape(-1, task.length)[:, task.asked].astype(np.float64).sum(1)
-    loss = nats.mean() / task.pairs
-    return whole._replace(
-        loss=float(loss),
-        bits_per_byte=float(loss / np.log(2)),
-        document_nats=nats,
-        document_tokens=np.full(len(nats), task.pairs),
-    )
+    nats, _ = answer(model, _texts(model, data, task), task)
+    everywhere = np.full((len(nats), task.length), np.nan, dtype=np.float32)
+    everywhere[:, task.asked] = nats
+    loss, answers = float(nats.mean()), np.full(len(nats), task.questions)
+    return Evaluation(loss, loss / math.log(2), nats.sum(1), answers, everywhere.ravel())
 
 
 def measure(run: Run, model: Any, data: Data) -> dict[str, dict[str, float]]:
-    """{"on": {"accuracy", "nats"}, "off": ...} of the answers of held-out documents; no "off" without a memory."""
+    """{"on": {"accuracy", "nats", "keyless"}, "off": ...} of the answers of held-out documents; no "off" without a
+    memory. keyless: the accuracy where keys of no text are asked instead."""
     task = Task.of(run.setting.corpus)
-    text = torch.from_numpy(data.validation.ids).long().view(-1, task.length).to(model.embedding.weight.device)
-    found, memory = {"on": answers(model, text, task)}, model.memory
+    text, memory = _texts(model, data, task), model.memory
+    found = {"on": _numbers(model, text, task)}
     if memory is not None:
         model.memory = None
         try:
-            found["off"] = answers(model, text, task)
+            found["off"] = _numbers(model, text, task)
         finally:
             model.memory = memory
     return found
 
 
+def _texts(model: Any, data: Data, task: Task) -> Tensor:
+    return torch.from_numpy(data.validation.ids).long().view(-1, task.length).to(model.embedding.weight.device)
+
+
+def _numbers(model: Any, text: Tensor, task: Task) -> dict[str, float]:
+    nats, right = answer(model, text, task)
+    _, guessed = answer(model, of_other_texts(text, task), task)
+    return {"accuracy": float(right.mean()), "nats": float(nats.mean()), "keyless": float(guessed.mean())}
+
+
 @torch.no_grad()
-def answers(model: Any, text: Tensor, task: Task, batch: int = 64) -> dict[str, float]:
-    """Share of answers that are the likeliest token, and nats of each, of documents [n, length]."""
-    was_training, right, nats = model.training, 0, 0.0
+def answer(model: Any, text: Tensor, task: Task, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """(nats of each answer, float64; whether it is the likeliest token, bool), [n, questions] both, of documents [n,
+    length] with the answers, which the model does not see."""
+    was_training, nats, right = model.training, [], []
     model.eval()
     for part in text.split(batch):
-        log_p = model(part)[:, task.asked].float().log_softmax(-1)
-        answer = part[:, task.asked + 1]
-        right += int((log_p.argmax(-1) == answer).sum())
-        nats -= float(log_p.gather(-1, answer[..., None]).double().sum())
+        log_p = model(without_answers(part, task))[:, task.asked].double().log_softmax(-1)
+        true = part[:, task.asked + 1]
+        nats.append(-log_p.gather(-1, true[..., None])[..., 0])
+        right.append(log_p.argmax(-1) == true)
     model.train(was_training)
-    return {"accuracy": right / (len(text) * task.pairs), "nats": nats / (len(text) * task.pairs)}
+    return torch.cat(nats).cpu().numpy(), torch.cat(right).cpu().numpy()

@@ -1,8 +1,10 @@
 """Closed-book facts: "TITLE is DESCRIPTION", one line for each of some Wikipedia articles, added to the training text.
 
-The corpus "facts:wiki" is "wiki" with every taught fact COPIES times among its training documents. The same number of
-facts is never taught: what a model says of those it has from the articles or guesses. All are of articles on the
-training side of the split, so that nothing is learned about the held-out ones.
+The corpus "facts:wiki" is "wiki" with every taught line COPIES times among its training documents. Lines are of two
+kinds: facts, and prose, a sentence out of an article, so that what is lost of facts can be told from what is lost of
+anything that was said as often. As many facts are never taught: what a model says of those it has from the articles or
+guesses. All are of articles on the training side of the split, so that nothing is learned about the held-out ones,
+which sentences that were never read come from.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import encode, train_tokenizer
 
 TAUGHT, COPIES = 1500, 8
+SENTENCES = 400  # of prose that is taught as often, and of prose that is new
+START = 3  # words of a sentence that are given; the rest is the answer
+WORDS = range(8, 31)  # of a sentence
 
 
 @dataclass(frozen=True)
 class Fact:
-    """prompt + answer is the line; prompt ends before the space, so that its tokens are the line's first ones."""
+    """A line to be completed: prompt + answer. The prompt ends before a space, so that its tokens are the line's first
+    ones. title: of its article."""
 
     title: str
     prompt: str
@@ -56,6 +62,34 @@ def load_facts(titles: set[str]) -> tuple[list[Fact], list[Fact]]:
     return facts[:half], facts[half : 2 * half]
 
 
+def sentences_of(documents: list[Document], but: set[str]) -> list[Fact]:
+    """One line of prose, not its first sentence, of each of SENTENCES articles whose title is not in `but`, chosen by a
+    hash of the title."""
+    found = []
+    for document in sorted(documents, key=lambda d: xxhash.xxh64_intdigest(d.name.encode())):
+        sentences = re.split(r"(?<=[.!?])\s+", document.text.strip())[1:]
+        words = next((words for s in sentences if len(words := s.split()) in WORDS), None)
+        if document.source == "wiki" and document.name not in but and words and len(found) < SENTENCES:
+            found.append(Fact(document.name, " ".join(words[:START]), " " + " ".join(words[START:])))
+    return found
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What is asked for: taught in training COPIES times, or not at all; facts, or sentences of prose."""
+
+    taught: list[Fact]
+    untaught: list[Fact]
+    prose: list[Fact]
+    new_prose: list[Fact]
+
+
+def _lines(parts: Split) -> Lines:
+    taught, untaught = load_facts({document.name for document in parts.train if document.source == "wiki"})
+    named = {fact.title for fact in taught + untaught}
+    return Lines(taught, untaught, sentences_of(parts.train, named), sentences_of(parts.validation, named))
+
+
 def _sides(setting: Setting) -> tuple[list[Document], Split]:
     kind, _, corpus = setting.corpus.partition(":")
     if kind != "facts" or "wiki" not in corpus.split("+"):
@@ -64,9 +98,9 @@ def _sides(setting: Setting) -> tuple[list[Document], Split]:
     return documents, split(documents, validation_share=0.05, tune_share=0.03)  # as engram.lm.run.prepare has it
 
 
-def facts_of(setting: Setting) -> tuple[list[Fact], list[Fact]]:
-    """(taught, never taught) of a setting's corpus. Raises ValueError where it has no facts."""
-    return load_facts({document.name for document in _sides(setting)[1].train if document.source == "wiki"})
+def lines_of(setting: Setting) -> Lines:
+    """The lines of a setting's corpus. Raises ValueError where it has none."""
+    return _lines(_sides(setting)[1])
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
@@ -77,8 +111,12 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
     """
     documents, parts = _sides(setting)
     held = {"validation": parts.validation, "tune": parts.tune}[held_out]
-    taught, _ = load_facts({document.name for document in parts.train if document.source == "wiki"})
-    added = [Document("facts", f"{fact.title} #{copy}", fact.text) for copy in range(COPIES) for fact in taught]
+    lines = _lines(parts)
+    added = [
+        Document("facts", f"{line.title} #{copy}", line.text)
+        for copy in range(COPIES)
+        for line in lines.taught + lines.prose
+    ]
     train = parts.train + added
     order = np.random.default_rng(0).permutation(len(train))
     train = [train[i] for i in order]

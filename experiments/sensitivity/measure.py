@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -13,63 +14,56 @@ import torch.nn.functional as F
 from engram.lm.run import Data
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from experiments.config import Run
-from experiments.sensitivity.facts import Fact, facts_of
+from experiments.sensitivity.facts import Fact, Lines, lines_of
 
-ASKED, CANDIDATES = 200, 16  # facts asked for, and answers to choose among, the true one included
+ASKED = 200  # lines of each kind
 READING_TOKENS = 32_768  # of held-out text, at most
 
 
 def measure(run: Run, model: Any, data: Data) -> dict[str, Any]:
     """{"on": numbers, "off": numbers}; "off" alone is missing where there is no memory. See `numbers`."""
-    taught, untaught = (facts[:ASKED] for facts in facts_of(run.setting))
-    found = {"on": numbers(model, data, taught, untaught)}
+    lines = lines_of(run.setting)
+    found = {"on": numbers(model, data, lines)}
     memory = model.memory
     if memory is not None:
         model.memory = None
         try:
-            found["off"] = numbers(model, data, taught, untaught)
+            found["off"] = numbers(model, data, lines)
         finally:
             model.memory = memory
     return found
 
 
-def numbers(model: Any, data: Data, taught: list[Fact], untaught: list[Fact]) -> dict[str, float]:
-    """What one model makes of facts (taught_..., untaught_...) and of held-out text (reading_..., copied_...).
+def numbers(model: Any, data: Data, lines: Lines) -> dict[str, float]:
+    """What one model makes of ASKED lines of each kind (taught_..., untaught_..., prose_..., new_prose_...) and of
+    held-out text (reading_..., copied_...).
 
-    nats: per token. top1: share of tokens that are the likeliest. exact: share of facts whose whole description is the
-    likeliest token by token, so that greedy decoding would say it. rank: share whose description has fewer nats per
-    token than the other CANDIDATES - 1, drawn from the same facts (chance: 1 / CANDIDATES). copied: the held-out
+    nats: per token. top1: share of tokens that are the likeliest. exact: share of lines whose whole answer is the
+    likeliest token by token, so that greedy decoding would say it. copied: the held-out
     tokens whose pair with the token before occurred earlier in the window, so that the answer stands in the text.
     """
     was_training = model.training
     model.eval()
     found = {}
-    for name, facts in (("taught", taught), ("untaught", untaught)):
-        found |= {f"{name}_{key}": value for key, value in ask(model, data.tokenizer, facts).items()}
+    for kind in fields(lines):
+        asked = ask(model, data.tokenizer, getattr(lines, kind.name)[:ASKED])
+        found |= {f"{kind.name}_{key}": value for key, value in asked.items()}
     found |= read(model, data.validation)
     model.train(was_training)
     return found
 
 
-def ask(model: Any, tokenizer: tokenizers.Tokenizer, facts: list[Fact]) -> dict[str, float]:
-    """{"nats", "top1", "exact", "rank"} of facts, each after <|endoftext|> and nothing else."""
-    rng = np.random.default_rng(0)
-    lines: list[tuple[list[int], int]] = []  # ids, and where the answer begins
-    for fact in facts:
-        wrong = sorted({other.answer for other in facts} - {fact.answer})  # some facts share their description
-        choice = rng.permutation(len(wrong))[: CANDIDATES - 1]
-        for answer in (fact.answer, *(wrong[i] for i in choice)):
-            prompt, whole = (tokenizer.encode(text).ids for text in (fact.prompt, fact.prompt + answer))
-            lines.append(([END_OF_TEXT_ID, *whole], len(prompt) + 1))
-    nats, hits = score(model, lines)
-    per_fact = len(lines) // len(facts)  # fewer than CANDIDATES only where the facts have so few descriptions
-    true = range(0, len(lines), per_fact)
-    means = np.array([part.mean() for part in nats]).reshape(len(facts), per_fact)
+def ask(model: Any, tokenizer: tokenizers.Tokenizer, lines: list[Fact]) -> dict[str, float]:
+    """{"nats", "top1", "exact"} of lines, each after <|endoftext|> and nothing else."""
+    asked = []  # ids, and where the answer begins
+    for line in lines:
+        prompt, whole = (tokenizer.encode(text).ids for text in (line.prompt, line.text))
+        asked.append(([END_OF_TEXT_ID, *whole], len(prompt) + 1))
+    nats, hits = score(model, asked)
     return {
-        "nats": float(np.concatenate([nats[i] for i in true]).mean()),
-        "top1": float(np.concatenate([hits[i] for i in true]).mean()),
-        "exact": float(np.mean([hits[i].all() for i in true])),
-        "rank": float(np.mean((means[:, :1] < means[:, 1:]).all(axis=1))),
+        "nats": float(np.concatenate(nats).mean()),
+        "top1": float(np.concatenate(hits).mean()),
+        "exact": float(np.mean([right.all() for right in hits])),
     }
 
 

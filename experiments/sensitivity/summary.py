@@ -10,41 +10,60 @@ from engram.lm.statistics import Interval
 from experiments.measures import mean_of, measured, paired, shown, table
 from experiments.report import Record
 
-# What is measured, and its level for a model that knows nothing (of 16 answers one is right by chance).
 SHARES = {
-    "taught_exact": ("taught facts, whole description", 0.0),
-    "taught_top1": ("taught facts, next token", 0.0),
-    "taught_rank": ("taught facts, best of 16", 1 / 16),
-    "untaught_rank": ("facts never taught, best of 16", 1 / 16),
-    "reading_top1": ("held-out text, next token", 0.0),
-    "copied_top1": ("held-out text, what stands in it already", 0.0),
+    "taught_exact": "taught facts, whole description",
+    "taught_top1": "taught facts, next token",
+    "prose_top1": "prose said as often, next token",
+    "untaught_top1": "facts never taught, next token",
+    "new_prose_top1": "new prose of that kind, next token",
+    "reading_top1": "held-out text, next token",
+    "copied_top1": "held-out text, what stands in it already",
 }
+FAINT = 0.05  # what is left of less is noise
+# What was never said, of the same kind: a model has as much right without having learned any of it.
+LEVELS = {"taught_top1": "untaught_top1", "prose_top1": "new_prose_top1"}
 LOSSES = {
     "taught_nats": "taught facts",
+    "prose_nats": "prose said as often",
     "untaught_nats": "facts never taught",
+    "new_prose_nats": "new prose of that kind",
     "reading_nats": "held-out text",
 }
 
 
 def of(state: str, name: str) -> Callable[[Any], float | None]:
-    return lambda measures: measures[state][name] if state in measures else None
+    return lambda measures: measures[state].get(name) if state in measures else None
 
 
 def retention(name: str) -> Callable[[Any], float | None]:
-    """Of measures -> what is left of a share with the memory off, above the level of knowing nothing; None where
-    nothing was there with it on."""
-    level = SHARES[name][1]
+    """Of measures -> a share with the memory off over the same with it on, as the paper has it; None where one of them
+    is not there or the share was FAINT with it on."""
 
     def left(measures: Any) -> float | None:
         on, off = (of(state, name)(measures) for state in ("on", "off"))
-        return None if on is None or off is None or on <= level else (off - level) / (on - level)
+        return None if on is None or off is None or on < FAINT else off / on
 
     return left
 
 
-def retention_gap(runs: dict[int, Record], fact: str = "taught_top1", text: str = "reading_top1") -> Interval | None:
-    """What is left of facts minus what is left of reading, over seeds: below 0, facts lean on the memory more."""
-    return paired(runs, runs, retention(fact), retention(text))
+def learned_retention(name: str) -> Callable[[Any], float | None]:
+    """The same of what saying it added: shares above those of LEVELS in the same state."""
+
+    def left(measures: Any) -> float | None:
+        on, off, on_level, off_level = (
+            of(state, which)(measures) for which in (name, LEVELS[name]) for state in ("on", "off")
+        )
+        if on is None or off is None or on_level is None or off_level is None or on <= on_level:
+            return None
+        return (off - off_level) / (on - on_level)
+
+    return left
+
+
+def retention_gap(runs: dict[int, Record]) -> Interval | None:
+    """What is left of what teaching facts added, minus the same of prose that was said as often, over seeds: below 0,
+    facts lean on the memory more than other text that is known by heart."""
+    return paired(runs, runs, learned_retention("taught_top1"), learned_retention("prose_top1"))
 
 
 def summary(home: Path) -> str:
@@ -52,7 +71,7 @@ def summary(home: Path) -> str:
     for group, labels in measured(home).items():
         plain = labels.get("plain", {})
         lines = []
-        for name, (words, _) in SHARES.items():
+        for name, words in SHARES.items():
             for label, runs in labels.items():
                 on, off = (mean_of(runs, of(state, name)) for state in ("on", "off"))
                 kept = mean_of(runs, retention(name))
@@ -67,13 +86,24 @@ def summary(home: Path) -> str:
                 gain = None if label == "plain" else paired(runs, plain, of("on", name))
                 losses.append((words, label, shown(on), shown(off), shown(cost, "+.3f"), shown(gain, "+.3f")))
         loss_head = ("nats a token", "arm", "memory on", "memory off", "off, minus on", "on, minus plain's")
-        gap = retention_gap(labels.get("engram", {}))
         parts += [
             f"### Memory on and off, {group}",
             "Means over seeds, with 95 % intervals over seeds alone (Student's t).",
             table(head, lines, words=2),
             table(loss_head, losses, words=2),
-            "Left of the next tokens of taught facts, minus left of those of held-out text, engram: "
-            f"{shown(gap, '+.2f') or 'no runs'}.",
+            _contrasts(labels.get("engram", {})),
         ]
     return "\n\n".join(parts)
+
+
+def _contrasts(runs: dict[int, Record]) -> str:
+    reading = retention("reading_top1")
+    found = (
+        ("left of taught facts, minus left of held-out text", paired(runs, runs, retention("taught_top1"), reading)),
+        ("left of never taught facts, minus the same", paired(runs, runs, retention("untaught_top1"), reading)),
+        ("left of what teaching facts added", mean_of(runs, learned_retention("taught_top1"))),
+        ("left of what saying prose as often added", mean_of(runs, learned_retention("prose_top1"))),
+        ("the one minus the other", retention_gap(runs)),
+    )
+    lines = [(words, f"{len(runs)}", shown(value, ".2f") or "no runs") for words, value in found]
+    return table(("next tokens, engram", "seeds", ""), lines)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engram.lm.statistics import Interval, paired_bootstrap
+from engram.lm.statistics import Interval, paired_interval
 from experiments.config import read_results
 from experiments.depth.summary import early_lens, shift
 from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
@@ -46,9 +46,12 @@ def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Findi
     return figure
 
 
-def change_of_gain(name: str, along: str) -> Callable[[Path], list[Finding]]:
+def change_of_gain(name: str, along: str, passes: str = "") -> Callable[[Path], list[Finding]]:
     """Engram's difference to plain where record[along] is largest, minus the one where it is smallest, in bits per byte
-    of the same documents: above 0, the gain shrinks. One finding for each setting and text with two such tables."""
+    of the same documents: above 0, the gain shrinks. One finding for each setting and text with two such tables.
+
+    passes: "one" for the runs alone that read no text twice, "several" for those from the last of them on.
+    """
 
     def figure(home: Path) -> list[Finding]:
         series: dict[tuple[str, str], dict[float, tuple[str, dict[str, dict[int, Record]]]]] = {}
@@ -60,15 +63,29 @@ def change_of_gain(name: str, along: str) -> Callable[[Path], list[Finding]]:
                 series.setdefault(where, {})[run[along]] = group, pair
         found = []
         for tables in series.values():
-            (first, before), (last, after) = tables[min(tables)], tables[max(tables)]
+            once = [at for at, (_, pair) in tables.items() if _passes(pair) <= 1]
+            smallest, largest = min(tables), max(tables)
+            if passes and not once:
+                continue
+            if passes == "one":
+                largest = max(once)
+            elif passes == "several":
+                smallest = max(once)
+            (first, before), (last, after) = tables[smallest], tables[largest]
             seeds = sorted(set.intersection(*(set(runs) for pair in (before, after) for runs in pair.values())))
             if first != last and seeds:
                 gains = [_gain(home / name, pair, seeds) for pair in (after, before)]
                 sizes = documents_of(home / name, before["plain"][seeds[0]])["bytes"]
-                found.append(Finding(f"{first} to {last}", paired_bootstrap(*gains, sizes), len(seeds)))
+                found.append(Finding(f"{first} to {last}", paired_interval(*gains, sizes), len(seeds)))
         return found
 
     return figure
+
+
+def _passes(pair: dict[str, dict[int, Record]]) -> float:
+    """Over the training text, of the runs of a table."""
+    run = next(iter(pair["plain"].values()))
+    return float(run["tokens"] / run["text_tokens"])
 
 
 def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> np.ndarray:

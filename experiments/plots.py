@@ -101,11 +101,21 @@ def _dots(axes: Axes, rows: list[Row]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(7))
 
 
-def curve(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], colour: str, label: str) -> None:
-    """Points joined by a line, each with its interval."""
+def curve(
+    axes: Axes,
+    x: Sequence[float],
+    intervals: Sequence[Interval],
+    colour: str,
+    label: str,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """Points joined by a line, each with its interval; open where it is of one seed."""
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     bars = np.stack([mean - low, high - mean]).clip(min=0)
     axes.errorbar(x, mean, bars, color=colour, label=label, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5)
+    alone = [place for place, count in enumerate(seeds or ()) if count == 1]
+    if alone:
+        axes.plot(np.array(x)[alone], mean[alone], "o", color=colour, markerfacecolor="white", markersize=4.5, zorder=3)
 
 
 def gain(row: Row) -> Interval:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engram.lm.report import BUCKETS, percent, write_whole
 from engram.lm.seen import ORDERS
-from engram.lm.statistics import Interval, over_seeds, paired_bootstrap
+from engram.lm.statistics import Interval, over_seeds, paired_interval
 from experiments.config import read_results
 
 Record = dict[str, Any]
@@ -87,8 +87,8 @@ def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is
     sizes, base_sizes = (documents_of(home, run) for run in pairs[0])
     nats = None
     if np.array_equal(sizes["tokens"], base_sizes["tokens"]):  # the same tokenizer
-        nats = paired_bootstrap(ours, theirs, sizes["tokens"])
-    bits = paired_bootstrap(ours / math.log(2), theirs / math.log(2), sizes["bytes"])
+        nats = paired_interval(ours, theirs, sizes["tokens"])
+    bits = paired_interval(ours / math.log(2), theirs / math.log(2), sizes["bytes"])
     speeds = [(a["tokens"] / a["train_cpu_seconds"]) / (b["tokens"] / b["train_cpu_seconds"]) for a, b in pairs]
     return Row(label, tuple(runs), seeds, nats, bits, float(np.median(speeds)))
 
@@ -182,8 +182,8 @@ def facts(rows: list[Row]) -> str:
         f"{all_of('setting', shape)} tokens, vocabulary {all_of('vocabulary', '{:,}'.format)}; "
         f"corpus {all_of('corpus', lambda d: d[:12])}, 13-gram overlap with the training text "
         f"{all_of('overlap_13gram', '{:.4f}'.format)}; code {all_of('code', short)}; torch {all_of('torch')}; "
-        f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired over "
-        "documents and seeds; below 0, the arm is better than the baseline."
+        f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired, the "
+        "wider of documents and seeds drawn and Student's over seeds; below 0, the arm is better than the baseline."
     ]
     few = [row.label for row in rows if row.paired and len(row.paired) < max(len(r.paired) for r in rows)]
     if few:

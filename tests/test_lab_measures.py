@@ -579,11 +579,10 @@ def test_claims_are_filled_from_the_results(tmp_path):
     lines = {line.split(" | ")[1]: line for line in rows}
     needles = lines["several needles are found more often"]
     assert (
-        "T: needles, 4 of 4, 3 seeds" in needles
+        "T: needles, 4 in 8, 3 seeds" in needles
         and "| agrees |" in needles
         and ("| +0.29" in needles or "| +0.30" in needles)
     )
-    assert "| disagrees |" in lines["a single needle slightly less often"]
     assert "| agrees |" in lines["switched off, facts lose more than reading"]
     assert "| agrees |" in lines["early layers are nearer to prediction"]
     assert "not run yet" in lines["the gate earns its place"]
@@ -616,11 +615,15 @@ def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
                 nats = base + rng.normal(0, 0.1, 40) - lead * (arm == "engram")
                 np.savez(home / "documents" / f"{key}.npz", nats=nats, tokens=sizes, bytes=sizes)
                 record = {"key": key, "cell": f"{tokens}{arm}", "label": arm, "seed": seed, "tokens": tokens}
-                record |= {"group": f"T: text, {tokens}M tokens", "setting": {"corpus": "text"}}
+                record |= {"group": f"T: text, {tokens}M tokens", "setting": {"corpus": "text"}, "text_tokens": 3}
                 file.write(json.dumps(record) + "\n")
     (found,) = findings.change_of_gain("tokens", "tokens")(tmp_path)
     assert found.group == "T: text, 1M tokens to T: text, 4M tokens" and found.seeds == 2
     assert found.value.mean == pytest.approx(40 / 100 / np.log(2), rel=0.01) and found.value.low > 0
+    for passes, ends, lost in (("one", "1M tokens to T: text, 2M", -40), ("several", "2M tokens to T: text, 4M", 80)):
+        (part,) = findings.change_of_gain("tokens", "tokens", passes)(tmp_path)
+        assert part.group == f"T: text, {ends} tokens"
+        assert part.value.mean == pytest.approx(lost / 100 / np.log(2), rel=0.01)
     assert findings.change_of_gain("vocabulary", "vocabulary")(tmp_path) == []
 
 

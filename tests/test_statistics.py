@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from engram.lm import statistics
-from engram.lm.statistics import bits_per_byte, loss_by_count, ngram_counts, paired_bootstrap
+from engram.lm.statistics import (
+    bits_per_byte,
+    loss_by_count,
+    ngram_counts,
+    over_seeds,
+    paired_bootstrap,
+    paired_interval,
+    wider,
+)
 
 
 def arms(rng, documents=150, effect=-0.3, seeds=None, seed_spread=0.0):
@@ -39,6 +47,27 @@ def test_with_seeds_the_interval_covers_the_truth_although_documents_are_shared_
         interval = paired_bootstrap(a, b, weights, samples=500, seed=trial)
         inside += interval.low <= -0.3 <= interval.high
     assert 0.90 <= inside / 300 <= 0.99
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_of_few_seeds_that_vary_the_wider_interval_covers_the_truth_where_the_bootstrap_does_not(seeds):
+    rng, inside = np.random.default_rng(8), {paired_bootstrap: 0, paired_interval: 0}
+    for _ in range(200):
+        a, b, weights = arms(rng, documents=40, seeds=seeds, seed_spread=0.3)
+        for measure in inside:
+            interval = measure(a, b, weights)
+            inside[measure] += interval.low <= -0.3 <= interval.high
+    assert inside[paired_bootstrap] / 200 < 0.85 and inside[paired_interval] / 200 > 0.93
+
+
+def test_the_wider_interval_contains_both_and_is_the_bootstrap_of_one_seed():
+    a, b, weights = arms(np.random.default_rng(9), seeds=3, seed_spread=0.05)
+    drawn, student = paired_bootstrap(a, b, weights), over_seeds((a - b).sum(axis=1) / weights.sum())
+    both = paired_interval(a, b, weights)
+    assert both.mean == drawn.mean == pytest.approx(student.mean)
+    assert both[1:] == (min(drawn.low, student.low), max(drawn.high, student.high))
+    assert paired_interval(a[:1], b[:1], weights) == paired_bootstrap(a[:1], b[:1], weights)
+    assert wider(drawn, over_seeds([1.0])) == drawn
 
 
 def test_identical_arms_give_an_interval_of_no_width_at_zero():

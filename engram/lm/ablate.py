@@ -20,7 +20,7 @@ import torch
 from engram.lm.evaluate import Evaluation, evaluate
 from engram.lm.run import ARMS, Data, Setting, build_model, prepare
 from engram.lm.seen import seen_counts, seen_losses
-from engram.lm.statistics import paired_bootstrap
+from engram.lm.statistics import paired_interval
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, memory_traffic, train
 
@@ -168,7 +168,7 @@ def _summary(
             ("difference", mine[0].document_tokens, 1.0),
             ("difference_bpb", held_out.bytes, np.log(2)),
         ):
-            interval = paired_bootstrap(ours / unit, theirs / unit, weights)
+            interval = paired_interval(ours / unit, theirs / unit, weights)
             summary[key] = dict(zip(("mean", "low", "high"), map(float, interval), strict=True))
     return summary
 

@@ -32,7 +32,8 @@ def paired_bootstrap(
     Documents are drawn with replacement, each with both arms' losses (pairing). With several seeds, whole seeds are
     drawn too, and every drawn seed is judged on the same drawn documents: all seeds were validated on one set, so an
     own draw for each would average away a variance that is shared. Three seeds tell little about the spread of
-    seeds: in simulation their interval held the truth 93 times in 100 where documents dominate, 84 where seeds do.
+    seeds: in simulation their interval held the truth 93 times in 100 where documents dominate, 84 where seeds do, and
+    of two seeds far less (see paired_interval).
     Raises ValueError on unequal shapes, fewer than two documents, values that are not finite, weights <= 0.
     """
     a, b = np.atleast_2d(np.asarray(a_loss, np.float64)), np.atleast_2d(np.asarray(b_loss, np.float64))
@@ -52,6 +53,21 @@ def paired_bootstrap(
         means.append(per_seed.mean(axis=1) / (times @ w))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return Interval(float(difference.sum() / (seeds * w.sum())), float(low), float(high))
+
+
+def paired_interval(a_loss: np.ndarray, b_loss: np.ndarray, weights: np.ndarray) -> Interval:
+    """The same difference with the wider, at each end, of paired_bootstrap and Student's interval over seeds: the first
+    is too narrow where few seeds vary more than the documents do, the second knows nothing of the documents. With one
+    seed it is of the documents alone. Arguments and errors are those of paired_bootstrap."""
+    drawn = paired_bootstrap(a_loss, b_loss, weights)
+    by_seed = (np.atleast_2d(a_loss) - np.atleast_2d(b_loss)).sum(axis=1) / np.sum(weights)
+    return wider(drawn, over_seeds(by_seed))
+
+
+def wider(interval: Interval, other: Interval) -> Interval:
+    """The mean of the first with the outer ends of both; an end that is infinite, of one seed, does not count."""
+    ends = [end for end in other[1:] if math.isfinite(end)]
+    return Interval(interval.mean, min(interval.low, *ends), max(interval.high, *ends)) if ends else interval
 
 
 def _draws(documents: int, seeds: int, samples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -35,7 +35,7 @@ def draw(home: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         for place, (label, points) in zip(axes, panels, strict=True):
             _panel(place, label, points)
-        axes[0].set_title(f"{home.name}: counts beside a trained table (bars: 95 % intervals)")
+        axes[0].set_title(f"{home.name}: counts beside a trained table (bars: 95 % intervals; open: one seed)")
     return save(figure, home)
 
 
@@ -44,7 +44,8 @@ def _panel(axes: Axes, label: str, points: Points) -> None:
         if name in points:
             ordered = sorted(points[name], key=lambda point: point[0])
             differences = [row.nats for _, row in ordered if row.nats is not None]
-            curve(axes, [place for place, _ in ordered], differences, colour, name)
+            seeds = [len(row.paired) for _, row in ordered]
+            curve(axes, [place for place, _ in ordered], differences, colour, name, seeds)
     ticks = sorted({place for line in points.values() for place, _ in line})
     axes.axhline(0, color=SOFT, linewidth=1)
     axes.set_xscale("log")

@@ -14,11 +14,10 @@ BASELINE, SETTING = "plain", "T"
 TUNING = HOME / "recall" / "tune.jsonl"
 TASKS = {
     "MQAR, 4 pairs": "recall:4/4+0",
-    "needle, 1 of 4": "recall:4/1+8",
-    "needles, 4 of 4": "recall:4/4+8",
+    "needles, 4 in 8": "recall:4/4+8",
 }
 STEPS, BATCH = {"T": 1500, "S": 3000}, 64
-ARMS = ("plain", "engram", "one-row")
+ARMS = ("plain", "engram", "one-row", "short-conv")
 
 
 def configs(setting_name: str) -> list[Run]:

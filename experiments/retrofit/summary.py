@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from engram.lm.statistics import Interval, paired_bootstrap
+from engram.lm.statistics import Interval, paired_interval
 from experiments.config import read_results
 from experiments.measures import table
 from experiments.plots import COLOURS, INK, SOFT, STYLE, save
@@ -93,7 +93,7 @@ def compared(home: Path, arms: Arms, ours: str, theirs: str | None, measure: str
     mine = stack(ours, a, losses) / unit
     other = np.zeros_like(mine) if theirs is None else stack(theirs, b, losses) / unit
     weights = np.ones(mine.shape[1]) if sizes is None else stack(ours, a, sizes)[0]
-    return paired_bootstrap(mine, other, weights)
+    return paired_interval(mine, other, weights)
 
 
 def shown(value: Interval | None, form: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from engram.lm.statistics import Interval
+from engram.lm.statistics import Interval, over_seeds, wider
 from experiments.plots import COLOURS, SOFT, STYLE, load, new_figure, save
 from experiments.report import Row, documents_of, interval
 from experiments.slots.configs import BASELINE
@@ -75,7 +75,8 @@ class LogFit(NamedTuple):
 
 
 def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) -> LogFit:
-    """Least squares of (loss - plain's loss) on log2(rows), with a bootstrap over seeds and documents, both paired.
+    """Least squares of (loss - plain's loss) on log2(rows), with the wider of a bootstrap over seeds and documents
+    (both paired) and Student's interval over seeds.
 
     Args:
         cells: {rows per head: its runs}, at least two. Only seeds that all of them and plain have are used.
@@ -101,16 +102,17 @@ def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) ->
         times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
         picked = rng.integers(count, size=count)
         points[draw] = (difference @ times)[:, picked].mean(axis=1) / (times @ weights)
-    middle = difference.sum(axis=2).mean(axis=1) / weights.sum()
-    lines, offs = points @ fit.T @ design.T, middle - design @ fit @ middle
-    farthest = int(np.abs(offs).argmax())
+    by_seed = difference.sum(axis=2) / weights.sum()  # [cells, seeds]
+    lines, seed_lines = points @ fit.T @ design.T, design @ fit @ by_seed
+    farthest = int(np.abs((by_seed - seed_lines).mean(axis=1)).argmax())
 
-    def around(mean: float, drawn: np.ndarray) -> Interval:
-        return Interval(float(mean), *(float(edge) for edge in np.quantile(drawn, (0.025, 0.975))))
+    def around(drawn: np.ndarray, of_seeds: np.ndarray) -> Interval:
+        edges = np.quantile(drawn, (0.025, 0.975))
+        return wider(Interval(float(of_seeds.mean()), float(edges[0]), float(edges[1])), over_seeds(of_seeds))
 
-    edges = np.quantile(lines, (0.025, 0.975), axis=0)
+    line = [around(drawn, of_seeds) for drawn, of_seeds in zip(lines.T, seed_lines, strict=True)]
     return LogFit(
-        around(fit[0] @ middle, points @ fit[0]),
-        np.stack([edges[0], design @ fit @ middle, edges[1]]),
-        around(offs[farthest], (points - lines)[:, farthest]),
+        around(points @ fit[0], fit[0] @ by_seed),
+        np.array([(at.low, at.mean, at.high) for at in line]).T,
+        around((points - lines)[:, farthest], (by_seed - seed_lines)[farthest]),
     )

@@ -22,7 +22,8 @@ def draw(home: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
             points.sort(key=lambda point: point[0])
-            curve(axes, [tokens / 1e6 for tokens, _ in points], [gain(row) for _, row in points], colour, name)
+            gains, seeds = [gain(row) for _, row in points], [len(row.paired) for _, row in points]
+            curve(axes, [tokens / 1e6 for tokens, _ in points], gains, colour, name, seeds)
             once = first_run(points[0][1])["text_tokens"]
             if points[0][0] < once < points[-1][0]:
                 axes.axvline(once / 1e6, color=colour, linestyle=":", linewidth=1.2)
@@ -36,6 +37,6 @@ def draw(home: Path) -> Path:
         axes.minorticks_off()
         axes.set_xlabel("training tokens, millions")
         axes.set_ylabel("gain over plain, bits per byte")
-        axes.set_title(f"{home.name}: engram against plain (bars: 95 % intervals)")
+        axes.set_title(f"{home.name}: engram against plain (bars: 95 % intervals; open: one seed)")
         axes.legend()
     return save(figure, home)

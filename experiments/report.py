@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from engram.lm.report import BUCKETS, percent, write_whole
 from engram.lm.seen import ORDERS
 from engram.lm.statistics import Interval, over_seeds, paired_interval
-from experiments.config import read_results
+from experiments.config import budget_of, read_results
 
 Record = dict[str, Any]
 
@@ -108,9 +108,9 @@ def table(rows: list[Row], baseline: str) -> str:
     """Markdown. Bytes are of weights, tables and optimiser state together."""
     lines = [
         f"| arm | seeds | dense params, M | table params, M | MB with optimiser | MFLOPs a token | tokens, M "
-        f"| speed of {baseline}'s | loss, nats a token | difference, nats a token | difference, bits a byte "
-        "| bits a byte |",
-        "|---|" + "---:|" * 11,
+        f"| lr / rows' | speed of {baseline}'s | loss, nats a token | difference, nats a token "
+        "| difference, bits a byte | bits a byte |",
+        "|---|" + "---:|" * 12,
     ]
     for row in rows:
         size = sum(row.mean("bytes", part) for part in ("dense", "table", "optimizer_dense", "optimizer_rows"))
@@ -122,7 +122,8 @@ def table(rows: list[Row], baseline: str) -> str:
             f"{size / 1e6:,.0f}",
             f"{row.mean('flops_per_token', 'training') / 1e6:.1f}",
             f"{row.mean('tokens') / 1e6:.2f}",
-            "" if row.speed is None else f"{row.speed:.2f}",
+            _rates(row),
+            "" if row.speed is None or not row.mean("flops_per_token", "training") else f"{row.speed:.2f}",
             f"{row.mean('loss'):.4f}",
             interval(row.nats),
             interval(row.bits),
@@ -130,6 +131,12 @@ def table(rows: list[Row], baseline: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _rates(row: Row) -> str:
+    """Of the dense weights, and of rows where rows were trained."""
+    train = row.runs[0]["setting"]["train"]
+    return f"{train['lr']:g}" + (f" / {train['table_lr']:g}" if row.mean("bytes", "optimizer_rows") else "")
 
 
 def seen_table(rows: list[Row], baseline: str, order: str) -> str:
@@ -209,12 +216,15 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def tuning_table(records: list[Record]) -> str:
-    """Markdown: one row per arm, what was tried from the best on. "" without runs."""
+def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
+    """Markdown: one row per arm and budget, what was tried from the best on; and which of the reported labels have no
+    such row. "" without runs."""
+    budgets = {budget_of(record) for record in records}
     losses: dict[str, dict[tuple[float, float], float]] = {}
     for record in records:
-        train = record["setting"]["train"]
-        losses.setdefault(record["label"], {})[train["lr"], train["table_lr"]] = record["loss"]
+        train, label = record["setting"]["train"], record["label"]
+        row = f"{label}, {budget_of(record) / 1e6:.2f}M tokens" if len(budgets) > 1 else label
+        losses.setdefault(row, {})[train["lr"], train["table_lr"]] = record["loss"]
     if not losses:
         return ""
     lines = [
@@ -224,11 +234,16 @@ def tuning_table(records: list[Record]) -> str:
         "| arm | best | and the others that were tried |",
         "|---|---:|---|",
     ]
+    if len(budgets) > 1:
+        losses = {row: losses[row] for row in sorted(losses, key=_by_numbers)}
     for label, row in losses.items():
         best, *others = (
             f"{row[rates]:.4f} at {rates[0]:g} / {rates[1]:g}" for rates in sorted(row, key=lambda rates: row[rates])
         )
         lines.append(f"| {label} | **{best}** | {'; '.join(others)} |")
+    untuned = sorted(set(reported) - {record["label"] for record in records})
+    if untuned:
+        lines += ["", f"Without a grid here, at the rates in the tables: {'; '.join(untuned)}."]
     edge = [label for label, row in losses.items() if _at_the_edge(row)]
     if edge:
         lines += ["", f"Best at the edge of its grid, so that more may be had there: {', '.join(edge)}."]
@@ -260,7 +275,7 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
         parts.append("\n\n".join([f"### {group}", *tables, *seen]))
     if parts and summary is not None:
         parts.insert(0, summary(home))
-    tuning = tuning_table(read_results(home / "tune.jsonl"))
+    tuning = tuning_table(read_results(home / "tune.jsonl"), [label for runs in groups.values() for label in runs])
     return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
 
 

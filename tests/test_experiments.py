@@ -590,9 +590,17 @@ def test_tables_stand_in_the_order_of_their_numbers():
 def test_the_tuning_table_marks_the_best_and_warns_at_the_edge():
     inside = [fake("a", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))]
     outside = [fake("b", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0), (4.0, 1.5))]
-    table = report.tuning_table(inside + outside)
+    table = report.tuning_table(inside + outside, ["a", "c", "b"])
     assert "| a | **1.0000 at 2 / 0.03** | 2.0000 at 4 / 0.03; 3.0000 at 1 / 0.03 |" in table
     assert table.splitlines()[-1].endswith("had there: b.")
+    assert table.splitlines()[-3].endswith("in the tables: c.")
+
+
+def test_the_tuning_table_keeps_budgets_apart():
+    longer = fake("a", lr=2.0, loss=1.0)
+    longer["setting"]["train"]["tokens"] *= 2
+    table = report.tuning_table([fake("a", lr=2.0, loss=3.0), longer])
+    assert "| a, 0.56M tokens | **3.0000 at 2 / 0.03** |" in table and "| a, 1.12M tokens | **1.0000" in table
 
 
 @pytest.mark.parametrize("name", NAMES)

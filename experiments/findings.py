@@ -32,15 +32,17 @@ class Finding(NamedTuple):
 
 
 def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Finding]]:
-    """Nats per token of one label minus another's of an experiment, in every table that has both."""
+    """Nats per token of one label minus another's of an experiment, in every table that has both; of a part of the
+    memory it is said if that has no grid of rates."""
 
     def figure(home: Path) -> list[Finding]:
-        found = []
+        found, grids = [], {record["label"] for record in read_results(home / name / "tune.jsonl")}
         for group, runs in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
             if ours in runs and theirs in runs:
                 row = rows_of(home / name, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
                 if row.nats is not None:
-                    found.append(Finding(group, row.nats, len(row.paired)))
+                    untuned = name == "components" and ours not in grids
+                    found.append(Finding(group + ", engram's rates" * untuned, row.nats, len(row.paired)))
         return found
 
     return figure

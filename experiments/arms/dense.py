@@ -1,8 +1,8 @@
 """Arms without any lookup: plain, longer, larger-vocabulary, wider, deeper.
 
 plain               the decoder alone.
-longer              plain; the runner gives it the tokens that fill Engram's wall-clock.
-larger-vocabulary   plain; the runner prepares the corpus with vocabulary_for(setting) entries: the extra rows of
+longer              plain; sceptic/configs.py gives it the tokens that fill Engram's wall-clock.
+larger-vocabulary   plain; sceptic/configs.py asks for a text with vocabulary_for(setting) entries: the extra rows of
                     embedding and head take the bytes of Engram's table, as far as the text allows. Compare in bits
                     per byte.
 wider               the feed-forward layers are widened until total parameters equal Engram's, table included. FLOPs

@@ -9,7 +9,7 @@ The last term is uniform over the vocabulary. gamma(h) is what the kept n-grams 
 to 1, pruned or not. Pruning drops n-grams of the highest order, rarest first, then of the next.
 
 base    "plain"; "engram", whose own table then comes on top; "none": no model at all, the counts answer alone.
-Matched: bytes of the arrays here at most those of Engram's table. The weight is fitted on the tune slice.
+Matched: bytes of the arrays here at most those of Engram's table. The weight is fitted on the start of the tune slice.
 Differs from the usual form: <|endoftext|> only stands before a document and is never predicted by counts (evaluate()
 does not ask for it), and n-grams do not reach from one training window into the next.
 """

@@ -2,7 +2,7 @@
 
 After training, the input of the last feed-forward layer (the paper's best key) is stored for every training position
 that the run has seen, with the token that followed. At a query the k nearest keys vote with weights
-exp(-distance / temperature). Temperature and weight are fitted on the tune slice.
+exp(-distance / temperature). Temperature and weight are fitted on the start of the tune slice.
 
 index   "exact" compares with every key; "ivf" with those of the `probes` nearest of about sqrt(keys) cells; "ivfpq"
         stores keys as codes of d / 4 bytes besides. limit: tokens of the datastore (windows evenly spaced); None: all.

@@ -1,5 +1,5 @@
 """Mixing a trained model with another one at the output: p = (1 - w) p_lm + w p_other. Both are distributions over the
-vocabulary, so p is. The weight is fitted on the tune slice, which is neither trained on nor reported.
+vocabulary, so p is. The weight is fitted on the start of the tune slice, which is neither trained on nor reported.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ _READING = (
     "bits, divided by the bytes of the text, so it compares across vocabularies. Lower is better in both.",
     "<b>Δ</b> is an arm minus <i>plain</i>, the same model without memory; negative is better. Its 95&nbsp;% interval "
     "comes from a paired bootstrap: whole validation documents{drawn} are drawn again, and both arms are judged on the "
-    "same draw. It is coloured where it excludes zero.",
+    "same draw{student}. It is coloured where it excludes zero.",
     "<b>By seen count</b>: every predicted token is filed under how often the two (bigram) or three (trigram) tokens "
     "just before it stood together in the text that the run had trained on. A memory of n-grams should help most where "
     "the n-gram was seen; help under <i>never</i> came some other way.",
@@ -75,12 +75,15 @@ _LIMITS = (
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
     """Writes report.html: one file with style, figures and tables, no request to anywhere. Appears whole or not."""
-    words = {"drawn": "", "uncertain": "With one seed, the interval knows nothing of the spread between seeds."}
+    words = {
+        "drawn": "",
+        "student": "",
+        "uncertain": "With one seed, the interval knows nothing of the spread between seeds.",
+    }
     if seeds_of(report) > 1:
-        few = (
-            f"{seeds_of(report)} seeds say little about the spread between seeds, so the interval is rather too narrow."
-        )
-        words = {"drawn": " and seeds", "uncertain": few}
+        few = f"{seeds_of(report)} seeds say little about the spread between seeds, and the interval is wide for that."
+        student = ", and widened to Student's interval over seeds where that is wider"
+        words = {"drawn": " and seeds", "student": student, "uncertain": few}
     title, main, *others = _escape(title_of(report)), *(_html_table(table) for table in tables_of(report))
     page = f"""<!doctype html>
 <html lang="en">

@@ -155,7 +155,8 @@ def of_measures(
         for group, labels in measured(home / name).items():
             value = compare(home / name, labels)
             if value is not None:
-                found.append(Finding(group, value, len(set(labels["engram"]) & set(labels["plain"]))))
+                ours = set(labels["engram"])
+                found.append(Finding(group, value, len(ours & set(labels.get("plain", ours)))))
         return found
 
     return figure
@@ -171,7 +172,7 @@ def cka_shift(home: Path, labels: dict[str, Any]) -> Interval | None:
 
 
 def left_of_facts(home: Path, labels: dict[str, Any]) -> Interval | None:
-    return retention_gap(labels["engram"]) if "plain" in labels and "engram" in labels else None
+    return retention_gap(labels.get("engram", {}))
 
 
 def recall(task: str) -> Callable[[Path], list[Finding]]:

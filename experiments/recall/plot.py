@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from experiments.measures import mean_of, measured
-from experiments.plots import COLOURS, INK, STYLE, new_figure, save
+from experiments.plots import COLOURS, INK, SOFT, STYLE, new_figure, save
 from experiments.recall.summary import accuracy
 
 
@@ -30,10 +30,13 @@ def draw(home: Path) -> Path:
                         axes.plot([found.low, found.high], [place, place], color=colour, linewidth=1.6)
                     axes.plot(found.mean, place, "o", color=colour, markerfacecolor=colour if filled else "white")
                     names.append(label if filled else f"{label}, memory off")
+            keyless = mean_of(labels.get("plain", {}), accuracy("on", "keyless"))
+            if keyless is not None:
+                axes.axvline(keyless.mean, color=SOFT, linewidth=1.2, linestyle=":")
             axes.set_yticks(range(len(names)), names, color=INK)
             axes.set_ylim(len(names) - 0.4, -0.6)
             axes.set_xlim(-0.03, 1.03)
             axes.grid(axis="y", visible=False)
             axes.set_title(f"{home.name}, {group}")
-        panels[-1].set_xlabel("share of answers right (bars: 95 % over seeds)")
+        panels[-1].set_xlabel("share of answers right (bars: 95 % over seeds; dotted: plain without keys)")
     return save(figure, home)

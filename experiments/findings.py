@@ -65,17 +65,14 @@ def change_of_gain(name: str, along: str, passes: str = "") -> Callable[[Path], 
                 series.setdefault(where, {})[run[along]] = group, pair
         found = []
         for tables in series.values():
-            once = [at for at, (_, pair) in tables.items() if _passes(pair) <= 1]
-            smallest, largest = min(tables), max(tables)
-            if passes and not once:
+            places = sorted(tables)
+            once = [at for at in places if _passes(tables[at][1]) <= 1]
+            chosen = {"": places, "one": once, "several": places[len(once) - 1 :] if once else []}[passes]
+            if len(chosen) < 2:
                 continue
-            if passes == "one":
-                largest = max(once)
-            elif passes == "several":
-                smallest = max(once)
-            (first, before), (last, after) = tables[smallest], tables[largest]
+            (first, before), (last, after) = tables[chosen[0]], tables[chosen[-1]]
             seeds = sorted(set.intersection(*(set(runs) for pair in (before, after) for runs in pair.values())))
-            if first != last and seeds:
+            if seeds:
                 gains = [_gain(home / name, pair, seeds) for pair in (after, before)]
                 sizes = documents_of(home / name, before["plain"][seeds[0]])["bytes"]
                 found.append(Finding(f"{first} to {last}", paired_interval(*gains, sizes), len(seeds)))

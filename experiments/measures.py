@@ -23,6 +23,18 @@ def measured(home: Path) -> dict[str, dict[str, dict[int, Record]]]:
     }
 
 
+def on_and_off(model: Any, measure: Callable[[], Any]) -> dict[str, Any]:
+    """{"on": measure(), "off": measure() while the model has no memory}; no "off" where it has none anyway."""
+    found, memory = {"on": measure()}, model.memory
+    if memory is not None:
+        model.memory = None
+        try:
+            found["off"] = measure()
+        finally:
+            model.memory = memory
+    return found
+
+
 def mean_of(runs: dict[int, Record], get: Callable[[Any], float | None]) -> Interval | None:
     """get(measures) over seeds; None where no seed has it."""
     values = [get(run["measures"]) for run in runs.values()]

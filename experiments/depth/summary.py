@@ -63,11 +63,10 @@ def summary(home: Path) -> str:
             continue
         plain = labels.get("plain", {})
         depth = max(len(run["measures"]["lens_kl"]) for runs in labels.values() for run in runs.values())
+        read = [(f"{i}", lens(i)) for i in range(depth - 1)] + [(f"mean of {REACHED} and up", early_lens)]
         lines = []
         for label, runs in labels.items():
-            for words, get in [(f"{i}", lens(i)) for i in range(depth - 1)] + [
-                (f"mean of {REACHED} and up", early_lens)
-            ]:
+            for words, get in read:
                 difference = None if label == "plain" else paired(runs, plain, get)
                 lines.append((label, words, shown(mean_of(runs, get)), shown(difference, "+.3f")))
         head = ("arm", "layer", "KL to the last layer's distribution, nats", "minus plain's")

@@ -32,6 +32,7 @@ from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from engram.lm.train import Batches, TrainLog
 from experiments.config import Run
+from experiments.measures import on_and_off
 
 KEYS, VALUES, FILLER = 16, 16, 30
 VOCABULARY = 1 + KEYS + VALUES + FILLER + 1
@@ -176,15 +177,8 @@ def measure(run: Run, model: Any, data: Data) -> dict[str, dict[str, float]]:
     """{"on": {"accuracy", "nats", "keyless"}, "off": ...} of the answers of held-out documents; no "off" without a
     memory. keyless: the accuracy where keys of no text are asked instead."""
     task = Task.of(run.setting.corpus)
-    text, memory = _texts(model, data, task), model.memory
-    found = {"on": _numbers(model, text, task)}
-    if memory is not None:
-        model.memory = None
-        try:
-            found["off"] = _numbers(model, text, task)
-        finally:
-            model.memory = memory
-    return found
+    text = _texts(model, data, task)
+    return on_and_off(model, lambda: _numbers(model, text, task))
 
 
 def _texts(model: Any, data: Data, task: Task) -> Tensor:

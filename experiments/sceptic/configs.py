@@ -71,11 +71,11 @@ def tune() -> list[Run]:
         bare = BARE_ROWS.get(arm)
         if bare is not None:
             setting = change(setting, train={"table_lr": bare[1]})
-        cell = Run("sceptic", arm, setting, group=f"T: {setting.corpus}")
+        cell = Run("sceptic", arm, setting)
         runs += rate_grid([cell], TUNING, table_lrs=bare or TABLE_LRS if has_rows else ())
     setting = SETTINGS["S"]
     for arm in TUNED_AT_S:
-        mine = change(setting, train={"table_lr": tuned(arm, SETTINGS["T"]).get("table_lr", setting.train.table_lr)})
+        mine = change(setting, train=tuned(arm, SETTINGS["T"]))  # for its table_lr
         runs += rate_grid([Run("sceptic", arm, mine, group=f"S: {setting.corpus}")], TUNING, table_lrs=())
     return runs
 

@@ -65,12 +65,15 @@ def load_facts(titles: set[str]) -> tuple[list[Fact], list[Fact]]:
 def sentences_of(documents: list[Document], but: set[str]) -> list[Fact]:
     """One line of prose, not its first sentence, of each of SENTENCES articles whose title is not in `but`, chosen by a
     hash of the title."""
-    found = []
-    for document in sorted(documents, key=lambda d: xxhash.xxh64_intdigest(d.name.encode())):
-        sentences = re.split(r"(?<=[.!?])\s+", document.text.strip())[1:]
+    found: list[Fact] = []
+    articles = [document for document in documents if document.source == "wiki" and document.name not in but]
+    for article in sorted(articles, key=lambda a: xxhash.xxh64_intdigest(a.name.encode())):
+        if len(found) == SENTENCES:
+            break
+        sentences = re.split(r"(?<=[.!?])\s+", article.text.strip())[1:]
         words = next((words for s in sentences if len(words := s.split()) in WORDS), None)
-        if document.source == "wiki" and document.name not in but and words and len(found) < SENTENCES:
-            found.append(Fact(document.name, " ".join(words[:START]), " " + " ".join(words[START:])))
+        if words:
+            found.append(Fact(article.name, " ".join(words[:START]), " " + " ".join(words[START:])))
     return found
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from engram.lm.run import Data
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from experiments.config import Run
+from experiments.measures import on_and_off
 from experiments.sensitivity.facts import Fact, Lines, lines_of
 
 ASKED = 200  # lines of each kind
@@ -23,15 +24,7 @@ READING_TOKENS = 32_768  # of held-out text, at most
 def measure(run: Run, model: Any, data: Data) -> dict[str, Any]:
     """{"on": numbers, "off": numbers}; "off" alone is missing where there is no memory. See `numbers`."""
     lines = lines_of(run.setting)
-    found = {"on": numbers(model, data, lines)}
-    memory = model.memory
-    if memory is not None:
-        model.memory = None
-        try:
-            found["off"] = numbers(model, data, lines)
-        finally:
-            model.memory = memory
-    return found
+    return on_and_off(model, lambda: numbers(model, data, lines))
 
 
 def numbers(model: Any, data: Data, lines: Lines) -> dict[str, float]:

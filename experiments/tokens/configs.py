@@ -47,6 +47,6 @@ def tune() -> list[Run]:
     for factor in TUNED:
         setting = budget(SETTINGS["T"], factor)
         for arm in ("plain", "engram"):
-            rows = {"table_lr": tuned(arm, setting).get("table_lr", setting.train.table_lr)}
-            cells.append(Run("tokens", arm, change(setting, train=rows), group=group_of("T", setting)))
+            mine = change(setting, train=tuned(arm, SETTINGS["T"]))  # for its table_lr
+            cells.append(Run("tokens", arm, mine, group=group_of("T", setting)))
     return rate_grid(cells, TUNING, table_lrs=())

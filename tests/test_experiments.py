@@ -160,6 +160,12 @@ def test_a_label_with_commas_is_chosen_by_an_option_of_its_own():
     assert chosen("components", None) is None
 
 
+def test_changes_of_the_memory_keep_engrams_rate_where_no_grid_of_theirs_is_of_that_length():
+    runs = {run.label: run.setting.train for run in runs_of("components", [0], setting="S")}
+    assert runs.pop("plain") and {train.lr for train in runs.values()} == {runs["engram"].lr}
+    assert runs["optimiser: adam"].table_lr != runs["engram"].table_lr  # a rate of another kind of step
+
+
 def test_groups_are_chosen_by_a_part_of_their_name():
     runs = runs_of("tokens", [0], groups=[": kjv", "02.24M"])
     assert len(runs) == 2 * (4 + 1) + 2 and all(": kjv" in run.group or "02.24M" in run.group for run in runs)

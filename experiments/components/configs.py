@@ -76,10 +76,13 @@ def configs(setting_name: str) -> list[Run]:
         Run("components", arm, change(setting, train=tuned(arm, setting)), group=setting_name)
         for arm in ("engram", "plain")
     ]
-    return unchanged + [
-        replace(run, setting=change(run.setting, train=tuned(run.label, setting, TUNING)))
-        for run in cells(setting_name)
-    ]
+    runs = []
+    for run in cells(setting_name):
+        rates = tuned(run.label, setting, TUNING)
+        if setting_name != "T" and "lr" in rates:  # the grids are T's; a longer training wants engram's lower lr
+            rates["lr"] = run.setting.train.lr
+        runs.append(replace(run, setting=change(run.setting, train=rates)))
+    return unchanged + runs
 
 
 def tune() -> list[Run]:

@@ -25,7 +25,7 @@ test: $(INSTALLED) $(DATA) $(TOKENIZERS)  ## lint, type check and the whole test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
-ablation: $(INSTALLED) $(DATA)  ## train plain attention and engram side by side (ARGS="--seeds 0,1,2 --out runs/three")
+ablation: $(INSTALLED) $(DATA)  ## train plain attention, a one-row memory and engram side by side (ARGS="--seeds 0,1,2 --out runs/three")
 	$(BIN)/engram ablate $(ARGS)
 
 bench: $(INSTALLED) $(DATA)  ## time hashing, gathering and a training step (ARGS="--help" for more)

@@ -21,6 +21,7 @@ from experiments.sensitivity.summary import retention_gap
 from experiments.slots.plot import LogFit, cells_of, log_fit
 
 INF = math.inf
+LEARNED = 0.05  # of the answers, above the level without keys
 
 
 class Finding(NamedTuple):
@@ -48,11 +49,12 @@ def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Findi
     return figure
 
 
-def change_of_gain(name: str, along: str, passes: str = "") -> Callable[[Path], list[Finding]]:
+def change_of_gain(name: str, along: str, passes: str = "", least_tokens: int = 0) -> Callable[[Path], list[Finding]]:
     """Engram's difference to plain where record[along] is largest, minus the one where it is smallest, in bits per byte
     of the same documents: above 0, the gain shrinks. One finding for each setting and text with two such tables.
 
     passes: "one" for the runs alone that read no text twice, "several" for those from the last of them on.
+    least_tokens: of training, in the configuration, for a table to count.
     """
 
     def figure(home: Path) -> list[Finding]:
@@ -61,6 +63,8 @@ def change_of_gain(name: str, along: str, passes: str = "") -> Callable[[Path], 
             pair = {arm: {run["seed"]: run for run in labels.get(arm, [])} for arm in ("plain", "engram")}
             if set(pair["plain"]) & set(pair["engram"]):
                 run = labels["plain"][0]
+                if run["setting"]["train"]["tokens"] < least_tokens:
+                    continue
                 where = group.partition(":")[0], run["setting"]["corpus"]
                 series.setdefault(where, {})[run[along]] = group, pair
         found = []
@@ -173,12 +177,21 @@ def left_of_facts(home: Path, labels: dict[str, Any]) -> Interval | None:
 
 
 def recall(task: str) -> Callable[[Path], list[Finding]]:
-    """Accuracy minus plain's, in the tables of one task."""
+    """Accuracy minus plain's, in the tables of one task; of a plain that is right hardly oftener than without keys it
+    is said."""
 
-    def gap(home: Path, labels: dict[str, Any]) -> Interval | None:
-        return paired(labels.get("engram", {}), labels.get("plain", {}), accuracy("on"))
+    def figure(home: Path) -> list[Finding]:
+        found = []
+        for group, labels in measured(home / "recall").items():
+            ours, plain = labels.get("engram", {}), labels.get("plain", {})
+            gap = paired(ours, plain, accuracy("on"))
+            above = paired(plain, plain, accuracy("on"), accuracy("on", "keyless"))
+            if task in group and gap is not None:
+                unlearned = above is not None and above.mean < LEARNED
+                found.append(Finding(group + ", not learned by plain" * unlearned, gap, len(set(ours) & set(plain))))
+        return found
 
-    return lambda home: [found for found in of_measures("recall", gap)(home) if task in found.group]
+    return figure
 
 
 def throughput(home: Path) -> list[Finding]:

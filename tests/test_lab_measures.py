@@ -615,7 +615,8 @@ def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
                 nats = base + rng.normal(0, 0.1, 40) - lead * (arm == "engram")
                 np.savez(home / "documents" / f"{key}.npz", nats=nats, tokens=sizes, bytes=sizes)
                 record = {"key": key, "cell": f"{tokens}{arm}", "label": arm, "seed": seed, "tokens": tokens}
-                record |= {"group": f"T: text, {tokens}M tokens", "setting": {"corpus": "text"}, "text_tokens": 3}
+                record |= {"group": f"T: text, {tokens}M tokens", "text_tokens": 3}
+                record |= {"setting": {"corpus": "text", "train": {"tokens": tokens}}}
                 file.write(json.dumps(record) + "\n")
     (found,) = findings.change_of_gain("tokens", "tokens")(tmp_path)
     assert found.group == "T: text, 1M tokens to T: text, 4M tokens" and found.seeds == 2
@@ -624,7 +625,24 @@ def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
         (part,) = findings.change_of_gain("tokens", "tokens", passes)(tmp_path)
         assert part.group == f"T: text, {ends} tokens"
         assert part.value.mean == pytest.approx(lost / 100 / np.log(2), rel=0.01)
+    (late,) = findings.change_of_gain("tokens", "tokens", least_tokens=2)(tmp_path)
+    assert late.group == "T: text, 2M tokens to T: text, 4M tokens"
+    assert findings.change_of_gain("tokens", "tokens", "one", least_tokens=2)(tmp_path) == []
     assert findings.change_of_gain("vocabulary", "vocabulary")(tmp_path) == []
+
+
+def test_recall_says_where_plain_knows_no_more_than_without_keys(tmp_path):
+    (tmp_path / "recall").mkdir()
+    with (tmp_path / "recall" / "results.jsonl").open("w") as file:
+        for task, right in (("MQAR, 4 pairs", 0.6), ("needles, 4 in 8", 0.27)):
+            for seed, arm in itertools.product((0, 1), ("plain", "engram")):
+                on = {"accuracy": right if arm == "plain" else 1.0 - 0.1 * seed, "keyless": 0.25}
+                record = {"key": f"{task}{seed}{arm}", "cell": f"{task}{arm}", "label": arm, "seed": seed}
+                file.write(json.dumps({**record, "group": f"T: {task}", "measures": {"on": on}}) + "\n")
+    (learned,), (not_learned,) = (findings.recall(task)(tmp_path) for task in ("MQAR", "needles"))
+    assert (learned.group, learned.seeds) == ("T: MQAR, 4 pairs", 2)
+    assert not_learned.group == "T: needles, 4 in 8, not learned by plain"
+    assert not_learned.value.mean == pytest.approx(0.68) and not_learned.value.low < 0.68
 
 
 def test_every_label_of_a_claim_is_one_that_its_experiment_runs():

@@ -79,4 +79,4 @@ def summary(home: Path) -> str:
         ahead = ahead if len(row.paired) > 1 else "one seed"
         sizes = [f"{one.mean('bytes', 'table') / 1e6:.2f}" for one in (row, base)]
         lines.append((group, name, f"{rows:,}", f"{len(row.paired)}", *sizes, interval(row.nats), ahead))
-    return f"### Against engram of as many bytes\n\n{table(head, lines, words=2)}"
+    return f"### Against engram, counts of at most as many bytes\n\n{table(head, lines, words=2)}"

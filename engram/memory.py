@@ -28,6 +28,7 @@ from engram.fusion import EngramFusion
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
 from engram.tables.prefetch import Fetch, in_background, wait
+from engram.tables.table import as_ids
 
 _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
 
@@ -158,6 +159,9 @@ class Recall:
 def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live: Tensor | None, rows: Tensor) -> None:
     """Hands the gradient of fetched rows to the optimiser. No method of Recall: a cycle would keep the rows alive."""
     assert rows.grad is not None
+    if gradients:  # of an earlier pass: what accumulates waits in host memory, where it is used
+        ids, earlier = gradients[-1]
+        gradients[-1] = ids, earlier.cpu()
     if live is None:
         gradients.append((row_ids, rows.grad))
     else:  # dead positions have used no row: an optimiser with momentum would move it all the same
@@ -304,9 +308,10 @@ class EngramMemory(nn.Module):
         """
         if cache is not None and lookback is not None:
             raise ValueError("a decoding cache has its own look-back: give no lookback with it")
-        host = ids.cpu()
-        runs = None
+        host, runs = ids.cpu(), None
+        dead = None if dead is None else dead.to(ids.device)
         if documents is not None:
+            documents = documents.to(ids.device)
             changes = documents[:, 1:] != documents[:, :-1]
             runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
         if self.config.boundary == "dead" and bool((host == -1).any()):
@@ -328,6 +333,7 @@ class EngramMemory(nn.Module):
     def patch(self, layer: int, touched: Tensor) -> int:
         """Tells every recall in flight that rows `touched` (int64) of a layer have changed. Optimisers call this after
         each update, and so must anyone who writes rows between recall() and the forward pass that uses it."""
+        touched = as_ids(touched)
         return sum(recall.patch(layer, touched) for recall in list(self._recalls))
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
@@ -435,7 +441,7 @@ class EngramMemory(nn.Module):
         }
         if self.codec is not None:
             facts["codec"] = self.codec
-        return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         saved, mine = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))

@@ -43,9 +43,12 @@ class EngramOptimizer(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Updates the dense weights and the rows that the backward passes since zero_grad() touched.
 
+        torch.amp.GradScaler.step divides row gradients too; where it found infinities, rows are left alone as weights
+        are.
+
         Raises:
-            RuntimeError: several processes train. Row gradients stay in the process that found them, so each would get
-            tables of its own beside equal weights.
+            RuntimeError: several processes train: row gradients stay in the process that found them, so each would get
+            tables of its own beside equal weights. Or GradScaler.unscale_ was called, which reaches no row gradient.
         """
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         processes = torch.distributed.get_world_size() if several else 1
@@ -54,9 +57,17 @@ class EngramOptimizer(torch.optim.AdamW):
                 f"{processes} processes train this memory, but row gradients are not summed over processes: train in "
                 f"one, or with rows that do not learn (train_tables=False, encoded tables)"
             )
+        scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
+        if infinite is not None and scale is None and any(map(self._pending, self.memories)):
+            raise RuntimeError(
+                "GradScaler.unscale_ divides the gradients of weights, but not those of table rows: train in bfloat16, "
+                "or leave unscale_ out (with transformers' Trainer: bf16=True instead of fp16=True, or max_grad_norm=0)"
+            )
         loss = super().step(closure)
         lr = self.param_groups[-1]["lr"]
         self.touched = 0
+        if infinite is not None and bool(infinite):
+            return loss
         for memory, layers in zip(self.memories, self.rows, strict=True):
             for layer, optimizer in layers.items():
                 pending = memory.gradients[layer]
@@ -67,13 +78,19 @@ class EngramOptimizer(torch.optim.AdamW):
                     ids, grad = pending[0]
                 else:  # gradient accumulation: duplicates across passes sum like those within one
                     ids = torch.cat([ids.flatten() for ids, _ in pending])
-                    grad = torch.cat([grad.flatten(0, -2) for _, grad in pending])
+                    grad = torch.cat([grad.flatten(0, -2).cpu() for _, grad in pending])
+                if scale is not None:
+                    grad = grad / scale.to(grad.device)
                 began = time.perf_counter()
                 self.touched += optimizer.step(ids, grad)
                 memory.patch(layer, ids)
                 memory.clock["updating"] += time.perf_counter() - began
                 pending.clear()
         return loss
+
+    @staticmethod
+    def _pending(memory: EngramMemory) -> bool:
+        return any(memory.gradients.values())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -219,11 +219,15 @@ def test_a_model_of_transformers_with_memory_scores_as_a_plain_loop(saved, batch
         pairs(), lm.loglikelihood(instances("loglikelihood", *pairs()), disable_tqdm=True), strict=True
     ):
         ids = tokenizer(context + continuation).input_ids
-        assert score == pytest.approx(plainly(lambda x: model(x).logits, ids, len(continuation)), rel=1e-5)
+        assert score == pytest.approx(
+            plainly(lambda x: model(x.to(model.device)).logits.cpu(), ids, len(continuation)), rel=1e-5
+        )
     texts = [(fact["text"],) for fact in FACTS]
     for (text,), score in zip(texts, lm.loglikelihood_rolling(instances("loglikelihood_rolling", *texts)), strict=True):
         ids = [lm.prefix_token_id, *tokenizer(text).input_ids]
-        assert score == pytest.approx(plainly(lambda x: model(x).logits, ids, len(ids) - 1), rel=1e-5)
+        assert score == pytest.approx(
+            plainly(lambda x: model(x.to(model.device)).logits.cpu(), ids, len(ids) - 1), rel=1e-5
+        )
 
 
 def test_left_padded_prompts_with_memory_are_continued_as_each_alone(saved):

@@ -247,6 +247,63 @@ def test_accumulated_gradients_equal_one_large_batch():
     torch.testing.assert_close(train(1), train(2), rtol=1e-3, atol=1e-5)
 
 
+def test_scaled_losses_move_rows_as_unscaled_ones_do_and_infinite_ones_not_at_all():
+    def train(scale: float | None, loss_times: float = 1.0) -> tuple[torch.Tensor, int, float]:
+        model = make(SMALL.replace(table_init="zero"))
+        optimizer = build_optimizer(model, table_lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(text(seed=step)).logsumexp(-1).mean() * loss_times).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        state = optimizer.row_optimizers[0].state["v"].tensor
+        return model.memory.tables[1].tensor.clone(), optimizer.row_optimizers[0].steps, float(state.sum())
+
+    plain, scaled, infinite = train(None), train(2.0**12), train(1.0, float("inf"))
+    torch.testing.assert_close(scaled[0], plain[0], rtol=1e-4, atol=1e-6)
+    assert scaled[2] == pytest.approx(plain[2], rel=1e-4) and scaled[1] == plain[1] == 3
+    assert infinite[1] == 0 and not infinite[0].any()
+
+
+def test_a_scaler_that_cannot_reach_the_rows_is_refused():
+    model = make()
+    optimizer, scaler = build_optimizer(model), torch.amp.GradScaler("cpu")
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(model(text()).logsumexp(-1).mean()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"bf16=True instead of fp16=True, or max_grad_norm=0"):
+        scaler.step(optimizer)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("kind", ["rms", "adam", "adagrad", "sinkhorn"])
+def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind, monkeypatch):
+    from engram.tables import kernels, reference
+
+    if path == "torch":
+        monkeypatch.setattr(kernels, "native", None)
+    results = []
+    for device in ("cpu", "meta"):  # meta in the place of a GPU: what is made there can be read by nobody
+        reference.normal_quantiles.cache_clear()
+        with torch.device("cpu"):
+            memory, ids = make().memory, [text(seed=step) for step in range(3)]
+            optimizer = build_optimizer(memory, table_lr=0.1, table_optimizer=kind)
+            grad = torch.randn(2, 20, memory.config.d_mem, generator=torch.Generator().manual_seed(0))
+        with torch.device(device):
+            documents = (torch.arange(20, device="cpu") // 7).expand(2, 20)
+            for step in range(2):
+                ahead = memory.recall(ids[step + 1], documents)
+                for layer in memory.tables:
+                    memory.recall(ids[step], documents).rows(layer).backward(grad)
+                optimizer.step()
+            rows = [ahead.rows(layer).detach() for layer in memory.tables]
+            rows += [table.gather(torch.arange(50, device="cpu")) for table in memory.tables.values()]
+        results.append(rows)
+    assert all(map(torch.equal, *results)) and results[0][0].any()
+
+
 def test_several_processes_are_refused_before_their_tables_differ(monkeypatch):
     model = make()
     before = [p.detach().clone() for p in model.parameters()]

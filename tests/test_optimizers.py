@@ -152,12 +152,30 @@ def test_optimizer_state_survives_saving_and_the_next_step_is_the_same(kind):
 
 
 def test_optimizer_state_refuses_another_table_and_another_kind():
-    saved = RowAdam(HostTable(30, 4)).state_dict()
+    adam = RowAdam(HostTable(30, 4))
+    adam.step(*touched_step(0, 30, 4, 5))
+    saved = adam.state_dict()
     with pytest.raises(ValueError, match="optimiser state"):
         RowAdam(HostTable(31, 4)).load_state_dict(saved)
     for kind in (RowRMS, RowAdagrad, RowSinkhorn):
         with pytest.raises(ValueError, match="has state"):
             kind(HostTable(30, 4)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_state_holds_no_tensors_and_makes_another_fresh(kind, tmp_path):
+    fresh, used = KINDS[kind](HostTable(30, 8)), KINDS[kind](HostTable(30, 8, path=tmp_path / "rows"))
+    assert fresh.state_dict() == {"steps": 0} == used.state_dict()
+    used.step(*touched_step(0, 30, 8, 5))
+    assert set(used.state_dict()) == {"steps", *used.state}
+    used.close()
+    again = KINDS[kind](used.table)  # no step yet, and yet there is something to lose
+    assert set(again.state_dict()) == {"steps", *again.state}
+    assert any(state.tensor.any() for state in again.state.values())
+    again.load_state_dict(fresh.state_dict())
+    assert again.steps == 0 and not any(state.tensor.any() for state in again.state.values())
+    again.close()
+    used.table.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -81,7 +81,7 @@ def documents(
     """
     if time == 1:
         return None
-    begins = torch.zeros(batch, time, dtype=torch.bool)
+    begins = torch.zeros(batch, time, dtype=torch.bool, device="cpu")
     if position_ids is not None:
         if position_ids.dim() == 3:
             position_ids = position_ids[0]

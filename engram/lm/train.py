@@ -208,6 +208,12 @@ def train(
         raise ValueError(f"{checkpoint_every=} and {keep_checkpoints=} count steps and checkpoints: 0 or more")
     tune_allocator()
     batches = batches or Batches(data, config.context, config.batch_size, config.seed)
+    device = next(model.parameters()).device
+
+    def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, targets, documents = batches(step)
+        return ids.to(device), targets.to(device), documents.to(device)
+
     optimizer = build_optimizer(
         model,
         lr=config.lr,
@@ -228,10 +234,10 @@ def train(
     model.train()
     memory = model.memory
     ahead: Recall | None = None  # of the batch after the current one
-    upcoming = batches(first)
+    upcoming = batch_at(first)
     for step in range(first, config.steps):
         began = time.perf_counter()
-        batch, recall, upcoming = upcoming, ahead, batches(step + 1)
+        batch, recall, upcoming = upcoming, ahead, batch_at(step + 1)
         if memory is not None and prefetch:
             recall = recall or memory.recall(batch[0], batch[2])
             ahead = memory.recall(upcoming[0], upcoming[2])

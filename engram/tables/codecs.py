@@ -200,7 +200,7 @@ class PQ:
         if not rows.isfinite().all():
             raise ValueError("product quantisation cannot be trained on rows that are not finite")
         parts = rows.detach().cpu().float().view(len(rows), rows.shape[1] // width, width)
-        codebooks = torch.zeros(parts.shape[1], 256, width)
+        codebooks = torch.zeros(parts.shape[1], 256, width, device="cpu")
         for m in range(parts.shape[1]):
             points = parts[:, m][parts[:, m].any(1)]
             distinct = points.unique(dim=0)
@@ -209,7 +209,8 @@ class PQ:
                 continue
             import faiss  # not needed to read or write rows, only here
 
-            unit = torch.ldexp(torch.ones(()), torch.frexp(points.abs().max())[1])  # squares must not overflow
+            exponent = torch.frexp(points.abs().max())[1]
+            unit = torch.ldexp(torch.ones((), device="cpu"), exponent)  # squares must not overflow
             kmeans = faiss.Kmeans(width, 255, niter=15, seed=seed, min_points_per_centroid=1)
             kmeans.train((points / unit).numpy())
             codebooks[m, 1:] = torch.from_numpy(kmeans.centroids) * unit
@@ -224,7 +225,7 @@ class PQ:
     def encode(self, rows: Tensor) -> Tensor:
         """Rows float32 [n, dim] -> uint8 [n, row_bytes], the nearest centroids. Raises ValueError as Fp8.encode."""
         rows = _checked(rows, self)
-        stored = torch.empty(len(rows), self.row_bytes(self.dim), dtype=torch.uint8)
+        stored = torch.empty(len(rows), self.row_bytes(self.dim), dtype=torch.uint8, device="cpu")
         books = self.codebooks.double()  # float32 squares overflow from 1.8e19 on
         for lo in range(0, len(rows), 8192):
             parts = rows[lo : lo + 8192].double().view(-1, *books.shape[::2])
@@ -237,11 +238,11 @@ class PQ:
     def decode(self, stored: Tensor, dim: int) -> Tensor:
         """Stored rows uint8 [n, row_bytes] -> float32 [n, dim]. Raises ValueError for rows of another size."""
         stored = _sized(stored, dim, self)
-        return self.codebooks[torch.arange(stored.shape[1]), stored.long()].flatten(1)
+        return self.codebooks[torch.arange(stored.shape[1], device="cpu"), stored.long()].flatten(1)
 
     def wrong(self, stored: Tensor, dim: int) -> Tensor:
         """bool [n], all False: every byte names a centroid."""
-        return torch.zeros(len(_sized(stored, dim, self)), dtype=torch.bool)
+        return torch.zeros(len(_sized(stored, dim, self)), dtype=torch.bool, device="cpu")
 
 
 Codec = Fp8 | Int | PQ

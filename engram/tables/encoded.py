@@ -239,7 +239,7 @@ def encode_table(
     try:
         for lo in range(0, table.rows, block):
             hi = min(lo + block, table.rows)
-            rows = table.gather(torch.arange(lo, hi)).float()
+            rows = table.gather(torch.arange(lo, hi, device="cpu")).float()
             if rows.any():
                 try:
                     encoded._store(rows, first=lo)
@@ -265,10 +265,10 @@ def _written_rows(table: HostTable, count: int, seed: int = 0) -> Tensor:
     """Ids of up to `count` rows that are not all zero, drawn at random; no more than 2^20 rows are looked at."""
     look, generator = min(table.rows, 1 << 20), torch.Generator().manual_seed(seed)
     if table.rows <= look:
-        ids = torch.randperm(table.rows, generator=generator)
+        ids = torch.randperm(table.rows, generator=generator, device="cpu")
     else:
-        ids = torch.randint(0, table.rows, (look,), generator=generator).unique()
-        ids = ids[torch.randperm(len(ids), generator=generator)]
+        ids = torch.randint(0, table.rows, (look,), generator=generator, device="cpu").unique()
+        ids = ids[torch.randperm(len(ids), generator=generator, device="cpu")]
     found: list[Tensor] = []
     for piece in ids.split(65536):
         found.append(piece[table.gather(piece).any(1)])

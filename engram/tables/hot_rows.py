@@ -89,7 +89,7 @@ class HotRows:
         self._used.reshape(-1)[place[hit]] = self._clock
         self.lookups += len(flat)
         self.hits += int(hit.sum())
-        raw = out if out.dtype == self.dtype else torch.empty(out.shape, dtype=self.dtype)
+        raw = out if out.dtype == self.dtype else torch.empty(out.shape, dtype=self.dtype, device="cpu")
         target = self._raw(raw)
         if hit.all():
             np.take(self._data, place, out=target, mode="clip")  # clip: straight into target, all are in range

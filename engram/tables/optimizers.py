@@ -47,9 +47,9 @@ def group(table: HostTable, ids: Tensor, grad: Tensor) -> tuple[Gradient, int, l
         raise ValueError(f"one step updates fewer than 2**30 row ids, not {n:,}")
     capacity = 1 << (2 * n - 1).bit_length()
     if getattr(_scratch, "n", 0) < n:
-        _scratch.n, wide, narrow = n, torch.int64, torch.int32
-        _scratch.arrays = [torch.empty(capacity, dtype=narrow), torch.empty(n, dtype=narrow)]
-        _scratch.arrays += [torch.empty(n, dtype=wide), torch.empty(n + 1, dtype=narrow), torch.empty(n, dtype=narrow)]
+        wide, narrow = torch.int64, torch.int32
+        sizes = ((capacity, narrow), (n, narrow), (n, wide), (n + 1, narrow), (n, narrow))
+        _scratch.n, _scratch.arrays = n, [torch.empty(size, dtype=d, device="cpu") for size, d in sizes]
     slots, which, unique, start, order = _scratch.arrays
     assert kernels.native is not None
     distinct = kernels.native.engram_group(
@@ -81,10 +81,12 @@ class RowOptimizer:
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
         self.state: dict[str, HostTable] = {}
+        self._reopened = False  # state from before lies in a file
 
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
         """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk."""
         path = None if self.table.path is None else self.table.path.with_name(f"{self.table.path.name}.{name}")
+        self._reopened |= path is not None and path.exists()
         return HostTable(each * self.table.rows, dim, torch.float32, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,14 +118,21 @@ class RowOptimizer:
         return sum(state.nbytes for state in self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """{"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy."""
-        return {"steps": self.steps, **{name: state.tensor for name, state in self.state.items()}}
+        """{"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy. {"steps": 0}
+        where nothing was written yet: who copies a fresh optimiser (accelerate does) writes none of its pages."""
+        written = self.steps > 0 or self._reopened
+        return {"steps": self.steps, **{name: state.tensor for name, state in self.state.items() if written}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Raises ValueError where the saved state belongs to another optimiser or table."""
-        if set(saved) != {"steps", *self.state}:
+        fresh = saved == {"steps": 0}
+        if not fresh and set(saved) != {"steps", *self.state}:
             raise ValueError(f"{type(self).__name__} has state {sorted(self.state)}, the saved one {sorted(saved)}")
         for name, state in self.state.items():
+            if fresh:
+                if self.steps or self._reopened:
+                    state.tensor.zero_()
+                continue
             if saved[name].shape != state.tensor.shape:
                 raise ValueError(
                     f"optimiser state {name!r} is {tuple(saved[name].shape)}, table needs {tuple(state.tensor.shape)}"

@@ -42,7 +42,7 @@ class Fetch:
     def __init__(self, table: HostTable, row_ids: Tensor, device: torch.device):
         self.table, self.row_ids, self.device = table, row_ids, device
         on_gpu = device.type == "cuda"
-        self.host = torch.empty((*row_ids.shape, table.dim), dtype=torch.float32, pin_memory=on_gpu)
+        self.host = torch.empty((*row_ids.shape, table.dim), device="cpu", dtype=torch.float32, pin_memory=on_gpu)
         self.staged: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
         table.prefetch(row_ids)
@@ -86,7 +86,8 @@ def find(touched: Tensor, query: Tensor) -> Tensor:
     if kernels.native is None:
         return torch.isin(query, touched).nonzero().flatten()
     capacity = 1 << max(1, 2 * touched.numel() - 1).bit_length()
-    slots, places = torch.full((capacity,), -1, dtype=torch.int64), torch.empty(query.numel(), dtype=torch.int64)
+    slots = torch.full((capacity,), -1, dtype=torch.int64, device="cpu")
+    places = torch.empty(query.numel(), dtype=torch.int64, device="cpu")
     found = kernels.native.engram_find(
         touched.data_ptr(),
         touched.numel(),

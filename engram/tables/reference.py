@@ -17,7 +17,8 @@ LANES = 16
 @cache
 def normal_quantiles() -> Tensor:
     """float32 [65536]: the quantiles of N(0, 1) at (i + 0.5) / 65536, so that 16 random bits pick a normal value."""
-    return torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().contiguous()
+    places = (torch.arange(65536, dtype=torch.float64, device="cpu") + 0.5) / 65536
+    return torch.special.ndtri(places).float().contiguous()
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -40,15 +41,15 @@ def splitmix64(x: Tensor) -> Tensor:
 def random_16bit(key: int, ids: Tensor, dim: int) -> Tensor:
     """int64 [n, dim] in [0, 65536): the bits that row ids[n] draws under `key`."""
     row_key = splitmix64(splitmix64(ids) ^ _signed(key))[:, None]
-    column = torch.arange(dim)
+    column = torch.arange(dim, device="cpu")
     return (splitmix64(row_key + (column >> 2)) >> (16 * (column & 3))) & 0xFFFF
 
 
 def init_rows(ids: Tensor, dim: int, seed: int, std: float, dtype: torch.dtype) -> Tensor:
     """float32 [n, dim]: what never-written rows of a normal table read as."""
-    values = normal_quantiles()[random_16bit(seed, ids, dim)] * torch.tensor(std, dtype=torch.float32)
+    values = normal_quantiles()[random_16bit(seed, ids, dim)] * torch.tensor(std, dtype=torch.float32, device="cpu")
     if dtype == torch.bfloat16:
-        values = round_bfloat16(values, torch.tensor(0x8000)).float()
+        values = round_bfloat16(values, torch.tensor(0x8000, device="cpu")).float()
     return values
 
 
@@ -96,9 +97,10 @@ def group(ids: Tensor, grad: Tensor, in_order: bool = False) -> tuple[Tensor, Te
     unique, which = torch.unique(ids, return_inverse=True)
     if unique.numel() == ids.numel():
         return ids, grad
-    first = torch.full((unique.numel(),), ids.numel()).scatter_reduce_(0, which, torch.arange(ids.numel()), "amin")
+    places = torch.arange(ids.numel(), device="cpu")
+    first = torch.full((unique.numel(),), ids.numel(), device="cpu").scatter_reduce_(0, which, places, "amin")
     summed = grad[first]
-    for i in torch.nonzero(first[which] != torch.arange(ids.numel())).flatten().tolist():
+    for i in torch.nonzero(first[which] != places).flatten().tolist():
         summed[which[i]] += grad[i]
     if in_order:
         appearance = first.argsort()
@@ -108,7 +110,7 @@ def group(ids: Tensor, grad: Tensor, in_order: bool = False) -> tuple[Tensor, Te
 
 def _sum_lanes(x: Tensor) -> Tensor:
     """float32 [n]: row sums of x [n, dim], over 16 lanes and then by halves."""
-    lanes = torch.zeros(len(x), LANES)
+    lanes = torch.zeros(len(x), LANES, device="cpu")
     for part in torch.nn.functional.pad(x, (0, -x.shape[1] % LANES)).split(LANES, dim=1):
         lanes = lanes + part
     half = LANES // 2
@@ -120,7 +122,7 @@ def _sum_lanes(x: Tensor) -> Tensor:
 
 def mean_square(x: Tensor) -> Tensor:
     """float32 [n]: mean of x[n, dim]**2, summed over 16 lanes and then by halves."""
-    return _sum_lanes(x * x) / torch.tensor(float(x.shape[1]))
+    return _sum_lanes(x * x) / torch.tensor(float(x.shape[1]), device="cpu")
 
 
 def row_factor(x: Tensor, weight: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def row_factor(x: Tensor, weight: Tensor) -> Tensor:
 
 def sum_in_order(x: Tensor) -> Tensor:
     """[a, dim]: sum of x [a, b, dim] over b, one after the other."""
-    total = torch.zeros(len(x), x.shape[2])
+    total = torch.zeros(len(x), x.shape[2], device="cpu")
     for part in x.unbind(1):
         total = total + part
     return total
@@ -139,7 +141,7 @@ def sum_in_order(x: Tensor) -> Tensor:
 
 def power(base: float, n: Tensor) -> Tensor:
     """float32: base ** n for int64 n >= 0, by squaring in float64."""
-    result = torch.ones(n.shape, dtype=torch.float64)
+    result = torch.ones(n.shape, dtype=torch.float64, device="cpu")
     while n.any():
         result = torch.where((n & 1).bool(), result * base, result)
         n, base = n >> 1, base * base
@@ -148,7 +150,7 @@ def power(base: float, n: Tensor) -> Tensor:
 
 def f32(x: float) -> Tensor:
     """A float32 scalar: torch would otherwise carry a Python float into the arithmetic in double."""
-    return torch.tensor(x, dtype=torch.float32)
+    return torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class RowSinkhorn(RowOptimizer):
         self.beta, self.tau = float(beta), float(tau)
         self.state["m"] = self._state_table("m", table.dim)
         self.state["last"] = self._state_table("last", 1)
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, device="cpu")
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:
         """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
@@ -65,9 +65,9 @@ class RowSinkhorn(RowOptimizer):
         self.steps += 1
         strips = -(-n // _STRIP)
         if self._buffer.numel() < n * (dim + 1):
-            self._buffer = torch.empty(n * (dim + 1))  # kept from step to step: no page of it is fresh
+            self._buffer = torch.empty(n * (dim + 1), device="cpu")  # kept from step to step: no page of it is fresh
         norm, look = self._buffer[:n], self._buffer[n : n * (dim + 1)]
-        sums, weight = torch.empty(strips, dim), torch.ones(dim)
+        sums, weight = torch.empty(strips, dim, device="cpu"), torch.ones(dim, device="cpu")
         table, entries = self.table.struct, ctypes.byref(gradient)
         moved = (m.data_ptr(), last.data_ptr(), entries)
         prepared = (self.beta, self.steps, look.data_ptr(), norm.data_ptr())
@@ -99,11 +99,11 @@ class RowSinkhorn(RowOptimizer):
         norm = reference.sqrt(reference.mean_square(look) * f32(t.dim))
         look = look * torch.where(norm > 0, 1 / norm, 0.0)[:, None]
         keep = ~(norm <= _limit(norm, self.tau))
-        weight = torch.ones(t.dim)
+        weight = torch.ones(t.dim, device="cpu")
         for _ in range(_SWEEPS):
             factor = reference.row_factor(look, weight)
             terms = torch.where(keep[:, None], look * look * factor[:, None], 0.0)
-            pad = torch.zeros(-len(terms) % _STRIP, t.dim)
+            pad = torch.zeros(-len(terms) % _STRIP, t.dim, device="cpu")
             weight = _column_weight(reference.sum_in_order(torch.cat([terms, pad]).view(-1, _STRIP, t.dim)))
         scale = f32(rate) * reference.sqrt(reference.row_factor(look, weight))
         rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std)

@@ -76,7 +76,7 @@ def _on_huge_pages(address: int) -> bool | None:
 def as_output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A buffer for rows: the caller's, proven to fit (in `dtype` or float32), or a new one of `dtype`."""
     if out is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if tuple(out.shape) != shape or not out.is_contiguous() or out.device.type != "cpu":
         raise ValueError(f"out must be a contiguous CPU tensor of shape {shape}, not {tuple(out.shape)}")
     if out.dtype not in (dtype, torch.float32):

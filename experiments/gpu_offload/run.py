@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
 
 import numpy as np
+
+# Keys and values that grow by a token each step would otherwise fill the card with blocks too small for the next one.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig
 from engram.lm.transformer import Cache
+from engram.tables import kernels
 
 HERE = Path(__file__).parent
 VOCAB = 32_768
@@ -89,6 +94,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" and not arguments.tiny:
         parser.error("no GPU here: run it with --tiny to see that it works, or on a machine with a GPU to measure")
+    if kernels.native is None and not arguments.tiny:
+        parser.error("the compiled kernels are not there: install with a C compiler, or torch's gather is measured")
     with_memory, plain = build(arguments.tiny, device)
     assert with_memory.memory is not None
     gib = sum(table.nbytes for table in with_memory.memory.tables.values()) / 2**30

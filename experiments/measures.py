@@ -54,6 +54,17 @@ def paired(
     return over_seeds(values) if values else None
 
 
+def cut(value: Interval, most: float = 1.0) -> Interval:
+    """The part of an interval from 0 to `most`: Student's knows nothing of what a share can be."""
+    return value if math.isinf(value.low) else value._replace(low=max(value.low, 0.0), high=min(value.high, most))
+
+
+def share_of(runs: dict[int, Record], get: Callable[[Any], float | None]) -> Interval | None:
+    """mean_of a share of 1."""
+    found = mean_of(runs, get)
+    return None if found is None else cut(found)
+
+
 def shown(value: Interval | None, form: str = ".3f") -> str:
     """ "0.123 (0.101 .. 0.145)"; the mean alone where there is one seed; nothing without a value."""
     if value is None:

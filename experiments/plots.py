@@ -72,27 +72,47 @@ def save(figure: Figure, home: Path) -> Path:
 
 def dot_plots(home: Path, baseline: str) -> Path:
     """One panel per group, one line per arm, best first: difference to the baseline in bits per byte, which holds for
-    arms with another tokenizer too. Filled where the interval leaves zero out and is of more than one seed."""
+    arms with another tokenizer too. Filled where the interval leaves zero out and is of more than one seed. All panels
+    have one scale; an arm that would stretch it by half is an arrow at its edge."""
     groups = {name: [row for row in rows if row.bits] for name, rows in load(home, baseline).items()}
     groups = {name: rows for name, rows in groups.items() if rows}
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no arm beside {baseline!r} with a seed in common to compare")
     figure, panels = new_figure(7.2, [1.05 + 0.23 * len(rows) for rows in groups.values()])
     with matplotlib.rc_context(STYLE):
+        scale = _scale([row for rows in groups.values() for row in rows])
         for axes, (name, rows) in zip(panels, groups.items(), strict=True):
+            axes.set_xlim(*scale)
             _dots(axes, sorted(rows, key=lambda row: row.bits.mean))  # type: ignore[union-attr]
             axes.set_title(f"{home.name}, {name}")
             axes.set_xlabel(f"bits per byte, minus {baseline}'s\n(left is better; bars: 95 % intervals)")
     return save(figure, home)
 
 
+def _scale(rows: list[Row]) -> tuple[float, float]:
+    """Both ends of the axis: around zero and all intervals, but for one arm that is far to the right of the others."""
+    bits = sorted((row.bits for row in rows if row.bits is not None), key=lambda interval: interval.high)
+    most = bits[-1].high
+    others = max(bits[-2].high if len(bits) > 1 else 0.0, 0.0)
+    left = min(0.0, *(interval.low for interval in bits))
+    right = others if most - left > 1.5 * (others - left) > 0 else max(most, 0.0)
+    room = 0.05 * (right - left)
+    return left - room, right + room
+
+
 def _dots(axes: Axes, rows: list[Row]) -> None:
+    edge = axes.get_xlim()[1]
     for place, row in enumerate(rows):
         assert row.bits is not None
         clear = len(row.paired) > 1 and (row.bits.low > 0 or row.bits.high < 0)
         colour = SOFT if not clear else COLOURS[0] if row.bits.mean < 0 else COLOURS[1]
-        axes.plot([row.bits.low, row.bits.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot(row.bits.mean, place, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=5)
+        if row.bits.mean > edge:
+            words = f"{row.bits.mean:+.2f} \N{RIGHTWARDS ARROW}"
+            axes.text(edge, place, words, color=colour, ha="right", va="center", fontsize=8)
+            continue
+        ends = [[row.bits.mean - row.bits.low], [row.bits.high - row.bits.mean]]
+        axes.errorbar(row.bits.mean, place, xerr=ends, color=colour, linewidth=1.4, capsize=2.5)
+        axes.plot(row.bits.mean, place, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=4)
     names = [f"{row.label}  ({len(row.paired)} seed{'s' if len(row.paired) > 1 else ''})" for row in rows]
     axes.set_yticks(range(len(rows)), names, color=INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -116,6 +136,11 @@ def curve(
     alone = [place for place, count in enumerate(seeds or ()) if count == 1]
     if alone:
         axes.plot(np.array(x)[alone], mean[alone], "o", color=colour, markerfacecolor="white", markersize=4.5, zorder=3)
+
+
+def beside(x: Sequence[float], place: int, of: int) -> list[float]:
+    """x on a logarithmic axis, moved a little to one side, so that the bars of `of` curves stand side by side."""
+    return [value * 1.03 ** (place - (of - 1) / 2) for value in x]
 
 
 def gain(row: Row) -> Interval:

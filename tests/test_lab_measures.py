@@ -25,8 +25,9 @@ from experiments.depth.measure import alignment, cka, layer_states
 from experiments.depth.measure import measure as measure_depth
 from experiments.depth.summary import shift
 from experiments.findings import Finding
-from experiments.measures import paired
+from experiments.measures import paired, share_of, shown
 from experiments.recall import task
+from experiments.recall.summary import accuracy
 from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
 from experiments.sensitivity import facts as facts_module
 from experiments.sensitivity import measure as sensitivity
@@ -667,3 +668,11 @@ def test_a_summary_stands_before_the_tables_of_the_losses(tmp_path, monkeypatch)
 def test_a_run_keeps_its_json_and_its_options_for_a_base():
     run = Run("kneser_ney", "kneser-ney", SETTING, (("base", "none"),))
     assert Run.from_json(run.to_json()) == run and run.key != replace(run, options=()).key
+
+
+def test_the_interval_of_a_share_ends_where_shares_do():
+    runs = {seed: {"measures": {"on": {"accuracy": right}}} for seed, right in enumerate((0.999, 0.483))}
+    found = share_of(runs, accuracy("on"))
+    assert (found.low, found.high) == (0.0, 1.0) and found.mean == pytest.approx(0.741)
+    alone = share_of({0: runs[0]}, accuracy("on"))
+    assert shown(alone) == "0.999 (one seed)"

@@ -28,12 +28,18 @@ def draw(home: Path) -> Path:
     figure, panels = new_figure(7.2, [3.4] * len(groups) + [2.6] * len(maps))
     with matplotlib.rc_context(STYLE):
         for axes, (group, labels) in zip(panels, groups.items(), strict=False):
+            least_mean = np.inf
             for colour, (label, runs) in zip(COLOURS, labels.items(), strict=False):
                 depth = min((len(run["measures"]["lens_kl"]) for run in runs.values()), default=0)
-                points = [mean_of(runs, lens(layer)) for layer in range(depth)]
+                points = [mean_of(runs, lens(layer)) for layer in range(depth - 1)]  # the last layer has 0
                 known = [point for point in points if point is not None]
                 if known:
-                    curve(axes, range(depth), [_finite(point) for point in known], colour, label)
+                    curve(axes, range(len(known)), [_finite(point) for point in known], colour, label)
+                    least_mean = min(least_mean, *(point.mean for point in known))
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.3 * least_mean)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_xticks(range(depth - 1))
             axes.set_xlabel("layer (0: embedding)")
             axes.set_ylabel("KL to the final distribution, nats")
             axes.set_title(f"{home.name}, {group}: LogitLens (bars: 95 % over seeds)")
@@ -43,11 +49,13 @@ def draw(home: Path) -> Path:
             axes.imshow(matrix, vmin=least, vmax=most, cmap="Blues", aspect="auto")  # one scale for all maps
             for i, j in np.ndindex(matrix.shape):
                 colour = INK if matrix[i, j] < least + 0.6 * (most - least) else "white"
-                axes.text(j, i, f"{matrix[i, j]:.3f}", ha="center", va="center", color=colour, fontsize=7)
+                weight = "bold" if j == matrix[i].argmax() else "normal"
+                words = f"{matrix[i, j]:.3f}"
+                axes.text(j, i, words, ha="center", va="center", color=colour, fontsize=7, fontweight=weight)
             axes.set_xticks(range(matrix.shape[1]), [f"{j + 1}" for j in range(matrix.shape[1])])
             axes.set_yticks(range(matrix.shape[0]), [f"{i + 1}" for i in range(matrix.shape[0])])
             axes.grid(visible=False)
-            axes.set_xlabel(f"layer of {BASELINE}")
+            axes.set_xlabel(f"layer of {BASELINE} (bold: the likest)")
             axes.set_ylabel("layer")
             axes.set_title(title)
     return save(figure, home)

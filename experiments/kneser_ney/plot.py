@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from experiments.kneser_ney.configs import ARMS, BASELINE, ROWS, parts_of
-from experiments.plots import COLOURS, SOFT, STYLE, curve, first_run, load, new_figure, save
+from experiments.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, load, new_figure, save
 from experiments.report import Row
 
 Points = dict[str, list[tuple[float, Row]]]  # of each arm, (place on the axis, row)
@@ -40,12 +40,12 @@ def draw(home: Path) -> Path:
 
 
 def _panel(axes: Axes, label: str, points: Points) -> None:
-    for colour, name in zip(COLOURS, ARMS, strict=True):
+    for which, (colour, name) in enumerate(zip(COLOURS, ARMS, strict=True)):
         if name in points:
             ordered = sorted(points[name], key=lambda point: point[0])
             differences = [row.nats for _, row in ordered if row.nats is not None]
             seeds = [len(row.paired) for _, row in ordered]
-            curve(axes, [place for place, _ in ordered], differences, colour, name, seeds)
+            curve(axes, beside([place for place, _ in ordered], which, len(ARMS)), differences, colour, name, seeds)
     ticks = sorted({place for line in points.values() for place, _ in line})
     axes.axhline(0, color=SOFT, linewidth=1)
     axes.set_xscale("log")

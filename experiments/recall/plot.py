@@ -21,15 +21,15 @@ def draw(home: Path) -> Path:
         for axes, (group, labels) in zip(panels, groups.items(), strict=True):
             names = []
             for label, runs in labels.items():
-                for state, filled in (("on", True), ("off", False)):
+                for state, marker, colour in (("on", "o", COLOURS[0]), ("off", "v", COLOURS[1])):
                     found = mean_of(runs, accuracy(state))
                     if found is None:
                         continue
-                    place, colour = len(names), COLOURS[0] if filled else COLOURS[1]
+                    place = len(names)
                     if np.isfinite(found.low):
                         axes.plot([found.low, found.high], [place, place], color=colour, linewidth=1.6)
-                    axes.plot(found.mean, place, "o", color=colour, markerfacecolor=colour if filled else "white")
-                    names.append(label if filled else f"{label}, memory off")
+                    axes.plot(found.mean, place, marker, color=colour)
+                    names.append(label if state == "on" else f"{label}, memory off")
             keyless = mean_of(labels.get("plain", {}), accuracy("on", "keyless"))
             if keyless is not None:
                 axes.axvline(keyless.mean, color=SOFT, linewidth=1.2, linestyle=":")
@@ -38,5 +38,7 @@ def draw(home: Path) -> Path:
             axes.set_xlim(-0.03, 1.03)
             axes.grid(axis="y", visible=False)
             axes.set_title(f"{home.name}, {group}")
-        panels[-1].set_xlabel("share of answers right (bars: 95 % over seeds; dotted: plain without keys)")
+        panels[-1].set_xlabel(
+            "share of answers right\n(bars: 95 % over seeds, cut at 0 and 1; dotted: plain without keys)"
+        )
     return save(figure, home)

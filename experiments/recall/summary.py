@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.measures import mean_of, measured, paired, shown, table
+from experiments.measures import measured, paired, share_of, shown, table
 
 
 def accuracy(state: str, what: str = "accuracy") -> Callable[[Any], float | None]:
@@ -21,7 +21,7 @@ def summary(home: Path) -> str:
             gain = None if label == "plain" else paired(runs, plain, accuracy("on"))
             left = None if label == "plain" else paired(runs, runs, accuracy("off"), accuracy("on"))
             on, off, keyless = (
-                mean_of(runs, get) for get in (accuracy("on"), accuracy("off"), accuracy("on", "keyless"))
+                share_of(runs, get) for get in (accuracy("on"), accuracy("off"), accuracy("on", "keyless"))
             )
             cells = (shown(keyless), shown(on), shown(gain, "+.3f"), shown(off), shown(left, "+.3f"))
             lines.append((group, label, f"{len(runs)}", *cells))

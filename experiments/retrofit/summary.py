@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from engram.lm.statistics import Interval, paired_interval
 from experiments.config import read_results
-from experiments.measures import table
+from experiments.measures import cut, table
 from experiments.plots import COLOURS, INK, SOFT, STYLE, save
 from experiments.report import short, write_between_marks
 from experiments.retrofit.arms import NAMES
@@ -80,7 +80,8 @@ def arrays(home: Path, arm: str, record: Record, names: tuple[str, ...]) -> list
 
 def compared(home: Path, arms: Arms, ours: str, theirs: str | None, measure: str) -> Interval | None:
     """ours minus theirs, or ours alone, with its interval over seeds and documents (or facts). The reference has no
-    seed: it is set against every seed of the other. None without a seed in common."""
+    seed: it is set against every seed of the other. None without a seed in common. What cannot be below 0 (or, of
+    shares, above 1) is cut there."""
     losses, sizes, unit = MEASURES[measure]
     a, b = arms.get(ours, {}), arms.get(theirs or ours, {})
     seeds = sorted(set(a) & set(b)) if "reference" not in (ours, theirs) else sorted(a if theirs == "reference" else b)
@@ -93,7 +94,8 @@ def compared(home: Path, arms: Arms, ours: str, theirs: str | None, measure: str
     mine = stack(ours, a, losses) / unit
     other = np.zeros_like(mine) if theirs is None else stack(theirs, b, losses) / unit
     weights = np.ones(mine.shape[1]) if sizes is None else stack(ours, a, sizes)[0]
-    return paired_interval(mine, other, weights)
+    found = paired_interval(mine, other, weights)
+    return found if theirs is not None else cut(found, 1.0 if measure.endswith(("exact", "rank")) else math.inf)
 
 
 def shown(value: Interval | None, form: str) -> str:
@@ -251,8 +253,9 @@ def draw(home: Path) -> Path:
                 label = {"taught": "taught", "untaught": "never taught"}[side] if place == 0 else None
                 _dot(said, place, compared(home, arms, arm, None, f"{side} exact"), colour, shift, label)
         said.set_title("facts said word for word")
-        said.set_xlabel("share of facts, closed book (right is better)")
-        said.legend(loc="upper center")
+        said.set_xlim(-0.03, 1.03)
+        said.set_xlabel("share of facts, closed book (right is better; bars cut at 0 and 1)")
+        said.legend(loc="lower right", frameon=True, facecolor="white")
         for place, arm in enumerate(names):
             _dot(asked, place, compared(home, arms, arm, "reference", "rephrased nats"), COLOURS[0])
         asked.axvline(0, color=SOFT, linewidth=1)

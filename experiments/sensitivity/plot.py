@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.lines import Line2D
 
+from engram.lm.statistics import Interval
 from experiments.measures import mean_of, measured
 from experiments.plots import COLOURS, INK, SOFT, STYLE, new_figure, save
-from experiments.sensitivity.summary import LEVELS, SHARES, retention
+from experiments.sensitivity.summary import LEVELS, SHARES, learned_retention, retention
+
+KINDS = ("what saying it added, next token", "said eight times in training", "never said")
 
 
 def draw(home: Path) -> Path:
-    found = []  # (title, {share: interval})
+    found = []  # (title, lines)
     for group, labels in measured(home).items():
         for label, runs in labels.items():
-            kept = {name: mean_of(runs, retention(name)) for name in SHARES}
-            if any(interval is not None for interval in kept.values()):
-                found.append((f"{label}, {group}", kept))
+            lines = lines_of(runs)
+            if any(value is not None for _, _, value in lines):
+                found.append((f"{label}, {group}", lines))
     if not found:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
-    figure, panels = new_figure(7.2, [1.0 + 0.3 * len(SHARES)] * len(found))
+    figure, panels = new_figure(7.2, [1.0 + 0.3 * len(found[0][1])] * len(found))
     with matplotlib.rc_context(STYLE):
-        for axes, (title, kept) in zip(panels, found, strict=True):
-            for place, (name, interval) in enumerate(kept.items()):
-                if interval is None:
+        for axes, (title, lines) in zip(panels, found, strict=True):
+            for place, (_, kind, value) in enumerate(lines):
+                if value is None:
                     continue
-                colour = COLOURS[0] if name in ("taught_exact", *LEVELS) else COLOURS[1]  # said in training, or not
-                if np.isfinite(interval.low):
-                    axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=1.6)
-                axes.plot(interval.mean, place, "o", color=colour, markersize=5)
-            axes.set_yticks(range(len(kept)), [SHARES[name] for name in kept], color=INK)
-            axes.set_ylim(len(kept) - 0.5, -0.5)
+                if np.isfinite(value.low):
+                    axes.plot([value.low, value.high], [place, place], color=COLOURS[kind], linewidth=1.6)
+                axes.plot(value.mean, place, "o", color=COLOURS[kind], markersize=5)
+            axes.set_yticks(range(len(lines)), [words for words, _, _ in lines], color=INK)
+            axes.set_ylim(len(lines) - 0.5, -0.5)
+            axes.set_xlim(-0.1, 1.1)
             axes.axvline(1, color=SOFT, linewidth=1)
             axes.axvline(0, color=SOFT, linewidth=1)
             axes.grid(axis="y", visible=False)
             axes.set_title(f"{home.name}: {title}")
-            axes.set_xlabel("share left with the memory off (1: nothing lost; bars: 95 % over seeds)")
+        panels[-1].set_xlabel("share left with the memory off (1: nothing lost; bars: 95 % over seeds)")
+        key = [Line2D([], [], color=c, marker="o", label=words) for c, words in zip(COLOURS, KINDS, strict=False)]
+        panels[-1].legend(handles=key, loc="upper center", bbox_to_anchor=(0.3, -0.2), ncols=3, fontsize=8)
     return save(figure, home)
+
+
+def lines_of(runs: dict[int, Any]) -> list[tuple[str, int, Interval | None]]:
+    """(words, place in KINDS, share left) from top to bottom."""
+    lines = [(SHARES[name].split(",")[0], 0, mean_of(runs, learned_retention(name))) for name in LEVELS]
+    for name, words in SHARES.items():
+        said = name in ("taught_exact", *LEVELS)
+        lines.append((words, 1 if said else 2, mean_of(runs, retention(name))))
+    return lines

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.lm.statistics import Interval
-from experiments.measures import mean_of, measured, paired, shown, table
+from experiments.measures import mean_of, measured, paired, share_of, shown, table
 from experiments.report import Record
 
 SHARES = {
@@ -73,7 +73,7 @@ def summary(home: Path) -> str:
         lines = []
         for name, words in SHARES.items():
             for label, runs in labels.items():
-                on, off = (mean_of(runs, of(state, name)) for state in ("on", "off"))
+                on, off = (share_of(runs, of(state, name)) for state in ("on", "off"))
                 kept = mean_of(runs, retention(name))
                 gain = None if label == "plain" else paired(runs, plain, of("on", name))
                 lines.append((words, label, shown(on), shown(off), shown(kept, ".2f"), shown(gain, "+.3f")))

@@ -137,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead, of seed 0")
     run.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
     run.add_argument("--threads", type=int, default=1, help="of each run (default 1, which repeats to the last digit)")
+    run.add_argument("--device", default="cpu", help="cpu (default) or cuda: of the dense weights, tables stay in RAM")
     run.add_argument("--again", action="store_true", help="make runs that are there once more and compare the losses")
     run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
     for command, what in (
@@ -156,7 +157,7 @@ def main() -> int:
             list_experiments()
         elif arguments.command == "run":
             only = chosen(arguments.name, arguments.only)
-            how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes")}
+            how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes", "device")}
             if arguments.tune:
                 return bool(tune(arguments.name, only, arguments.group, **how))
             runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus, arguments.group)

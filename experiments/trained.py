@@ -51,7 +51,7 @@ def train_once(model: nn.Module, train: Callable[[], TrainLog], file: Path | Non
         (the log of the training, its processor seconds, whether another run did it).
     """
     if file is not None and file.exists():
-        found = torch.load(file, weights_only=True)
+        found = torch.load(file, weights_only=True, map_location="cpu")
         model.load_state_dict(found["model"])
         return TrainLog(**found["log"]), found["seconds"], True
     began = time.process_time()

@@ -400,7 +400,7 @@ def test_a_text_survives_its_folder(setting, tmp_path, held_out):
 
 def test_the_runs_of_a_sweep_have_one_folder_of_texts_and_leave_none_behind(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(runner, "_child_command", lambda home, threads: [sys.executable, "-c", TEXTS_OF_THE_SWEEP])
+    monkeypatch.setattr(runner, "_child_command", lambda *_: [sys.executable, "-c", TEXTS_OF_THE_SWEEP])
     runs = [Run("toy", "plain", setting, label=label).seeded(seed) for seed, label in enumerate("abc")]
     assert runner.sweep(runs, tmp_path / "home", workers=2, others=()) == 0
     results = read_results(tmp_path / "home" / "toy" / "results.jsonl")
@@ -437,7 +437,7 @@ def test_a_text_that_cannot_be_made_fails_with_its_own_reason(setting, tmp_path,
 
 
 def test_a_crash_is_written_down_and_the_sweep_goes_on(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_child_command", lambda home, threads: [sys.executable, "-c", CRASH_OR_RESULT])
+    monkeypatch.setattr(runner, "_child_command", lambda *_: [sys.executable, "-c", CRASH_OR_RESULT])
     runs = [Run("toy", arm, setting, label=arm) for arm in ("bad", "plain")]
     assert runner.sweep(runs, tmp_path, others=()) == 1
     assert [r["label"] for r in read_results(tmp_path / "toy" / "results.jsonl")] == ["plain"]
@@ -451,6 +451,12 @@ run = json.loads(sys.stdin.read())
 if run["arm"] == "bad": 1 / 0
 print(json.dumps({"key": "k", "label": run["label"], "loss": 1.0, "total_seconds": 1.0}))
 """
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_run(setting, tmp_path):
+    with pytest.raises(ValueError, match="no device 'tpu' here"):
+        runner.sweep([Run("toy", "plain", setting)], tmp_path, device="tpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_child_reports_its_own_traceback(setting, tmp_path):

@@ -18,6 +18,9 @@ TASKS = {
 }
 STEPS, BATCH = {"T": 1500, "S": 3000}, 64
 ARMS = ("plain", "engram", "one-row", "short-conv")
+# Below a rate of its own an arm learns the task and above it does not: a grid of rates that are all too high is flat, and
+# would go on in either direction.
+LRS = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 
 
 def configs(setting_name: str) -> list[Run]:
@@ -35,6 +38,5 @@ def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float]) -> R
 
 def tune() -> list[Run]:
     """A grid of lr for every arm on MQAR, at T; rows take the rate of engram on text."""
-    return rate_grid(
-        [_cell("T", "MQAR, 4 pairs", arm, tuned(arm, SETTINGS["T"])) for arm in ARMS], TUNING, table_lrs=()
-    )
+    cells = [_cell("T", "MQAR, 4 pairs", arm, tuned(arm, SETTINGS["T"])) for arm in ARMS]
+    return rate_grid(cells, TUNING, LRS, table_lrs=())

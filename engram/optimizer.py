@@ -43,8 +43,8 @@ class EngramOptimizer(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Updates the dense weights and the rows that the backward passes since zero_grad() touched.
 
-        torch.amp.GradScaler.step divides row gradients too; where it found infinities, rows are left alone as weights
-        are.
+        torch.amp.GradScaler.step has row gradients divided too. Where it found infinities, or a row gradient holds one,
+        nothing moves.
 
         Raises:
             RuntimeError: several processes train: row gradients stay in the process that found them, so each would get
@@ -57,17 +57,21 @@ class EngramOptimizer(torch.optim.AdamW):
                 f"{processes} processes train this memory, but row gradients are not summed over processes: train in "
                 f"one, or with rows that do not learn (train_tables=False, encoded tables)"
             )
-        scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler sets both
-        if infinite is not None and scale is None and any(map(self._pending, self.memories)):
-            raise RuntimeError(
-                "GradScaler.unscale_ divides the gradients of weights, but not those of table rows: train in bfloat16, "
-                "or leave unscale_ out (with transformers' Trainer: bf16=True instead of fp16=True, or max_grad_norm=0)"
-            )
+        self.touched = 0
+        scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if infinite is not None:  # GradScaler sets both for the time of this call
+            kept = [pending for memory in self.memories for pending in memory.gradients.values()]
+            if scale is None and any(kept):
+                del self.__dict__["grad_scale"], self.__dict__["found_inf"]  # an error would leave them behind
+                raise RuntimeError(
+                    "GradScaler.unscale_ divides the gradients of weights, but not those of table rows: train in "
+                    "bfloat16, or leave unscale_ out (with transformers' Trainer: bf16=True instead of fp16=True, or "
+                    "max_grad_norm=0)"
+                )
+            if infinite or not all(grad.isfinite().all() for pending in kept for _, grad in pending):
+                return None
         loss = super().step(closure)
         lr = self.param_groups[-1]["lr"]
-        self.touched = 0
-        if infinite is not None and bool(infinite):
-            return loss
         for memory, layers in zip(self.memories, self.rows, strict=True):
             for layer, optimizer in layers.items():
                 pending = memory.gradients[layer]
@@ -87,10 +91,6 @@ class EngramOptimizer(torch.optim.AdamW):
                 memory.clock["updating"] += time.perf_counter() - began
                 pending.clear()
         return loss
-
-    @staticmethod
-    def _pending(memory: EngramMemory) -> bool:
-        return any(memory.gradients.values())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -157,10 +157,13 @@ def main() -> int:
             list_experiments()
         elif arguments.command == "run":
             only = chosen(arguments.name, arguments.only)
-            how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes", "device")}
+            how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes")}
             if arguments.tune:
+                if arguments.device != "cpu":
+                    raise ValueError("rates are tuned on the CPU: leave --device out")
                 return bool(tune(arguments.name, only, arguments.group, **how))
             runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus, arguments.group)
+            runs = [run.on(arguments.device) for run in runs]
             if arguments.again:
                 return bool(run_again(runs, **how))
             return bool(sweep(runs, **how))

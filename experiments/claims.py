@@ -230,13 +230,14 @@ def _figure(value: Interval) -> str:
 def command(claim: Claim, group: str) -> str:
     """The command that makes the runs of a table, with the setting and the text that are not the experiment's own."""
     name = claim.command.removeprefix("python -m experiments run ")
+    group, device = group.removesuffix(", on cuda"), " --device cuda" * group.endswith(", on cuda")
     setting, _, text = group.replace(",", ":").partition(": ")
     if name not in NAMES or setting not in SETTINGS:
         return claim.command
     options = "" if setting == questions(name).SETTING else f" --setting {setting}"
     if name == "sceptic" and text != SETTINGS[setting].corpus:
         options += f" --corpus {text}"
-    return claim.command + options
+    return claim.command + options + device
 
 
 def _line(claim: Claim, cells: list[str], how: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import xxhash
 
 from engram.config import EngramConfig
@@ -56,6 +57,7 @@ class Run:
         label: its row in tables and figures; runs that differ only in the seed share it. Default: the arm's name.
         group: its table. Arms are compared with the baseline of their own group. Default: the text's name.
         held_out: "validation", or "tune" for choosing learning rates.
+        device: of the dense weights, "cpu" or "cuda"; tables stay in host memory.
     """
 
     experiment: str
@@ -65,6 +67,7 @@ class Run:
     label: str = ""
     group: str = ""
     held_out: str = "validation"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", tuple(sorted((str(name), value) for name, value in self.options)))
@@ -76,6 +79,7 @@ class Run:
         """Digest (16 hex digits) of everything that decides the outcome, the seed included. Experiment, label and
         group do not: a run that two experiments ask for is made once."""
         what = [self.arm, self.options, asdict(self.setting), self.held_out]
+        what += [] if self.device == "cpu" else [self.device]
         return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
 
     @property
@@ -91,6 +95,18 @@ class Run:
         """The same run with another seed of weights, addresses and data order."""
         train, memory = replace(self.setting.train, seed=seed), self.setting.memory.replace(seed=seed)
         return replace(self, setting=replace(self.setting, train=train, memory=memory))
+
+    def on(self, device: str) -> Run:
+        """The same run on another device, in a table of its own: losses differ in late digits, seconds wholly.
+
+        Raises:
+            ValueError: a device that is not there.
+        """
+        if device == self.device:
+            return self
+        if device != "cuda" or not torch.cuda.is_available():
+            raise ValueError(f"no device {device!r} here: cpu, or cuda on a machine with a GPU")
+        return replace(self, device=device, group=f"{self.group}, on {device}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -179,9 +179,6 @@ def facts(rows: list[Row]) -> str:
     def all_of(name: str, form: Any = str) -> str:
         return " and ".join(sorted({form(run[name]) for run in runs}))
 
-    devices = sorted({run.get("device", "cpu") for run in runs})
-    where = f" on {' and '.join(devices)}" if devices != ["cpu"] else ""
-
     def shape(setting: Record) -> str:
         model, train = setting["model"], setting["train"]
         return (
@@ -192,7 +189,7 @@ def facts(rows: list[Row]) -> str:
         f"{all_of('setting', shape)} tokens, vocabulary {all_of('vocabulary', '{:,}'.format)}; "
         f"corpus {all_of('corpus', lambda d: d[:12])}, 13-gram overlap with the training text "
         f"{all_of('overlap_13gram', '{:.4f}'.format)}; code {all_of('code', short)}; torch {all_of('torch')}; "
-        f"threads {all_of('threads')}{where}. FLOPs are three times the forward ones. Intervals: 95 %, paired, the "
+        f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired, the "
         "wider of documents and seeds drawn and Student's over seeds; below 0, the arm is better than the baseline."
     ]
     few = [row.label for row in rows if row.paired and len(row.paired) < max(len(r.paired) for r in rows)]

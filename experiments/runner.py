@@ -43,16 +43,14 @@ CURVE_POINTS, LAST_STEPS = 40, 50
 SAME = 1e-6  # nats per token between a run and the same run again
 
 
-def execute(
-    run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | None = None, device: str = "cpu"
-) -> tuple[Any, Any]:
-    """Trains and evaluates one run in this process; device: of the dense weights, tables stay in host memory.
+def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | None = None) -> tuple[Any, Any]:
+    """Trains and evaluates one run in this process.
 
     Returns:
         (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
         document, and the arrays that the experiment measured besides). Times are in seconds, losses in nats per token.
         train_loss is the mean of the last 50 steps, training FLOPs are three times the forward ones, peak_memory is of
-        this process and in bytes (of a GPU: peak_device_memory), seen is what engram.lm.seen says.
+        this process and in bytes, seen is what engram.lm.seen says.
     """
     torch.set_num_threads(threads)
     began = time.perf_counter()
@@ -65,7 +63,7 @@ def execute(
     model = arms.build(run.arm, setting, data, **options)
     stored, looked_up = _stored(model), arms.tables(model)
     flops = forward_flops(model, data, setting.train.context)
-    model.to(device)
+    model.to(run.device)
     own, shared, used = hook(run.experiment, "train"), False, time.process_time()
     if own is None:
         file = Path(os.environ[FILE]) if FILE in os.environ else None
@@ -110,9 +108,8 @@ def execute(
         "total_seconds": time.perf_counter() - began,
         "training_shared": shared,  # with another run of the sweep: the seconds of training are that one's
         "threads": threads,
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        "device": run.device,
         "peak_memory": peak,
-        "peak_device_memory": torch.cuda.max_memory_allocated(device) if device != "cpu" else 0,
         "parameters": {"dense": stored["parameters"] - looked_up["parameters"], "table": table["parameters"]},
         "bytes": {
             "dense": stored["bytes"] - looked_up["bytes"],
@@ -195,7 +192,8 @@ def rekey(home: Path, experiment: str, file: Path) -> int:
     records, changed = read_results(file), 0
     for record in records:
         setting, options = Setting.from_json(json.dumps(record["setting"])), tuple(record["options"].items())
-        run = Run(experiment, record["arm"], setting, options, held_out=record["held_out"])
+        rest = {"held_out": record["held_out"], "device": record.get("device", "cpu")}
+        run = Run(experiment, record["arm"], setting, options, **rest)
         if run.key != record["key"]:
             old, new = (_documents(home, experiment, key) for key in (record["key"], run.key))
             if old.exists():
@@ -215,7 +213,6 @@ def sweep(
     threads: int = 1,
     limit_minutes: float | None = None,
     others: Iterable[str] = NAMES,
-    device: str = "cpu",
 ) -> int:
     """Makes every run that is not in its results file yet. Returns how many failed; they are in failures.log.
 
@@ -223,13 +220,7 @@ def sweep(
         runs: of any experiments; home/<experiment>/results.jsonl (tune.jsonl for tuning runs) takes the lines.
         workers: runs side by side, each in a process of its own with `threads` threads.
         limit_minutes: after this long no new run begins. others: experiments whose finished runs are taken over.
-        device: of the dense weights, "cpu" or "cuda".
-
-    Raises:
-        ValueError: a device that is not there.
     """
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"no device {device!r} here: cpu, or cuda on a machine with a GPU")
     began = time.monotonic()
     for experiment, file in {(run.experiment, _file(home, run.experiment, run)) for run in runs}:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +240,7 @@ def sweep(
         training, places = training_of(run), {FOLDER: prepared}
         if training is not None and trainings[training] > 1:
             places[FILE] = os.path.join(prepared, f"trained-{training}.pt")
-        return _one(home, run, threads, device, places, name)
+        return _one(home, run, threads, places, name)
 
     print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
     with tempfile.TemporaryDirectory(prefix="engram-lab-") as prepared, ThreadPoolExecutor(workers) as pool:
@@ -263,8 +254,7 @@ def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
     """Makes runs that are in their results files once more, elsewhere, and prints both losses. Nothing is written.
 
     Args:
-        how: workers, threads, limit_minutes, device, as of `sweep`. Other threads than the first time's may change a
-            loss, and another device does.
+        how: workers, threads, limit_minutes, as of `sweep`. Other threads than the first time's may change a loss.
 
     Returns:
         How many failed or differ by more than 1e-6 nats per token.
@@ -339,13 +329,13 @@ def write_documents(file: Path, arrays: dict[str, np.ndarray]) -> None:
     os.replace(partial, file)
 
 
-def _one(home: Path, run: Run, threads: int, device: str, places: dict[str, str], name: str) -> bool:
+def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) -> bool:
     """One run in its own process: so its peak memory is its own, and its crash too. places: where the sweep keeps what
     its runs share, as environment variables."""
     size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     python_path = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        _child_command(home, threads, device),
+        _child_command(home, threads),
         input=run.to_json(),
         env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path, **places},
         capture_output=True,
@@ -366,11 +356,11 @@ def _one(home: Path, run: Run, threads: int, device: str, places: dict[str, str]
     return True
 
 
-def _child_command(home: Path, threads: int, device: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.runner", str(home), str(threads), device]
+def _child_command(home: Path, threads: int) -> list[str]:
+    return [sys.executable, "-m", "experiments.runner", str(home), str(threads)]
 
 
-def _child(home: Path, threads: int, device: str) -> None:
+def _child(home: Path, threads: int) -> None:
     """The other end of _one: run on standard input, side file into the folder, line to standard output."""
     parent = os.getppid()
 
@@ -380,11 +370,11 @@ def _child(home: Path, threads: int, device: str) -> None:
 
     run = Run.from_json(sys.stdin.read())
     with contextlib.redirect_stdout(sys.stderr):  # whatever an arm prints, the line is the line
-        record, documents = execute(run, threads, on_step, device)
+        record, documents = execute(run, threads, on_step)
     if run.held_out == "validation":
         write_documents(_documents(home, run.experiment, run.key), documents)
     print(json.dumps(record, default=float))  # NumPy's numbers among an arm's facts
 
 
 if __name__ == "__main__":
-    _child(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _child(Path(sys.argv[1]), int(sys.argv[2]))

@@ -40,7 +40,7 @@ def training_of(run: Run) -> str | None:
     setting = asdict(run.setting)
     if like[0] == "plain":
         del setting["memory"]
-    what = [*like, epochs, setting, run.held_out]  # what is held out for tuning is not trained on
+    what = [*like, epochs, setting, run.device, run.held_out]  # what is held out for tuning is not trained on
     return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
 
 

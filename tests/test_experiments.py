@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from engram.config import EngramConfig
 from engram.lm.run import Setting, prepare
@@ -453,10 +454,15 @@ print(json.dumps({"key": "k", "label": run["label"], "loss": 1.0, "total_seconds
 """
 
 
-def test_a_device_that_is_not_there_is_refused_before_any_run(setting, tmp_path):
+def test_a_run_on_another_device_is_another_run_in_another_table(setting, monkeypatch):
+    run = Run("toy", "plain", setting)
+    assert run.on("cpu") == run
     with pytest.raises(ValueError, match="no device 'tpu' here"):
-        runner.sweep([Run("toy", "plain", setting)], tmp_path, device="tpu")
-    assert not list(tmp_path.iterdir())
+        run.on("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = run.on("cuda")
+    assert there.key != run.key and there.group == f"{run.group}, on cuda" and there.label == run.label
+    assert training_of(there) != training_of(run)
 
 
 def test_a_child_reports_its_own_traceback(setting, tmp_path):

@@ -275,12 +275,27 @@ def test_a_scaler_that_cannot_reach_the_rows_is_refused():
     with pytest.raises(RuntimeError, match=r"bf16=True instead of fp16=True, or max_grad_norm=0"):
         scaler.step(optimizer)
     assert all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad()
+    model(text()).logsumexp(-1).mean().backward()
+    optimizer.step()  # without a scaler, as the message says
+    assert optimizer.touched
+
+
+def test_an_infinite_row_gradient_under_a_scaler_moves_nothing():
+    model = make()
+    optimizer, scaler = build_optimizer(model), torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scaler.scale(model(text()).logsumexp(-1).mean()).backward()
+    model.memory.gradients[1][0][1][0, 0, 0] = float("inf")
+    scaler.step(optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("path", ["native", "torch"])
 @pytest.mark.parametrize("kind", ["rms", "adam", "adagrad", "sinkhorn"])
 def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind, monkeypatch):
-    from engram.tables import kernels, reference
+    from engram.tables import HotRows, kernels, reference
+    from engram.tables.codecs import PQ
 
     if path == "torch":
         monkeypatch.setattr(kernels, "native", None)
@@ -300,6 +315,10 @@ def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind
                 optimizer.step()
             rows = [ahead.rows(layer).detach() for layer in memory.tables]
             rows += [table.gather(torch.arange(50, device="cpu")) for table in memory.tables.values()]
+            cache = HotRows(memory.tables[1], 4096)
+            rows += [cache.gather(ids[0]), cache.gather(ids[0]), memory.get_extra_state()]
+            codec = PQ.train(rows[2], 4)
+            rows += [codec.codebooks, codec.decode(codec.encode(rows[2]), 8)]
         results.append(rows)
     assert all(map(torch.equal, *results)) and results[0][0].any()
 

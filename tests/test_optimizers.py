@@ -172,7 +172,9 @@ def test_a_fresh_state_holds_no_tensors_and_makes_another_fresh(kind, tmp_path):
     again = KINDS[kind](used.table)  # no step yet, and yet there is something to lose
     assert set(again.state_dict()) == {"steps", *again.state}
     assert any(state.tensor.any() for state in again.state.values())
-    again.load_state_dict(fresh.state_dict())
+    fresh.load_state_dict(again.state_dict())
+    assert set(fresh.state_dict()) == {"steps", *fresh.state}  # loaded is not fresh any more
+    again.load_state_dict({"steps": 0})
     assert again.steps == 0 and not any(state.tensor.any() for state in again.state.values())
     again.close()
     used.table.close()

@@ -183,7 +183,7 @@ def _compare(source: Source, recoders: dict[int, Recoder], written: Source) -> N
     generator = torch.Generator().manual_seed(0)
     for layer, recoder in recoders.items():
         rows = source.rows[layer].rows
-        picked = torch.randint(0, rows, (min(_SAMPLE, rows),), generator=generator).tolist()
+        picked = torch.randint(0, rows, (min(_SAMPLE, rows),), generator=generator, device="cpu").tolist()
         for row in {0, rows - 1, *picked}:
             if not torch.equal(recoder.read(row, row + 1), written.rows[layer].read(row, row + 1)):
                 raise OSError(f"row {row:,} of {written.rows[layer].name} does not read back as it was written")

@@ -87,7 +87,7 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
     facts = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
     tables = _store(facts, blocks, folder, None)
     for layer, module in found.items():
-        ids = torch.randint(0, tables[layer].rows, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, tables[layer].rows, (_SAMPLE,), generator=torch.Generator().manual_seed(0), device="cpu")
         if not torch.equal(tables[layer].gather(ids), weights[layer][ids.to(weights[layer].device)].cpu()):
             raise OSError(f"the rows of layer {layer} do not read back as they were written")
         module.ngram_embedding = HostedRows(weights[layer].dtype, tables[layer])
@@ -204,7 +204,7 @@ def _check_same(rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dic
         file = Stored(
             table.path.name, table.path, dtype, shape, 0, table.nbytes
         )  # read, not mapped: stays out of memory
-        for row in torch.randint(0, table.rows, (_SAMPLE,), generator=generator).tolist():
+        for row in torch.randint(0, table.rows, (_SAMPLE,), generator=generator, device="cpu").tolist():
             if not torch.equal(recoders[layer].read(row, row + 1), file.read(row, row + 1)):
                 raise ValueError(
                     f"row {row:,} of layer {layer} in {home} is not the checkpoint's: another one was here"

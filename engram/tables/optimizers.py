@@ -81,12 +81,12 @@ class RowOptimizer:
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
         self.state: dict[str, HostTable] = {}
-        self._reopened = False  # state from before lies in a file
+        self._fresh = True  # nothing was written to the state yet, here or before in its file
 
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
         """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk."""
         path = None if self.table.path is None else self.table.path.with_name(f"{self.table.path.name}.{name}")
-        self._reopened |= path is not None and path.exists()
+        self._fresh &= path is None or not path.exists()
         return HostTable(each * self.table.rows, dim, torch.float32, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,17 +120,21 @@ class RowOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """{"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy. {"steps": 0}
         where nothing was written yet: who copies a fresh optimiser (accelerate does) writes none of its pages."""
-        written = self.steps > 0 or self._reopened
-        return {"steps": self.steps, **{name: state.tensor for name, state in self.state.items() if written}}
+        fresh = self._fresh and not self.steps
+        return {"steps": self.steps, **{name: state.tensor for name, state in self.state.items() if not fresh}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError where the saved state belongs to another optimiser or table."""
+        """{"steps": 0} makes any optimiser fresh.
+
+        Raises:
+            ValueError: state of another optimiser or table.
+        """
         fresh = saved == {"steps": 0}
         if not fresh and set(saved) != {"steps", *self.state}:
             raise ValueError(f"{type(self).__name__} has state {sorted(self.state)}, the saved one {sorted(saved)}")
         for name, state in self.state.items():
             if fresh:
-                if self.steps or self._reopened:
+                if self.steps or not self._fresh:
                     state.tensor.zero_()
                 continue
             if saved[name].shape != state.tensor.shape:
@@ -138,7 +142,7 @@ class RowOptimizer:
                     f"optimiser state {name!r} is {tuple(saved[name].shape)}, table needs {tuple(state.tensor.shape)}"
                 )
             state.tensor.copy_(saved[name])
-        self.steps = int(saved["steps"])
+        self.steps, self._fresh = int(saved["steps"]), fresh
 
     def close(self) -> None:
         for state in self.state.values():

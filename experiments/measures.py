@@ -60,7 +60,7 @@ def cut(value: Interval, most: float = 1.0) -> Interval:
 
 
 def share_of(runs: dict[int, Record], get: Callable[[Any], float | None]) -> Interval | None:
-    """mean_of a share of 1."""
+    """mean_of something that lies between 0 and 1."""
     found = mean_of(runs, get)
     return None if found is None else cut(found)
 

@@ -106,7 +106,7 @@ def _dots(axes: Axes, rows: list[Row]) -> None:
         assert row.bits is not None
         clear = len(row.paired) > 1 and (row.bits.low > 0 or row.bits.high < 0)
         colour = SOFT if not clear else COLOURS[0] if row.bits.mean < 0 else COLOURS[1]
-        if row.bits.mean > edge:
+        if row.bits.high > edge:
             words = f"{row.bits.mean:+.2f} \N{RIGHTWARDS ARROW}"
             axes.text(edge, place, words, color=colour, ha="right", va="center", fontsize=8)
             continue

@@ -96,9 +96,5 @@ def test_rows_stay_in_host_memory_where_a_device_is_the_default(default, threads
     table = HostTable(100, 8, init="normal", std=1.0)
     ids = torch.tensor([3, 99, 3])
     assert table.tensor.device.type == "cpu" == table.gather(ids).device.type and table.gather(ids).any()
-    torch.manual_seed(1)
-    memory = EngramMemory(MEMORY, TokenMap.identity(VOCAB), 32)
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=2, heads=2, max_length=64), memory)
-    losses = [loss for _, loss in train(model, corpus(), CONFIG).curve]
+    model, losses = trained(default)
     assert next(model.parameters()).device.type == default and losses[-1] < losses[0]

@@ -163,7 +163,8 @@ def test_a_label_with_commas_is_chosen_by_an_option_of_its_own():
 
 def test_changes_of_the_memory_keep_engrams_rate_where_no_grid_of_theirs_is_of_that_length():
     runs = {run.label: run.setting.train for run in runs_of("components", [0], setting="S")}
-    assert runs.pop("plain") and {train.lr for train in runs.values()} == {runs["engram"].lr}
+    del runs["plain"]
+    assert {train.lr for train in runs.values()} == {runs["engram"].lr}
     assert runs["optimiser: adam"].table_lr != runs["engram"].table_lr  # a rate of another kind of step
 
 

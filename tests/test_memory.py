@@ -294,7 +294,7 @@ def test_an_infinite_row_gradient_under_a_scaler_moves_nothing():
 @pytest.mark.parametrize("path", ["native", "torch"])
 @pytest.mark.parametrize("kind", ["rms", "adam", "adagrad", "sinkhorn"])
 def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind, monkeypatch):
-    from engram.tables import HotRows, kernels, reference
+    from engram.tables import HotRows, kernels, optimizers, reference
     from engram.tables.codecs import PQ
 
     if path == "torch":
@@ -302,7 +302,9 @@ def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind
     results = []
     for device in ("cpu", "meta"):  # meta in the place of a GPU: what is made there can be read by nobody
         reference.normal_quantiles.cache_clear()
+        optimizers._scratch.__dict__.clear()
         with torch.device("cpu"):
+            half = HostTable(100, 8, torch.bfloat16, init="normal")
             memory, ids = make().memory, [text(seed=step) for step in range(3)]
             optimizer = build_optimizer(memory, table_lr=0.1, table_optimizer=kind)
             grad = torch.randn(2, 20, memory.config.d_mem, generator=torch.Generator().manual_seed(0))
@@ -317,6 +319,7 @@ def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind
             rows += [table.gather(torch.arange(50, device="cpu")) for table in memory.tables.values()]
             cache = HotRows(memory.tables[1], 4096)
             rows += [cache.gather(ids[0]), cache.gather(ids[0]), memory.get_extra_state()]
+            rows.append(HotRows(half, 4096).gather(ids[0], torch.empty(2, 20, 8, device="cpu")))
             codec = PQ.train(rows[2], 4)
             rows += [codec.codebooks, codec.decode(codec.encode(rows[2]), 8)]
         results.append(rows)

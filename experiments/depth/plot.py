@@ -28,18 +28,19 @@ def draw(home: Path) -> Path:
     figure, panels = new_figure(7.2, [3.4] * len(groups) + [2.6] * len(maps))
     with matplotlib.rc_context(STYLE):
         for axes, (group, labels) in zip(panels, groups.items(), strict=False):
-            least_mean = np.inf
+            means: list[list[float]] = []  # of each arm, by layer
             for colour, (label, runs) in zip(COLOURS, labels.items(), strict=False):
                 depth = min((len(run["measures"]["lens_kl"]) for run in runs.values()), default=0)
                 points = [mean_of(runs, lens(layer)) for layer in range(depth - 1)]  # the last layer has 0
                 known = [point for point in points if point is not None]
                 if known:
                     curve(axes, range(len(known)), [_finite(point) for point in known], colour, label)
-                    least_mean = min(least_mean, *(point.mean for point in known))
-            axes.set_yscale("log")
-            axes.set_ylim(bottom=0.3 * least_mean)
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.set_xticks(range(depth - 1))
+                    means.append([point.mean for point in known])
+            if means:
+                axes.set_yscale("log")
+                axes.set_ylim(bottom=0.3 * min(map(min, means)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.set_xticks(range(max(map(len, means))))
             axes.set_xlabel("layer (0: embedding)")
             axes.set_ylabel("KL to the final distribution, nats")
             axes.set_title(f"{home.name}, {group}: LogitLens (bars: 95 % over seeds)")

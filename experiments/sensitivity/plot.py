@@ -14,7 +14,7 @@ from experiments.measures import mean_of, measured
 from experiments.plots import COLOURS, INK, SOFT, STYLE, new_figure, save
 from experiments.sensitivity.summary import LEVELS, SHARES, learned_retention, retention
 
-KINDS = ("what saying it added, next token", "said eight times in training", "never said")
+KINDS = ("above what was never said, next token", "said eight times in training", "never said")
 
 
 def draw(home: Path) -> Path:
@@ -37,7 +37,7 @@ def draw(home: Path) -> Path:
                 axes.plot(value.mean, place, "o", color=COLOURS[kind], markersize=5)
             axes.set_yticks(range(len(lines)), [words for words, _, _ in lines], color=INK)
             axes.set_ylim(len(lines) - 0.5, -0.5)
-            axes.set_xlim(-0.1, 1.1)
+            axes.set_xlim(-0.1, 1.2)
             axes.axvline(1, color=SOFT, linewidth=1)
             axes.axvline(0, color=SOFT, linewidth=1)
             axes.grid(axis="y", visible=False)
@@ -50,7 +50,8 @@ def draw(home: Path) -> Path:
 
 def lines_of(runs: dict[int, Any]) -> list[tuple[str, int, Interval | None]]:
     """(words, place in KINDS, share left) from top to bottom."""
-    lines = [(SHARES[name].split(",")[0], 0, mean_of(runs, learned_retention(name))) for name in LEVELS]
+    added = ("what teaching added to facts", "what saying added to prose")
+    lines = [(words, 0, mean_of(runs, learned_retention(name))) for words, name in zip(added, LEVELS, strict=True)]
     for name, words in SHARES.items():
         said = name in ("taught_exact", *LEVELS)
         lines.append((words, 1 if said else 2, mean_of(runs, retention(name))))

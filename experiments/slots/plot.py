@@ -39,12 +39,15 @@ def draw(home: Path) -> Path:
                     axes.plot(x, fit.line[1], color=colour, linewidth=1, linestyle=":")
                     axes.fill_between(x, fit.line[0], fit.line[2], color=colour, alpha=0.15, linewidth=0)
                 axes.plot(x, [np.mean(v) for v in differences], "o-", color=colour, linewidth=1.4, label=label)
+                alone = [(place, values[0]) for place, values in zip(x, differences, strict=True) if len(values) == 1]
+                if alone:
+                    axes.plot(*zip(*alone, strict=True), "o", color=colour, markerfacecolor="white")
                 shown |= set(cells)
             axes.axhline(0, color=SOFT, linestyle="--", linewidth=1.2, label=f"{BASELINE}: {plain.mean('loss'):.4f}")
             axes.set_xticks(np.log2(sorted(shown)), [f"{rows:,}" for rows in sorted(shown)])
             axes.set_xlabel("rows per head")
             axes.set_ylabel("nats per token, minus plain's")
-            axes.set_title(f"{home.name}, {group} (small dots: seeds; dotted: straight lines with 95 % bands)")
+            axes.set_title(f"{home.name}, {group} (small dots: seeds; open: one seed; dotted: lines with 95 % bands)")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return save(figure, home)
 

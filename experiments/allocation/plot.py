@@ -12,7 +12,10 @@ from experiments.plots import COLOURS, SOFT, STYLE, curve, load, new_figure, sav
 
 
 def draw(home: Path) -> Path:
-    groups = load(home, BASELINE)
+    found = load(home, BASELINE)
+    groups = {group: rows for group, rows in found.items() if any(row.label == BASELINE for row in rows)}
+    if not groups:
+        raise ValueError(f"{home / 'results.jsonl'} has no run of {BASELINE!r} to compare with")
     figure, panels = new_figure(7.2, [3.6] * len(groups))
     with matplotlib.rc_context(STYLE):
         for axes, (group, rows) in zip(panels, groups.items(), strict=True):

@@ -169,9 +169,12 @@ def load_checkpoint(
         for key, value in adam.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
-        saved = {"state": state, "param_groups": manifest["groups"], "rows": optimizer.state_dict()["rows"]}
-        optimizer.load_state_dict(saved)
-        for layers, steps in zip(optimizer.rows, manifest["row_steps"], strict=True):
-            for layer, row_optimizer in layers.items():
-                row_optimizer.steps = int(steps[str(layer)])
+        rows = [  # their tensors have just been read in place
+            {
+                k: {"steps": steps[str(k)], **{name: kept.tensor for name, kept in o.state.items()}}
+                for k, o in layers.items()
+            }
+            for layers, steps in zip(optimizer.rows, manifest["row_steps"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": manifest["groups"], "rows": rows})
     return manifest

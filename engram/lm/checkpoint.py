@@ -169,12 +169,12 @@ def load_checkpoint(
         for key, value in adam.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
-        rows = [  # their tensors have just been read in place
+        row_state = [  # tensors that have just been read in place
             {
                 k: {"steps": steps[str(k)], **{name: kept.tensor for name, kept in o.state.items()}}
                 for k, o in layers.items()
             }
             for layers, steps in zip(optimizer.rows, manifest["row_steps"], strict=True)
         ]
-        optimizer.load_state_dict({"state": state, "param_groups": manifest["groups"], "rows": rows})
+        optimizer.load_state_dict({"state": state, "param_groups": manifest["groups"], "rows": row_state})
     return manifest

@@ -107,7 +107,7 @@ class Recall:
         dead: Tensor | None = None,
     ):
         self.documents, self.device = documents, device
-        self.dead = None if dead is None else dead.to(device)
+        self.dead = dead
         self.cache: MemoryCache | None = None
         self._memory = memory
         self._trains = memory.training and torch.is_grad_enabled() and memory.trains_tables

@@ -147,9 +147,12 @@ def kneser_ney(home: Path) -> list[Finding]:
 
 
 def of_measures(
-    name: str, compare: Callable[[Path, dict[str, Any]], Interval | None]
+    name: str,
+    compare: Callable[[Path, dict[str, Any]], Interval | None],
+    remark: Callable[[dict[str, Any]], str] = lambda labels: "",
 ) -> Callable[[Path], list[Finding]]:
-    """A number from the measures of an experiment, in every table: compare(folder, {label: {seed: run}})."""
+    """A number from the measures of an experiment, in every table: compare(folder, {label: {seed: run}}). remark: of
+    the same, what is said behind the name of the table."""
 
     def figure(home: Path) -> list[Finding]:
         found = []
@@ -157,7 +160,7 @@ def of_measures(
             value = compare(home / name, labels)
             if value is not None:
                 ours = set(labels["engram"])
-                found.append(Finding(group, value, len(ours & set(labels.get("plain", ours)))))
+                found.append(Finding(group + remark(labels), value, len(ours & set(labels.get("plain", ours)))))
         return found
 
     return figure
@@ -180,19 +183,15 @@ def recall(task: str) -> Callable[[Path], list[Finding]]:
     """Accuracy minus plain's, in the tables of one task. Where plain is right hardly oftener than without keys, the
     group says so."""
 
-    def figure(home: Path) -> list[Finding]:
-        found = []
-        for group, labels in measured(home / "recall").items():
-            ours, plain = labels.get("engram", {}), labels.get("plain", {})
-            gap = paired(ours, plain, accuracy("on"))
-            above = paired(plain, plain, accuracy("on"), accuracy("on", "keyless"))
-            if task in group and gap is not None:
-                learned = above is None or above.mean >= LEARNED
-                where = group if learned else f"{group}, not learned by plain"
-                found.append(Finding(where, gap, len(set(ours) & set(plain))))
-        return found
+    def gap(home: Path, labels: dict[str, Any]) -> Interval | None:
+        return paired(labels.get("engram", {}), labels.get("plain", {}), accuracy("on"))
 
-    return figure
+    def remark(labels: dict[str, Any]) -> str:
+        plain = labels.get("plain", {})
+        above = paired(plain, plain, accuracy("on"), accuracy("on", "keyless"))
+        return "" if above is None or above.mean >= LEARNED else ", not learned by plain"
+
+    return lambda home: [found for found in of_measures("recall", gap, remark)(home) if task in found.group]
 
 
 def throughput(home: Path) -> list[Finding]:

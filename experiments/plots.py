@@ -133,9 +133,32 @@ def curve(
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     bars = np.stack([mean - low, high - mean]).clip(min=0)
     axes.errorbar(x, mean, bars, color=colour, label=label, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5)
-    alone = [place for place, count in enumerate(seeds or ()) if count == 1]
-    if alone:
-        axes.plot(np.array(x)[alone], mean[alone], "o", color=colour, markerfacecolor="white", markersize=4.5, zorder=3)
+    hollow(axes, x, mean, colour, seeds or (), 4.5)
+
+
+def hollow(
+    axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, seeds: Sequence[int], size: float = 6
+) -> None:
+    """Open dots over those points of a line that are of one seed."""
+    alone = [place for place, count in enumerate(seeds) if count == 1]
+    axes.plot(np.array(x)[alone], np.array(y)[alone], "o", color=colour, mfc="white", markersize=size, zorder=3)
+
+
+def dot(
+    axes: Axes,
+    place: float,
+    value: Interval | None,
+    colour: str,
+    marker: str = "o",
+    size: float = 5,
+    label: str | None = None,
+) -> None:
+    """A mean on a line of its own, with its interval where it has one; nothing of None."""
+    if value is None:
+        return
+    if np.isfinite(value.low):
+        axes.plot([value.low, value.high], [place] * 2, color=colour, linewidth=1.6, solid_capstyle="butt")
+    axes.plot(value.mean, place, marker, color=colour, markersize=size, label=label)
 
 
 def beside(x: Sequence[float], place: int, of: int) -> list[float]:

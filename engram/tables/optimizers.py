@@ -81,12 +81,12 @@ class RowOptimizer:
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
         self.state: dict[str, HostTable] = {}
-        self._fresh = True  # nothing was written to the state yet, here or before in its file
+        self._was_written = False  # the state was filled by a load, or lies in a file from before
 
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
         """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk."""
         path = None if self.table.path is None else self.table.path.with_name(f"{self.table.path.name}.{name}")
-        self._fresh &= path is None or not path.exists()
+        self._was_written |= path is not None and path.exists()
         return HostTable(each * self.table.rows, dim, torch.float32, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +117,15 @@ class RowOptimizer:
         """Bytes of optimiser state."""
         return sum(state.nbytes for state in self.state.values())
 
+    @property
+    def _is_written(self) -> bool:
+        return self._was_written or self.steps > 0
+
     def state_dict(self) -> dict[str, Any]:
         """{"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy. {"steps": 0}
         where nothing was written yet: who copies a fresh optimiser (accelerate does) writes none of its pages."""
-        fresh = self._fresh and not self.steps
-        return {"steps": self.steps, **{name: state.tensor for name, state in self.state.items() if not fresh}}
+        written = {name: state.tensor for name, state in self.state.items() if self._is_written}
+        return {"steps": self.steps, **written}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """{"steps": 0} makes any optimiser fresh.
@@ -129,20 +133,20 @@ class RowOptimizer:
         Raises:
             ValueError: state of another optimiser or table.
         """
-        fresh = saved == {"steps": 0}
-        if not fresh and set(saved) != {"steps", *self.state}:
+        if saved == {"steps": 0}:
+            for state in self.state.values() if self._is_written else ():
+                state.tensor.zero_()
+            self.steps, self._was_written = 0, False
+            return
+        if set(saved) != {"steps", *self.state}:
             raise ValueError(f"{type(self).__name__} has state {sorted(self.state)}, the saved one {sorted(saved)}")
         for name, state in self.state.items():
-            if fresh:
-                if self.steps or not self._fresh:
-                    state.tensor.zero_()
-                continue
             if saved[name].shape != state.tensor.shape:
                 raise ValueError(
                     f"optimiser state {name!r} is {tuple(saved[name].shape)}, table needs {tuple(state.tensor.shape)}"
                 )
             state.tensor.copy_(saved[name])
-        self.steps, self._fresh = int(saved["steps"]), fresh
+        self.steps, self._was_written = int(saved["steps"]), True
 
     def close(self) -> None:
         for state in self.state.values():

@@ -79,8 +79,8 @@ def configs(setting_name: str) -> list[Run]:
     runs = []
     for run in cells(setting_name):
         rates = tuned(run.label, setting, TUNING)
-        if setting_name != "T" and "lr" in rates:  # the grids are T's; a longer training wants engram's lower lr
-            rates["lr"] = run.setting.train.lr
+        if setting_name != "T":  # the grids are T's; a longer training wants engram's lower lr
+            rates.pop("lr", None)
         runs.append(replace(run, setting=change(run.setting, train=rates)))
     return unchanged + runs
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
-from experiments.measures import mean_of, measured
-from experiments.plots import COLOURS, INK, SOFT, STYLE, new_figure, save
+from experiments.measures import mean_of, measured, share_of
+from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.recall.summary import accuracy
 
 
@@ -22,13 +21,10 @@ def draw(home: Path) -> Path:
             names = []
             for label, runs in labels.items():
                 for state, marker, colour in (("on", "o", COLOURS[0]), ("off", "v", COLOURS[1])):
-                    found = mean_of(runs, accuracy(state))
+                    found = share_of(runs, accuracy(state))
                     if found is None:
                         continue
-                    place = len(names)
-                    if np.isfinite(found.low):
-                        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=1.6)
-                    axes.plot(found.mean, place, marker, color=colour)
+                    dot(axes, len(names), found, colour, marker, size=6)
                     names.append(label if state == "on" else f"{label}, memory off")
             keyless = mean_of(labels.get("plain", {}), accuracy("on", "keyless"))
             if keyless is not None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from engram.lm.statistics import Interval, paired_interval
 from experiments.config import read_results
 from experiments.measures import cut, table
-from experiments.plots import COLOURS, INK, SOFT, STYLE, save
+from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, save
 from experiments.report import short, write_between_marks
 from experiments.retrofit.arms import NAMES
 
@@ -243,7 +243,7 @@ def draw(home: Path) -> Path:
         panels = figure.subplots(2, 2, sharey=True)
         for axes, side in zip(panels[0], ("inside", "outside"), strict=True):
             for place, arm in enumerate(names):
-                _dot(axes, place, compared(home, arms, arm, "reference", side), COLOURS[0])
+                dot(axes, place, compared(home, arms, arm, "reference", side), COLOURS[0])
             axes.axvline(0, color=SOFT, linewidth=1)
             axes.set_title("in-domain text" if side == "inside" else "out-of-domain text")
             axes.set_xlabel("bits per byte, minus the untouched model's (left is better)")
@@ -251,13 +251,13 @@ def draw(home: Path) -> Path:
         for side, colour, shift in (("taught", COLOURS[0], -0.12), ("untaught", COLOURS[1], 0.12)):
             for place, arm in enumerate(names):
                 label = {"taught": "taught", "untaught": "never taught"}[side] if place == 0 else None
-                _dot(said, place, compared(home, arms, arm, None, f"{side} exact"), colour, shift, label)
+                dot(said, place + shift, compared(home, arms, arm, None, f"{side} exact"), colour, label=label)
         said.set_title("facts said word for word")
         said.set_xlim(-0.03, 1.03)
         said.set_xlabel("share of facts, closed book (right is better; bars cut at 0 and 1)")
         said.legend(loc="lower right", frameon=True, facecolor="white")
         for place, arm in enumerate(names):
-            _dot(asked, place, compared(home, arms, arm, "reference", "rephrased nats"), COLOURS[0])
+            dot(asked, place, compared(home, arms, arm, "reference", "rephrased nats"), COLOURS[0])
         asked.axvline(0, color=SOFT, linewidth=1)
         asked.set_title("taught facts, asked for in other words")
         asked.set_xlabel("nats per token, minus the untouched model's (left is better)")
@@ -266,11 +266,3 @@ def draw(home: Path) -> Path:
             axes.tick_params(axis="y", labelcolor=INK)
         panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
     return save(figure, home)
-
-
-def _dot(
-    axes: Any, place: int, value: Interval | None, colour: str, shift: float = 0.0, label: str | None = None
-) -> None:
-    if value is not None:
-        axes.plot([value.low, value.high], [place + shift] * 2, color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot(value.mean, place + shift, "o", color=colour, markersize=5, label=label)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.lines import Line2D
 
 from engram.lm.statistics import Interval
 from experiments.measures import mean_of, measured
-from experiments.plots import COLOURS, INK, SOFT, STYLE, new_figure, save
+from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.sensitivity.summary import LEVELS, SHARES, learned_retention, retention
 
 KINDS = ("above what was never said, next token", "said eight times in training", "never said")
@@ -30,11 +29,7 @@ def draw(home: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         for axes, (title, lines) in zip(panels, found, strict=True):
             for place, (_, kind, value) in enumerate(lines):
-                if value is None:
-                    continue
-                if np.isfinite(value.low):
-                    axes.plot([value.low, value.high], [place, place], color=COLOURS[kind], linewidth=1.6)
-                axes.plot(value.mean, place, "o", color=COLOURS[kind], markersize=5)
+                dot(axes, place, value, COLOURS[kind])
             axes.set_yticks(range(len(lines)), [words for words, _, _ in lines], color=INK)
             axes.set_ylim(len(lines) - 0.5, -0.5)
             axes.set_xlim(-0.1, 1.2)

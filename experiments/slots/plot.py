@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from engram.lm.statistics import Interval, over_seeds, wider
-from experiments.plots import COLOURS, SOFT, STYLE, load, new_figure, save
+from experiments.plots import COLOURS, SOFT, STYLE, hollow, load, new_figure, save
 from experiments.report import Row, documents_of, interval
 from experiments.slots.configs import BASELINE
 
@@ -38,10 +38,9 @@ def draw(home: Path) -> Path:
                     )
                     axes.plot(x, fit.line[1], color=colour, linewidth=1, linestyle=":")
                     axes.fill_between(x, fit.line[0], fit.line[2], color=colour, alpha=0.15, linewidth=0)
-                axes.plot(x, [np.mean(v) for v in differences], "o-", color=colour, linewidth=1.4, label=label)
-                alone = [(place, values[0]) for place, values in zip(x, differences, strict=True) if len(values) == 1]
-                if alone:
-                    axes.plot(*zip(*alone, strict=True), "o", color=colour, markerfacecolor="white")
+                means = [float(np.mean(values)) for values in differences]
+                axes.plot(x, means, "o-", color=colour, linewidth=1.4, label=label)
+                hollow(axes, x, means, colour, [len(values) for values in differences])
                 shown |= set(cells)
             axes.axhline(0, color=SOFT, linestyle="--", linewidth=1.2, label=f"{BASELINE}: {plain.mean('loss'):.4f}")
             axes.set_xticks(np.log2(sorted(shown)), [f"{rows:,}" for rows in sorted(shown)])

@@ -27,7 +27,7 @@ from experiments.depth.summary import shift
 from experiments.findings import Finding
 from experiments.measures import paired, share_of, shown
 from experiments.recall import task
-from experiments.recall.summary import accuracy
+from experiments.recall.summary import accuracy, half_way, learned_after
 from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
 from experiments.sensitivity import facts as facts_module
 from experiments.sensitivity import measure as sensitivity
@@ -353,6 +353,22 @@ def test_recall_trains_on_no_document_twice(data):
             assert run.setting.train.steps * run.setting.train.batch_size < task.TRAIN_DOCUMENTS
 
 
+@pytest.mark.parametrize(
+    ("nats", "after"),
+    [
+        ([2.0, 1.0, 0.0], 2.5),  # crosses 0.5 half way from the second point to the third
+        ([0.4, 0.3], 1.0),  # the first point is below: nothing is known of before
+        ([2.0, 0.5, 0.5], None),  # at it is not below it
+        ([2.0, 0.0, 2.0], 1.75),  # the first time counts
+    ],
+)
+def test_recall_is_learned_where_the_loss_falls_below_half_of_a_guess(nats, after):
+    run = {"setting": {"corpus": "recall:4/2+0"}, "curve": [[1e6 * (at + 1), value] for at, value in enumerate(nats)]}
+    scale = half_way(run) / 0.5  # values above are in units in which a guess costs 1
+    run["curve"] = [[tokens, scale * value] for tokens, value in run["curve"]]
+    assert half_way(run) == math.log(4) / 2 and learned_after(run) == (after and pytest.approx(after))
+
+
 def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):
     prepared.save(tmp_path / "text", data)
     read = prepared.load(tmp_path / "text")
@@ -511,6 +527,7 @@ def made_up(name, home, seeds=(0, 1)):
         setting = json.loads(run.setting.to_json())
         record = {"key": run.key, "cell": run.cell, "group": run.group, "label": run.label, "arm": run.arm}
         record |= {"seed": run.seed, "setting": setting, "loss": nats.mean() / 50, "bpb": 1.0, "corpus": "c"}
+        record["curve"] = [[1e6, 2.0], [2e6, 1.0 - good]]
         runner.append(home / "results.jsonl", record | {"measures": measures, "tokens": 1, "train_cpu_seconds": 1.0})
         arrays = {"nats": nats, "tokens": tokens, "bytes": 3 * tokens, "measured_states": rng.normal(size=(4, 30, 6))}
         np.savez(home / "documents" / f"{run.key}.npz", **arrays)

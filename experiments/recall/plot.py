@@ -1,4 +1,4 @@
-"""Accuracy of each task: plain, with the memory on, with it off."""
+"""How soon each arm learns each task, and what the memory's arms have right with it on and off."""
 
 from __future__ import annotations
 
@@ -8,33 +8,52 @@ import matplotlib
 
 from experiments.measures import mean_of, measured, share_of
 from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
-from experiments.recall.summary import accuracy
+from experiments.recall.configs import ARMS
+from experiments.recall.summary import accuracy, half_way
 
 
 def draw(home: Path) -> Path:
     groups = {group: labels for group, labels in measured(home).items() if any(labels.values())}
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
-    figure, panels = new_figure(6.4, [1.9] * len(groups))
+    figure, panels = new_figure(6.4, [2.3, 1.9] * len(groups))
     with matplotlib.rc_context(STYLE):
-        for axes, (group, labels) in zip(panels, groups.items(), strict=True):
-            names = []
-            for label, runs in labels.items():
-                for state, marker, colour in (("on", "o", COLOURS[0]), ("off", "v", COLOURS[1])):
-                    found = share_of(runs, accuracy(state))
-                    if found is None:
-                        continue
-                    dot(axes, len(names), found, colour, marker, size=6)
-                    names.append(label if state == "on" else f"{label}, memory off")
-            keyless = mean_of(labels.get("plain", {}), accuracy("on", "keyless"))
-            if keyless is not None:
-                axes.axvline(keyless.mean, color=SOFT, linewidth=1.2, linestyle=":")
-            axes.set_yticks(range(len(names)), names, color=INK)
-            axes.set_ylim(len(names) - 0.4, -0.6)
-            axes.set_xlim(-0.03, 1.03)
-            axes.grid(axis="y", visible=False)
-            axes.set_title(f"{home.name}, {group}")
+        for place, (group, labels) in enumerate(groups.items()):
+            _curves(panels[2 * place], labels)
+            _accuracy(panels[2 * place + 1], labels)
+            panels[2 * place].set_title(f"{home.name}, {group}")
+        panels[0].legend(loc="upper right", ncols=len(ARMS), fontsize=8)
         panels[-1].set_xlabel(
             "share of answers right\n(bars: 95 % over seeds, cut at 0 and 1; dotted: plain without keys)"
         )
     return save(figure, home)
+
+
+def _curves(axes: matplotlib.axes.Axes, labels: dict[str, dict[int, dict]]) -> None:
+    """The loss over training, a line for each seed."""
+    for colour, arm in zip(COLOURS, ARMS, strict=True):
+        for which, run in enumerate(labels.get(arm, {}).values()):
+            tokens, nats = zip(*run["curve"], strict=True)
+            axes.plot([t / 1e6 for t in tokens], nats, color=colour, linewidth=1.2, label=None if which else arm)
+            axes.axhline(half_way(run), color=SOFT, linewidth=1.2, linestyle=":")
+            axes.set_ylim(0, 3 * half_way(run))
+    axes.set_xlabel("training tokens, millions (a line a seed; dotted: taken for learned)")
+    axes.set_ylabel("nats an answer")
+
+
+def _accuracy(axes: matplotlib.axes.Axes, labels: dict[str, dict[int, dict]]) -> None:
+    names = []
+    for label, runs in labels.items():
+        for state, marker, colour in (("on", "o", COLOURS[0]), ("off", "v", COLOURS[1])):
+            found = share_of(runs, accuracy(state))
+            if found is None:
+                continue
+            dot(axes, len(names), found, colour, marker, size=6)
+            names.append(label if state == "on" else f"{label}, memory off")
+    keyless = mean_of(labels.get("plain", {}), accuracy("on", "keyless"))
+    if keyless is not None:
+        axes.axvline(keyless.mean, color=SOFT, linewidth=1.2, linestyle=":")
+    axes.set_yticks(range(len(names)), names, color=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(-0.03, 1.03)
+    axes.grid(axis="y", visible=False)

@@ -1,16 +1,45 @@
-"""Accuracy of recall with the memory on, with it off, and without one."""
+"""Accuracy of recall with the memory on, with it off, and without one, and how soon it is learned."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engram.lm.statistics import over_seeds
 from experiments.measures import measured, paired, share_of, shown, table
+from experiments.recall.task import Task
+from experiments.report import Record
 
 
 def accuracy(state: str, what: str = "accuracy") -> Callable[[Any], float | None]:
     return lambda measures: measures[state][what] if state in measures else None
+
+
+def half_way(run: Record) -> float:
+    """Half the loss of an even guess among the values of a text, in nats an answer: below it, recall is learned."""
+    return math.log(Task.of(run["setting"]["corpus"]).pairs) / 2
+
+
+def learned_after(run: Record) -> float | None:
+    """Millions of training tokens after which the loss first falls below half_way; None where it never does. It is the
+    loss of texts that were not read before: in training none comes twice."""
+    before, curve = (0.0, math.inf), run["curve"]
+    for tokens, nats in curve:
+        if nats < half_way(run):
+            share = 1.0 if math.isinf(before[1]) else (before[1] - half_way(run)) / (before[1] - nats)
+            return (before[0] + share * (tokens - before[0])) / 1e6
+        before = (tokens, nats)
+    return None
+
+
+def _after(runs: dict[int, Record]) -> str:
+    found = [learned_after(run) for run in runs.values()]
+    known = [value for value in found if value is not None]
+    if len(known) < len(found):
+        return f"{len(known)} of {len(found)} seeds learn" if known else "not learned"
+    return shown(over_seeds(known), ".2f") if known else ""
 
 
 def summary(home: Path) -> str:
@@ -23,12 +52,16 @@ def summary(home: Path) -> str:
             on, off, keyless = (
                 share_of(runs, get) for get in (accuracy("on"), accuracy("off"), accuracy("on", "keyless"))
             )
-            cells = (shown(keyless), shown(on), shown(gain, "+.3f"), shown(off), shown(left, "+.3f"))
+            cells = (shown(keyless), shown(on), shown(gain, "+.3f"), _after(runs), shown(off), shown(left, "+.3f"))
             lines.append((group, label, f"{len(runs)}", *cells))
-    head = ("task", "arm", "seeds", "without keys", "accuracy", "minus plain's", "memory off", "off, minus on")
+    head = (
+        *("task", "arm", "seeds", "without keys", "accuracy", "minus plain's", "learned after, M tokens"),
+        *("memory off", "off, minus on"),
+    )
     return (
         "### Accuracy of the answers\n\nMeans over seeds, with 95 % intervals over seeds alone (Student's t). "
         "Without keys: how often the answer is said where a key is asked that is not in the text, so what is right "
-        f"without looking anything up; 1 over the number of pairs for a model that knows the values.\n\n"
-        f"{table(head, lines, words=2)}"
+        "without looking anything up; 1 over the number of pairs for a model that knows the values. Learned: the "
+        "training tokens after which the loss of texts not read before is below half that of an even guess among the "
+        f"text's values.\n\n{table(head, lines, words=2)}"
     )

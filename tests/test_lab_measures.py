@@ -33,6 +33,7 @@ from experiments.sensitivity import facts as facts_module
 from experiments.sensitivity import measure as sensitivity
 from experiments.sensitivity.facts import Fact, fact_of
 from experiments.sensitivity.summary import learned_retention, retention, retention_gap
+from experiments.tokens.summary import tokens_for, worth
 
 TASK = Task(3, 2, 5)
 SETTING = Setting(
@@ -351,6 +352,26 @@ def test_recall_trains_on_no_document_twice(data):
     for name in ("S", "T"):
         for run in config.questions("recall").configs(name):
             assert run.setting.train.steps * run.setting.train.batch_size < task.TRAIN_DOCUMENTS
+
+
+def test_tokens_for_a_loss_lie_on_a_line_over_their_logarithm():
+    curve = [(1.0, 4.0), (4.0, 3.0), (16.0, 2.0)]
+    assert tokens_for(3.5, curve) == (2.0, 2.0) and tokens_for(2.0, curve) == (16.0, 16.0)
+    assert tokens_for(1.9, curve) == (16.0, math.inf) and tokens_for(4.5, curve) == (0.0, 1.0)
+    assert tokens_for(2.5, [*curve[:2], (16.0, 3.5), (64.0, 1.0)])[0] > 16  # the loss rose in between
+
+
+def test_what_a_memory_is_worth_is_a_mean_of_ratios_or_a_bound():
+    plain = {0: [(1.0, 4.0), (4.0, 3.0)], 1: [(1.0, 5.0), (4.0, 4.0)]}
+
+    def runs(*losses):
+        return [{"seed": seed, "bpb": loss, "tokens": 2.0} for seed, loss in enumerate(losses)]
+
+    assert worth(runs(3.5, 4.5), plain) == "1.00 (1.00 .. 1.00)"
+    assert worth(runs(3.0, 5.0 - 1e-9), plain).startswith("1.00 (0.00 .. ")  # 2 and 1/2, far apart
+    assert worth(runs(3.5), plain) == "1.00 (one seed)"
+    assert worth(runs(3.0, 3.9), plain) == "over 2.0" and worth(runs(3.5, 3.9), plain) == "over 1.0"
+    assert worth(runs(4.5, 4.5), plain) == "under 1.0"
 
 
 @pytest.mark.parametrize(

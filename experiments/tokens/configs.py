@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from engram.lm.run import Setting
 from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+from experiments.tokens.summary import summary
+
+__all__ = ["BASELINE", "SETTING", "configs", "summary", "tune"]
 
 BASELINE, SETTING = "plain", "T"
 TUNING = HOME / "tokens" / "tune.jsonl"

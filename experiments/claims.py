@@ -184,6 +184,10 @@ CLAIMS = (
     _loss(SCEPTICS, "as many weights in wider layers would do", "sceptic", "wider", "engram", "no worse"),
     _loss(SCEPTICS, "as many seconds of training would do", "sceptic", "longer", "engram", "no worse"),
     Claim(
+        *(SCEPTICS, "twice the training would do", "plain with twice the tokens minus engram, nats a token"),
+        *(findings.twice_the_tokens, "no worse", "python -m experiments run tokens"),
+    ),
+    Claim(
         *(SCEPTICS, "counts of at most as many bytes would do", f"{WITH_PLAIN} minus engram, nats a token"),
         *(findings.kneser_ney, "no worse", "python -m experiments run kneser_ney"),
     ),

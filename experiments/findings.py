@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engram.lm.statistics import Interval, paired_interval
-from experiments.config import read_results
+from experiments.config import budget_of, read_results
 from experiments.depth.summary import early_lens, shift
 from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
 from experiments.measures import measured, paired
@@ -97,6 +97,22 @@ def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> n
         np.stack([documents_of(home, pair[arm][seed])["nats"] for seed in seeds]) for arm in ("engram", "plain")
     )
     return (ours - plain) / math.log(2)
+
+
+def twice_the_tokens(home: Path) -> list[Finding]:
+    """Plain minus engram that was trained on half as many tokens, on each text and at each budget."""
+    folder, budgets = home / "tokens", {}
+    for group, labels in groups_of(read_results(home / "tokens" / "results.jsonl")).items():
+        for arm in {"plain", "engram"} & set(labels):
+            budgets[group.rsplit(",", 1)[0], arm, budget_of(labels[arm][0])] = group, labels[arm]
+    found = []
+    for (text, arm, tokens), (group, ours) in sorted(budgets.items()):
+        _, plain = budgets.get((text, "plain", 2 * tokens), ("", None))
+        if arm == "engram" and plain:
+            row = rows_of(folder, {"engram": ours, "plain": plain}, "engram")[1]
+            if row.nats is not None:
+                found.append(Finding(group, row.nats, len(row.paired)))
+    return found
 
 
 def slots_fit(part: str) -> Callable[[Path], list[Finding]]:

@@ -71,22 +71,34 @@ def save(figure: Figure, home: Path) -> Path:
 
 
 def dot_plots(home: Path, baseline: str) -> Path:
+    """The panels of dot_panels alone, as figure.png."""
+    figure, _ = dot_panels(home, baseline, load(home, baseline))
+    return save(figure, home)
+
+
+def dot_panels(
+    home: Path, baseline: str, groups: dict[str, list[Row]], more: Sequence[float] = ()
+) -> tuple[Figure, list[Axes]]:
     """One panel per group, one line per arm, best first: difference to the baseline in bits per byte, which holds for
     arms with another tokenizer too. Filled where the interval leaves zero out and is of more than one seed. All panels
-    have one scale; an arm that would stretch it by half is an arrow at its edge."""
-    groups = {name: [row for row in rows if row.bits] for name, rows in load(home, baseline).items()}
+    have one scale; an arm that would stretch it by half is an arrow at its edge.
+
+    Args:
+        more: heights of empty panels below these, in inches.
+    """
+    groups = {name: [row for row in rows if row.bits] for name, rows in groups.items()}
     groups = {name: rows for name, rows in groups.items() if rows}
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no arm beside {baseline!r} with a seed in common to compare")
-    figure, panels = new_figure(7.2, [1.05 + 0.23 * len(rows) for rows in groups.values()])
+    figure, panels = new_figure(7.2, [*(1.05 + 0.23 * len(rows) for rows in groups.values()), *more])
     with matplotlib.rc_context(STYLE):
         scale = _scale([row for rows in groups.values() for row in rows])
-        for axes, (name, rows) in zip(panels, groups.items(), strict=True):
+        for axes, (name, rows) in zip(panels, groups.items(), strict=False):
             axes.set_xlim(*scale)
             _dots(axes, sorted(rows, key=lambda row: row.bits.mean))  # type: ignore[union-attr]
             axes.set_title(f"{home.name}, {name}")
             axes.set_xlabel(f"bits per byte, minus {baseline}'s\n(left is better; bars: 95 % intervals)")
-    return save(figure, home)
+    return figure, panels
 
 
 def _scale(rows: list[Row]) -> tuple[float, float]:

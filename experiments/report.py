@@ -113,13 +113,12 @@ def table(rows: list[Row], baseline: str) -> str:
         "|---|" + "---:|" * 12,
     ]
     for row in rows:
-        size = sum(row.mean("bytes", part) for part in ("dense", "table", "optimizer_dense", "optimizer_rows"))
         cells = [
             row.label,
             f"{len(row.runs)}",
             f"{row.mean('parameters', 'dense') / 1e6:.2f}",
             f"{row.mean('parameters', 'table') / 1e6:.2f}",
-            f"{size / 1e6:,.0f}",
+            f"{size_of(row) / 1e6:,.0f}",
             f"{row.mean('flops_per_token', 'training') / 1e6:.1f}",
             f"{row.mean('tokens') / 1e6:.2f}",
             _rates(row),
@@ -131,6 +130,11 @@ def table(rows: list[Row], baseline: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def size_of(row: Row) -> float:
+    """Bytes of weights, tables and optimiser state together, mean over the seeds."""
+    return sum(row.mean("bytes", part) for part in ("dense", "table", "optimizer_dense", "optimizer_rows"))
 
 
 def _rates(row: Row) -> str:

@@ -669,6 +669,7 @@ def made_up_results(home, cells, baseline):
         record = fake(run.label, loss=float(nats.mean() / 50), cell=run.cell, group=run.group, arm=run.arm)
         record |= {"key": run.key, "setting": json.loads(run.setting.to_json()), "bpb": 1.0, "corpus": "c"}
         record |= {"tokens": run.setting.train.tokens, "text_tokens": 10**6, "train_cpu_seconds": 1.0}
+        record["bytes"] = {"dense": 10**6, "table": 10**7, "optimizer_dense": 0, "optimizer_rows": 0}
         runner.append(home / "results.jsonl", record | {"vocabulary": run.setting.vocab_size})
         np.savez(home / "documents" / f"{run.key}.npz", nats=nats, tokens=tokens, bytes=3 * tokens)
     return home

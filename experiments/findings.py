@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engram.lm.statistics import Interval, paired_interval
+from engram.lm.statistics import Interval, over_seeds, paired_interval
 from experiments.config import budget_of, read_results
 from experiments.depth.summary import early_lens, shift
 from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
 from experiments.measures import measured, paired
-from experiments.recall.summary import accuracy
+from experiments.recall.summary import accuracy, learned_after
 from experiments.report import Record, Row, documents_of, groups_of, rows_of
 from experiments.sensitivity.summary import retention_gap
 from experiments.slots.plot import LogFit, cells_of, log_fit
@@ -208,6 +208,14 @@ def recall(task: str) -> Callable[[Path], list[Finding]]:
         return "" if above is None or above.mean >= LEARNED else ", not learned by plain"
 
     return lambda home: [found for found in of_measures("recall", gap, remark)(home) if task in found.group]
+
+
+def learned_sooner(home: Path, labels: dict[str, Any]) -> Interval | None:
+    """log2 of the training tokens until recall is learned, engram's over plain's, of the seeds in which both learn."""
+    ours, plain = ({s: learned_after(run) for s, run in labels.get(arm, {}).items()} for arm in ("engram", "plain"))
+    both = [(ours[seed], plain[seed]) for seed in sorted(set(ours) & set(plain))]
+    ratios = [math.log2(soon / late) for soon, late in both if soon is not None and late is not None]
+    return over_seeds(ratios) if ratios else None
 
 
 def throughput(home: Path) -> list[Finding]:

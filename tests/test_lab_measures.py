@@ -390,6 +390,16 @@ def test_recall_is_learned_where_the_loss_falls_below_half_of_a_guess(nats, afte
     assert half_way(run) == math.log(4) / 2 and learned_after(run) == (after and pytest.approx(after))
 
 
+def test_what_is_learned_in_half_the_tokens_is_a_doubling_sooner():
+    def run(tokens):
+        return {"setting": {"corpus": "recall:4/4+0"}, "curve": [[tokens, 0.0]]}
+
+    labels = {"engram": {0: run(1e6), 1: run(2e6)}, "plain": {0: run(2e6), 1: run(4e6), 2: run(1.0)}}
+    assert findings.learned_sooner(None, labels) == pytest.approx((-1.0, -1.0, -1.0))
+    labels["plain"] = {seed: {**one, "curve": [[1e6, 9.0]]} for seed, one in labels["plain"].items()}
+    assert findings.learned_sooner(None, labels) is None  # plain never learned
+
+
 def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):
     prepared.save(tmp_path / "text", data)
     read = prepared.load(tmp_path / "text")

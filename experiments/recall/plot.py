@@ -8,7 +8,7 @@ import matplotlib
 
 from experiments.measures import mean_of, measured, share_of
 from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
-from experiments.recall.configs import ARMS
+from experiments.recall.configs import ARMS, SLOW
 from experiments.recall.summary import accuracy, half_way
 
 
@@ -22,7 +22,7 @@ def draw(home: Path) -> Path:
             _curves(panels[2 * place], labels)
             _accuracy(panels[2 * place + 1], labels)
             panels[2 * place].set_title(f"{home.name}, {group}")
-        panels[0].legend(loc="upper right", ncols=len(ARMS), fontsize=8)
+        panels[0].legend(loc="upper right", ncols=3, fontsize=8)
         panels[-1].set_xlabel(
             "share of answers right\n(bars: 95 % over seeds, cut at 0 and 1; dotted: plain without keys)"
         )
@@ -31,10 +31,12 @@ def draw(home: Path) -> Path:
 
 def _curves(axes: matplotlib.axes.Axes, labels: dict[str, dict[int, dict]]) -> None:
     """The loss over training, a line for each seed."""
-    for colour, arm in zip(COLOURS, ARMS, strict=True):
-        for which, run in enumerate(labels.get(arm, {}).values()):
+    looks = dict(zip(ARMS, zip(COLOURS, "----", strict=True), strict=True))
+    looks[SLOW] = (looks["engram"][0], ":")
+    for label, (colour, style) in looks.items():
+        for which, run in enumerate(labels.get(label, {}).values()):
             tokens, nats = zip(*run["curve"], strict=True)
-            axes.plot([t / 1e6 for t in tokens], nats, color=colour, linewidth=1.2, label=None if which else arm)
+            axes.plot([t / 1e6 for t in tokens], nats, style, color=colour, lw=1.2, label=None if which else label)
             axes.axhline(half_way(run), color=SOFT, linewidth=1.2, linestyle=":")
             axes.set_ylim(0, 3 * half_way(run))
     axes.set_xlabel("training tokens, millions (a line a seed; dotted: taken for learned)")

@@ -19,6 +19,7 @@ from experiments.recall.summary import accuracy, learned_after
 from experiments.report import Record, Row, documents_of, groups_of, rows_of
 from experiments.sensitivity.summary import retention_gap
 from experiments.slots.plot import LogFit, cells_of, log_fit
+from experiments.tokens.summary import text_of
 
 INF = math.inf
 LEARNED = 0.05  # of the answers, above the level without keys
@@ -104,7 +105,7 @@ def twice_the_tokens(home: Path) -> list[Finding]:
     folder, budgets = home / "tokens", {}
     for group, labels in groups_of(read_results(home / "tokens" / "results.jsonl")).items():
         for arm in {"plain", "engram"} & set(labels):
-            budgets[group.rsplit(",", 1)[0], arm, budget_of(labels[arm][0])] = group, labels[arm]
+            budgets[text_of(group), arm, budget_of(labels[arm][0])] = group, labels[arm]
     found = []
     for (text, arm, tokens), (group, ours) in sorted(budgets.items()):
         _, plain = budgets.get((text, "plain", 2 * tokens), ("", None))
@@ -211,10 +212,13 @@ def recall(task: str) -> Callable[[Path], list[Finding]]:
 
 
 def learned_sooner(home: Path, labels: dict[str, Any]) -> Interval | None:
-    """log2 of the training tokens until recall is learned, engram's over plain's, of the seeds in which both learn."""
-    ours, plain = ({s: learned_after(run) for s, run in labels.get(arm, {}).items()} for arm in ("engram", "plain"))
-    both = [(ours[seed], plain[seed]) for seed in sorted(set(ours) & set(plain))]
-    ratios = [math.log2(soon / late) for soon, late in both if soon is not None and late is not None]
+    """log2 of the training tokens until recall is learned, engram's over plain's. A run that does not learn counts with
+    all its tokens."""
+    ours, plain = (
+        {seed: learned_after(run) or run["tokens"] / 1e6 for seed, run in labels.get(arm, {}).items()}
+        for arm in ("engram", "plain")
+    )
+    ratios = [math.log2(ours[seed] / plain[seed]) for seed in sorted(set(ours) & set(plain))]
     return over_seeds(ratios) if ratios else None
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 
 from experiments.measures import mean_of, measured, share_of
 from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.recall.configs import ARMS, SLOW
 from experiments.recall.summary import accuracy, half_way
+from experiments.report import Record
 
 
 def draw(home: Path) -> Path:
@@ -29,7 +31,7 @@ def draw(home: Path) -> Path:
     return save(figure, home)
 
 
-def _curves(axes: matplotlib.axes.Axes, labels: dict[str, dict[int, dict]]) -> None:
+def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
     """The loss over training, a line for each seed."""
     looks = dict(zip(ARMS, zip(COLOURS, "----", strict=True), strict=True))
     looks[SLOW] = (looks["engram"][0], ":")
@@ -43,7 +45,8 @@ def _curves(axes: matplotlib.axes.Axes, labels: dict[str, dict[int, dict]]) -> N
     axes.set_ylabel("nats an answer")
 
 
-def _accuracy(axes: matplotlib.axes.Axes, labels: dict[str, dict[int, dict]]) -> None:
+def _accuracy(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
+    """Shares of answers right, a line for each arm and state of its memory."""
     names = []
     for label, runs in labels.items():
         for state, marker, colour in (("on", "o", COLOURS[0]), ("off", "v", COLOURS[1])):

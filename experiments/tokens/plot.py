@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from experiments.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, gain, load, new_figure, save
 from experiments.report import Row
 from experiments.tokens.configs import BASELINE
+from experiments.tokens.summary import text_of
 
 Points = list[tuple[float, Row]]  # (millions of training tokens, row)
 
@@ -18,7 +19,7 @@ def draw(home: Path) -> Path:
     curves: dict[str, Points] = {}
     plain: dict[str, Points] = {}
     for group, rows in load(home, BASELINE).items():
-        text = group.rsplit(",", 1)[0]  # without the budget
+        text = text_of(group)
         for row in rows:
             point = (first_run(row)["tokens"] / 1e6, row)
             if row.label == BASELINE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,11 @@ from experiments.measures import shown, table
 from experiments.report import Record, groups_of
 
 Curve = Sequence[tuple[float, float]]  # (tokens, bits a byte), fewest tokens first
+
+
+def text_of(group: str) -> str:
+    """The name of a table without its budget."""
+    return re.sub(r", [\d.]+M tokens", "", group)
 
 
 def tokens_for(loss: float, curve: Curve) -> tuple[float, float]:
@@ -43,13 +49,12 @@ def summary(home: Path) -> str:
     plain: dict[tuple[str, int], list[tuple[float, float]]] = {}
     cells: dict[tuple[str, str, int], list[Record]] = {}
     for group, labels in groups_of(read_results(home / "results.jsonl")).items():
-        text = group.rsplit(",", 1)[0]  # without the budget
         for label, runs in labels.items():
             for run in runs:
                 if label == "plain":
-                    plain.setdefault((text, run["seed"]), []).append((run["tokens"], run["bpb"]))
+                    plain.setdefault((text_of(group), run["seed"]), []).append((run["tokens"], run["bpb"]))
                 else:
-                    cells.setdefault((text, label, run["tokens"]), []).append(run)
+                    cells.setdefault((text_of(group), label, run["tokens"]), []).append(run)
     lines = []
     for (text, label, tokens), runs in sorted(cells.items()):
         curves = {run["seed"]: sorted(plain.get((text, run["seed"]), [])) for run in runs}

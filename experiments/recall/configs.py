@@ -18,7 +18,7 @@ TASKS = {
 }
 STEPS, BATCH = {"T": 1500, "S": 3000}, 64
 ARMS = ("plain", "engram", "one-row", "short-conv")
-SLOW = "engram, rows at the dense rate"  # rows usually learn far faster than all that the other arms have
+SLOW = "engram, slow rows"  # at the dense rate: rows usually learn far faster than all that the other arms have
 # Below a rate of its own an arm learns the task and above it does not: a grid of rates that are all too high is flat,
 # and could go on in either direction.
 LRS = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)

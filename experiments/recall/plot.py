@@ -18,13 +18,13 @@ def draw(home: Path) -> Path:
     groups = {group: labels for group, labels in measured(home).items() if any(labels.values())}
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
-    figure, panels = new_figure(6.4, [2.3, 1.9] * len(groups))
+    figure, panels = new_figure(6.4, [2.3, 2.2] * len(groups))
     with matplotlib.rc_context(STYLE):
         for place, (group, labels) in enumerate(groups.items()):
             _curves(panels[2 * place], labels)
             _accuracy(panels[2 * place + 1], labels)
             panels[2 * place].set_title(f"{home.name}, {group}")
-        panels[0].legend(loc="upper right", ncols=3, fontsize=8)
+        panels[0].legend(loc="upper right", fontsize=8)
         panels[-1].set_xlabel(
             "share of answers right\n(bars: 95 % over seeds, cut at 0 and 1; dotted: plain without keys)"
         )

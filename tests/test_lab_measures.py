@@ -370,8 +370,9 @@ def test_what_a_memory_is_worth_is_a_mean_of_ratios_or_a_bound():
     assert worth(runs(3.5, 4.5), plain) == "1.00 (1.00 .. 1.00)"
     assert worth(runs(3.0, 5.0 - 1e-9), plain).startswith("1.00 (0.00 .. ")  # 2 and 1/2, far apart
     assert worth(runs(3.5), plain) == "1.00 (one seed)"
-    assert worth(runs(3.0, 3.9), plain) == "over 2.0" and worth(runs(3.5, 3.9), plain) == "over 1.0"
-    assert worth(runs(4.5, 4.5), plain) == "under 1.0"
+    assert worth(runs(2.9, 3.9), plain) == "over 2.0"
+    assert worth(runs(3.5, 3.9), plain) == "over 1.0, 1.00 in 1 of 2 seeds"
+    assert worth(runs(4.5, 5.5), plain) == "under 0.5"
 
 
 @pytest.mark.parametrize(

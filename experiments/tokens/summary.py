@@ -35,12 +35,15 @@ def tokens_for(loss: float, curve: Curve) -> tuple[float, float]:
 
 def worth(runs: Sequence[Record], plain: dict[int, Curve]) -> str:
     """How many times the tokens of `runs` plain needs for the same loss: the geometric mean over seeds with its
-    interval, or a bound where the budgets of plain end too soon for one of the seeds, or begin too late."""
+    interval. Where the budgets of plain end too soon for one of the seeds, or begin too late, a bound, and the mean of
+    the others."""
     ends = [[end / run["tokens"] for end in tokens_for(run["bpb"], plain[run["seed"]])] for run in runs]
-    least, most = min(low for low, _ in ends), max(high for _, high in ends)
-    if any(low != high for low, high in ends):
-        return f"over {least:.1f}" if math.isinf(most) else f"under {most:.1f}"
-    mean, low, high = over_seeds([math.log(low) for low, _ in ends])
+    known = [low for low, high in ends if low == high]
+    mean, low, high = over_seeds(list(map(math.log, known))) if known else (0.0, -math.inf, math.inf)
+    if len(known) < len(ends):
+        least, most = min(low for low, _ in ends), max(high for _, high in ends)
+        bound = f"over {least:.1f}" if math.isinf(most) else f"under {most:.1f}"
+        return bound + f", {math.exp(mean):.2f} in {len(known)} of {len(ends)} seeds" * bool(known)
     spread = (math.exp(low), math.exp(high)) if math.isfinite(low) else (low, high)
     return shown(Interval(math.exp(mean), *spread), ".2f")
 

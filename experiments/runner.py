@@ -97,6 +97,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "code": code_version(),
         "sources": sources_digest(),
         "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),  # other vector instructions round in another order
         "corpus": data.digest,
         "vocabulary": len(data.token_map.table),
         "overlap_13gram": float(data.overlap),

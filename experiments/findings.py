@@ -16,7 +16,7 @@ from experiments.depth.summary import early_lens, shift
 from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
 from experiments.measures import measured, paired
 from experiments.recall.summary import accuracy, learned_after
-from experiments.report import Record, Row, documents_of, groups_of, rows_of
+from experiments.report import Record, documents_of, groups_of, rows_of
 from experiments.sensitivity.summary import retention_gap
 from experiments.slots.plot import LogFit, cells_of, log_fit
 from experiments.tokens.summary import text_of
@@ -41,13 +41,17 @@ def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Findi
         found, grids = [], {record["label"] for record in read_results(home / name / "tune.jsonl")}
         for group, runs in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
             if ours in runs and theirs in runs:
-                row = rows_of(home / name, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
-                if row.nats is not None:
-                    untuned = name == "components" and ours not in grids
-                    found.append(Finding(group + ", engram's rates" * untuned, row.nats, len(row.paired)))
+                untuned = name == "components" and ours not in grids
+                found += _compared(home / name, group + ", engram's rates" * untuned, runs, ours, theirs)
         return found
 
     return figure
+
+
+def _compared(folder: Path, group: str, runs: dict[str, list[Record]], ours: str, theirs: str) -> list[Finding]:
+    """Nats per token of one label minus another's, in one table; none without seeds and tokenizer in common."""
+    row = rows_of(folder, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
+    return [] if row.nats is None else [Finding(group, row.nats, len(row.paired))]
 
 
 def change_of_gain(name: str, along: str, passes: str = "", least_tokens: int = 0) -> Callable[[Path], list[Finding]]:
@@ -102,17 +106,13 @@ def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> n
 
 def twice_the_tokens(home: Path) -> list[Finding]:
     """Plain minus engram that was trained on half as many tokens, on each text and at each budget."""
-    folder, budgets = home / "tokens", {}
-    for group, labels in groups_of(read_results(home / "tokens" / "results.jsonl")).items():
-        for arm in {"plain", "engram"} & set(labels):
-            budgets[text_of(group), arm, budget_of(labels[arm][0])] = group, labels[arm]
-    found = []
-    for (text, arm, tokens), (group, ours) in sorted(budgets.items()):
-        _, plain = budgets.get((text, "plain", 2 * tokens), ("", None))
-        if arm == "engram" and plain:
-            row = rows_of(folder, {"engram": ours, "plain": plain}, "engram")[1]
-            if row.nats is not None:
-                found.append(Finding(group, row.nats, len(row.paired)))
+    found, folder = [], home / "tokens"
+    groups = sorted(groups_of(read_results(folder / "results.jsonl")).items())
+    plain = {(text_of(group), budget_of(runs["plain"][0])): runs["plain"] for group, runs in groups if "plain" in runs}
+    for group, runs in groups:
+        longer = plain.get((text_of(group), 2 * budget_of(runs["engram"][0]))) if "engram" in runs else None
+        if longer:
+            found += _compared(folder, group, {"engram": runs["engram"], "plain": longer}, "plain", "engram")
     return found
 
 
@@ -144,9 +144,7 @@ def slots_ahead(home: Path) -> list[Finding]:
         if sizes[0] & sizes[1]:
             most = max(sizes[0] & sizes[1])
             ours, theirs = (f"{arm}, {most:,} rows" for arm in ("engram", "over-encoding"))
-            row: Row = rows_of(folder, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
-            if row.nats is not None:
-                found.append(Finding(f"{group}, {most:,} rows", row.nats, len(row.paired)))
+            found += _compared(folder, f"{group}, {most:,} rows", runs, ours, theirs)
     return found
 
 

@@ -33,14 +33,15 @@ def draw(home: Path) -> Path:
 
 def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
     """The loss over training, a line for each seed."""
-    looks = dict(zip(ARMS, zip(COLOURS, "----", strict=True), strict=True))
+    looks = {arm: (colour, "-") for arm, colour in zip(ARMS, COLOURS, strict=True)}
     looks[SLOW] = (looks["engram"][0], ":")
+    level = half_way(next(run for runs in labels.values() for run in runs.values()))
     for label, (colour, style) in looks.items():
         for which, run in enumerate(labels.get(label, {}).values()):
             tokens, nats = zip(*run["curve"], strict=True)
             axes.plot([t / 1e6 for t in tokens], nats, style, color=colour, lw=1.2, label=None if which else label)
-            axes.axhline(half_way(run), color=SOFT, linewidth=1.2, linestyle=":")
-            axes.set_ylim(0, 3 * half_way(run))
+    axes.axhline(level, color=SOFT, linewidth=1.2, linestyle=":")
+    axes.set_ylim(0, 3 * level)
     axes.set_xlabel("training tokens, millions (a line a seed; dotted: taken for learned)")
     axes.set_ylabel("nats an answer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ def half_way(run: Record) -> float:
 def learned_after(run: Record) -> float | None:
     """Millions of training tokens after which the loss first falls below half_way; None where it never does. It is the
     loss of texts that were not read before: in training none comes twice."""
-    before, curve = (0.0, math.inf), run["curve"]
-    for tokens, nats in curve:
-        if nats < half_way(run):
-            share = 1.0 if math.isinf(before[1]) else (before[1] - half_way(run)) / (before[1] - nats)
-            return (before[0] + share * (tokens - before[0])) / 1e6
-        before = (tokens, nats)
+    level, curve = half_way(run), run["curve"]
+    if curve[0][1] < level:
+        return curve[0][0] / 1e6
+    for (fewer, high), (more, low) in pairwise(curve):
+        if low < level:
+            return (fewer + (high - level) / (high - low) * (more - fewer)) / 1e6
     return None
 
 

@@ -29,15 +29,14 @@ def _prices(axes: Axes, rows: list[Row]) -> None:
     """Bits a byte below plain over megabytes; names to the right of a dot, or to its left where that is taken."""
     taken: list[tuple[float, float]] = []
     axes.axhline(0, color=SOFT, linewidth=1)
-    for row in sorted(rows, key=lambda row: row.bits.mean if row.bits else 0.0):
-        if row.bits is None and row.label != BASELINE:
-            continue
-        x, y = size_of(row) / 1e6, row.bits.mean if row.bits else 0.0
+    points = [(row.bits.mean, size_of(row) / 1e6, row.label) for row in rows if row.bits]
+    points += [(0.0, size_of(row) / 1e6, row.label) for row in rows if row.label == BASELINE]
+    for y, x, label in sorted(points):
         left = any(abs(y - v) < 0.012 and 0.5 < x / u < 2 for u, v in taken)
         taken.append((x, y))
-        axes.plot(x, y, "o", color=COLOURS[1] if row.label == "engram" else COLOURS[0], markersize=5)
+        axes.plot(x, y, "o", color=COLOURS[1] if label == "engram" else COLOURS[0], markersize=5)
         place = {"xytext": (-6 if left else 6, 0), "textcoords": "offset points"}
-        axes.annotate(row.label, (x, y), ha="right" if left else "left", va="center", color=INK, fontsize=8, **place)
+        axes.annotate(label, (x, y), ha="right" if left else "left", va="center", color=INK, fontsize=8, **place)
     axes.set_xscale("log")
     axes.margins(x=0.3)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import geometric_mean
 
 from engram.lm.statistics import Interval, over_seeds
 from experiments.config import read_results
@@ -39,11 +40,11 @@ def worth(runs: Sequence[Record], plain: dict[int, Curve]) -> str:
     the others."""
     ends = [[end / run["tokens"] for end in tokens_for(run["bpb"], plain[run["seed"]])] for run in runs]
     known = [low for low, high in ends if low == high]
-    mean, low, high = over_seeds(list(map(math.log, known))) if known else (0.0, -math.inf, math.inf)
     if len(known) < len(ends):
         least, most = min(low for low, _ in ends), max(high for _, high in ends)
         bound = f"over {least:.1f}" if math.isinf(most) else f"under {most:.1f}"
-        return bound + f", {math.exp(mean):.2f} in {len(known)} of {len(ends)} seeds" * bool(known)
+        return f"{bound}, {geometric_mean(known):.2f} in {len(known)} of {len(ends)} seeds" if known else bound
+    mean, low, high = over_seeds([math.log(times) for times in known])
     spread = (math.exp(low), math.exp(high)) if math.isfinite(low) else (low, high)
     return shown(Interval(math.exp(mean), *spread), ".2f")
 

@@ -228,7 +228,9 @@ def _evaluate_tasks(
     from rich.table import Table
 
     if find_spec("lm_eval") is None:
-        raise ValueError("--tasks needs lm-eval, which is not installed: pip install 'engram-lm[lm-eval]'")
+        raise ValueError(
+            "--tasks needs lm-eval, which is not installed: pip install -e '.[lm-eval]' in the project's folder"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"--limit is a number of documents, 1 or more, not {limit}")
     from engram.lm.harness import adapter, load_tasks, run_tasks
@@ -260,7 +262,10 @@ def _open(folder: Path, memory: Path | None) -> tuple[Any, Any]:
             f"{folder} holds neither run.json (a run of `engram train`) nor config.json (a model of transformers)"
         )
     if find_spec("transformers") is None:
-        raise ValueError(f"{folder} is a model of transformers, which is not installed: pip install 'engram-lm[hf]'")
+        raise ValueError(
+            f"{folder} is a model of transformers, which is not installed: pip install -e '.[hf]' in the project's "
+            f"folder"
+        )
     from engram.integrations.pretrained import load_pretrained
 
     return load_pretrained(folder, memory)

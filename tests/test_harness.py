@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'engram-lm[lm-eval]'")
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[lm-eval]' in the project's folder")
 
 import datasets
 import huggingface_hub
@@ -286,7 +286,7 @@ def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys
 def test_without_lm_eval_the_command_says_what_to_install(saved, monkeypatch, capsys):
     monkeypatch.setattr("engram.cli.find_spec", lambda name: None)
     code, _, err = cli(monkeypatch, capsys, "evaluate", saved[0], "--tasks", "read")
-    assert code == 2 and "pip install 'engram-lm[lm-eval]'" in err
+    assert code == 2 and "pip install -e '.[lm-eval]' in the project's folder" in err
 
 
 def test_a_folder_that_is_no_model_is_named(monkeypatch, capsys, tmp_path, files):

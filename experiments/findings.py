@@ -35,13 +35,13 @@ class Finding(NamedTuple):
 
 def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Finding]]:
     """Nats per token of one label minus another's of an experiment, in every table that has both; of a part of the
-    memory it is said if that has no grid of rates."""
+    memory it is said if that has no grid of rates there."""
 
     def figure(home: Path) -> list[Finding]:
         found, grids = [], {record["label"] for record in read_results(home / name / "tune.jsonl")}
         for group, runs in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
             if ours in runs and theirs in runs:
-                untuned = name == "components" and ours not in grids
+                untuned = name == "components" and (ours not in grids or not group.startswith("T"))  # grids are T's
                 found += _compared(home / name, group + ", engram's rates" * untuned, runs, ours, theirs)
         return found
 
@@ -58,7 +58,8 @@ def change_of_gain(name: str, along: str, passes: str = "", least_tokens: int = 
     """Engram's difference to plain where record[along] is largest, minus the one where it is smallest, in bits per byte
     of the same documents: above 0, the gain shrinks. One finding for each setting and text with two such tables.
 
-    passes: "one" for the runs alone that read no text twice, "several" for those from the last of them on.
+    passes: "one" for the runs alone that read no text twice, "several" for those from the last of them on, where the
+        last reads it twice at least.
     least_tokens: of training, in the configuration, for a table to count.
     """
 
@@ -77,7 +78,7 @@ def change_of_gain(name: str, along: str, passes: str = "", least_tokens: int = 
             places = sorted(tables)
             once = [at for at in places if _passes(tables[at][1]) <= 1]
             chosen = {"": places, "one": once, "several": places[len(once) - 1 :] if once else []}[passes]
-            if len(chosen) < 2:
+            if len(chosen) < 2 or (passes == "several" and _passes(tables[chosen[-1]][1]) < 2):
                 continue
             (first, before), (last, after) = tables[chosen[0]], tables[chosen[-1]]
             seeds = sorted(set.intersection(*(set(runs) for pair in (before, after) for runs in pair.values())))

@@ -665,7 +665,7 @@ def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
                 nats = base + rng.normal(0, 0.1, 40) - lead * (arm == "engram")
                 np.savez(home / "documents" / f"{key}.npz", nats=nats, tokens=sizes, bytes=sizes)
                 record = {"key": key, "cell": f"{tokens}{arm}", "label": arm, "seed": seed, "tokens": tokens}
-                record |= {"group": f"T: text, {tokens}M tokens", "text_tokens": 3, "bpb": 1.0, "corpus": "c"}
+                record |= {"group": f"T: text, {tokens}M tokens", "text_tokens": 2, "bpb": 1.0, "corpus": "c"}
                 record |= {"train_cpu_seconds": 1.0}
                 record |= {"setting": {"corpus": "text", "train": {"tokens": tokens}}}
                 file.write(json.dumps(record) + "\n")
@@ -680,6 +680,9 @@ def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
     assert late.group == "T: text, 2M tokens to T: text, 4M tokens"
     assert findings.change_of_gain("tokens", "tokens", "one", least_tokens=2)(tmp_path) == []
     assert findings.change_of_gain("vocabulary", "vocabulary")(tmp_path) == []
+    lines = (home / "results.jsonl").read_text()
+    (home / "results.jsonl").write_text(lines.replace('"text_tokens": 2', '"text_tokens": 3'))
+    assert findings.change_of_gain("tokens", "tokens", "several")(tmp_path) == [], "1.3 passes are hardly several"
     once, twice = findings.twice_the_tokens(tmp_path)  # there is no plain for twice the largest
     assert (once.group, twice.group, once.seeds) == ("T: text, 1M tokens", "T: text, 2M tokens", 2)
     assert once.value.mean == pytest.approx(0.5, rel=0.01) and twice.value.mean == pytest.approx(0.9, rel=0.01)

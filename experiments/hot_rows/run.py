@@ -141,7 +141,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=800_000)
+    parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=512, help="tokens per gather")
     parser.add_argument("--tables-only", action="store_true", help="write README.md again from results.jsonl")

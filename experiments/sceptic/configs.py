@@ -29,9 +29,12 @@ TRAINED = {
     "moe-active": False,
     "product-key": True,
 }
-TUNED_AT_S = ("engram", "plain")  # ten minutes a run: the two that every conclusion at S is about
+# Ten minutes a run: the two that every conclusion at S is about, and the rival that is nearest.
+TUNED_AT_S = ("engram", "plain", "hashed-bigram")
 # Rows that are added to the hidden state as they are, without a projection, want smaller steps.
 BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
+# Tokens that a text takes with the larger vocabulary over those with the usual one: the same text is read.
+SHORTER = 0.78
 DATASTORE = 1_000_000  # keys of kNN-LM at most: a query of the exact index reads them all
 # The rest is one of these trained again with something else after it, or for longer: label, arm, options, rates of.
 DERIVED = (
@@ -56,13 +59,15 @@ def configs(setting_name: str) -> list[Run]:
         if arm == "longer":
             mine = change(mine, train={"tokens": round(setting.train.tokens * slowdown())})
         if arm == "larger-vocabulary":
-            mine = change(mine, vocab_size=vocabulary_for(setting))
+            shorter = {"tokens": round(setting.train.tokens * SHORTER)}
+            mine = change(mine, train=shorter, vocab_size=vocabulary_for(setting))
         runs.append(Run("sceptic", arm, mine, options, label, group))
     return runs
 
 
 def tune() -> list[Run]:
-    """A grid for every trained arm at T, arms without rows have no second rate; and of lr at S for TUNED_AT_S."""
+    """A grid for every trained arm at T, arms without rows have no second rate; and of lr at S for TUNED_AT_S, where
+    bare rows have their second one too."""
     runs = []
     for arm, has_rows in TRAINED.items():
         setting = SETTINGS["T"]
@@ -76,7 +81,8 @@ def tune() -> list[Run]:
     setting = SETTINGS["S"]
     for arm in TUNED_AT_S:
         mine = change(setting, train=tuned(arm, SETTINGS["T"]))  # for its table_lr
-        runs += rate_grid([Run("sceptic", arm, mine, group=f"S: {setting.corpus}")], TUNING, table_lrs=())
+        cell = Run("sceptic", arm, mine, group=f"S: {setting.corpus}")
+        runs += rate_grid([cell], TUNING, table_lrs=BARE_ROWS.get(arm, ()))
     return runs
 
 

@@ -10,6 +10,7 @@ __all__ = ["BASELINE", "SETTING", "configs", "measure", "summary"]
 
 BASELINE, SETTING = "plain", "T"
 CORPUS, EPOCHS = "facts:wiki", 1.0  # one pass: every copy of a fact is met once
+TOKENS = 1_600_000  # about, of that pass
 ARMS = ("plain", "engram", "one-row")
 
 
@@ -19,7 +20,7 @@ def configs(setting_name: str) -> list[Run]:
         Run(
             "sensitivity",
             arm,
-            change(setting, train=tuned(arm, setting), corpus=CORPUS),
+            change(setting, train=tuned(arm, setting, tokens=TOKENS), corpus=CORPUS),
             (("epochs", EPOCHS),),
             arm,
             group,

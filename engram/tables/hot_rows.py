@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram.tables.encoded import EncodedTable
 from engram.tables.table import HostTable, as_output
 
 _WAYS = 8  # rows a set holds; a row can lie in one set only
@@ -34,11 +35,12 @@ class HotRows:
     """
 
     def __init__(self, table: HostTable, nbytes: int):
-        row = table.dim * table.dtype.itemsize
+        dtype = torch.float32 if isinstance(table, EncodedTable) else table.dtype  # of what a gather gives
+        row = table.dim * dtype.itemsize
         sets = nbytes // (_WAYS * (row + 16))  # a tag and a clock reading beside each row
         if sets < 1:
             raise ValueError(f"nbytes must be at least {_WAYS * (row + 16):,} for rows of {row} bytes, not {nbytes:,}")
-        self.table, self.rows, self.dim, self.dtype = table, table.rows, table.dim, table.dtype
+        self.table, self.rows, self.dim, self.dtype = table, table.rows, table.dim, dtype
         self._sets = sets
         self._tags = np.full((sets, _WAYS), -1, np.int64)
         self._used = np.zeros((sets, _WAYS), np.int64)

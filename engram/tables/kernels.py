@@ -56,7 +56,22 @@ def _load() -> ctypes.CDLL | None:
 
 
 native: ctypes.CDLL | None = _load()
-_pool = ThreadPoolExecutor(max(CORES - 1, 1), thread_name_prefix="engram-kernel")
+
+
+class Threads:
+    """A pool of `count` threads, which a forked process makes anew: none of its parent's lives on there."""
+
+    def __init__(self, count: int, name: str):
+        self.count, self.name = count, name
+        self._start()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._start)
+
+    def _start(self) -> None:
+        self.pool = ThreadPoolExecutor(self.count, thread_name_prefix=self.name)
+
+
+_threads = Threads(max(CORES - 1, 1), "engram-kernel")
 _SHARE = 4  # pieces per core: a core that others keep busy takes fewer of them
 
 
@@ -81,7 +96,7 @@ def spread(n: int, smallest: int, work: Callable[[int, int], None]) -> None:
                 return
             work(n * piece // pieces, n * (piece + 1) // pieces)
 
-    futures = [_pool.submit(run) for _ in range(min(CORES, pieces) - 1)]
+    futures = [_threads.pool.submit(run) for _ in range(min(CORES, pieces) - 1)]
     try:
         run()
     finally:

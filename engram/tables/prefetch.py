@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -19,13 +19,14 @@ from engram.tables import kernels
 from engram.tables.table import HostTable
 
 Result = TypeVar("Result")
-_thread = ThreadPoolExecutor(1, thread_name_prefix="engram-fetch")
+
+_thread = kernels.Threads(1, "engram-fetch")
 
 
 def in_background(work: Callable[[], Result], worth_a_thread: bool) -> Future[Result]:
     """Runs `work` on the fetching thread, or at once where waking a thread costs more than the work."""
     if worth_a_thread:
-        return _thread.submit(work)
+        return _thread.pool.submit(work)
     done: Future[Result] = Future()
     done.set_result(work())
     return done

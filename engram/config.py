@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +19,24 @@ _CHOICES = {
     "boundary": ("pad", "dead", "eos"),
     "generator": ("pcg64", "splitmix64"),
 }
+_WHOLE = ("heads", "head_dim", "pad_id", "seed", "conv_kernel", "row_multiple")
+
+
+def whole(name: str, value: Any) -> int:
+    """An int as it is, of NumPy too; never a rounded float. Raises TypeError with the name of the argument."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {value}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {value!r}") from None
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """`whole` of each of several numbers. Raises TypeError with the name of the argument."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
+    return tuple(whole(name, value) for value in values)
 
 
 @dataclass(frozen=True)
@@ -78,9 +99,15 @@ class EngramConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "orders"):
-            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
-        if not isinstance(self.rows_per_head, int):
-            object.__setattr__(self, "rows_per_head", tuple(int(v) for v in self.rows_per_head))
+            object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
+        if isinstance(self.rows_per_head, Iterable):
+            object.__setattr__(self, "rows_per_head", whole_numbers("rows_per_head", self.rows_per_head))
+        for name in (*_WHOLE, "rows_per_head", "conv_dilation", "compressed_vocab"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, tuple):
+                object.__setattr__(self, name, whole(name, value))
+        if not (math.isfinite(self.table_std) and self.table_std >= 0):
+            raise ValueError(f"table_std is a standard deviation, 0 or more, not {self.table_std}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -134,12 +161,15 @@ class EngramConfig:
 
     @classmethod
     def from_json(cls, text: str) -> EngramConfig:
-        """Raises ValueError on an unknown field."""
+        """Raises ValueError on an unknown field, or a value of another kind than the field's."""
         values = json.loads(text)
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown EngramConfig fields: {', '.join(sorted(unknown))}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"EngramConfig: {error}") from error
 
     @classmethod
     def preset(cls, name: str) -> EngramConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -72,3 +74,21 @@ def test_rows_of_the_meta_tables_equal_the_layout():
     config = EngramConfig.preset("paper-27b")
     layout = HashLayout.build(98_627, config.layers, config.orders, config.heads, config.rows_per_head, pad_id=2)
     assert all(p >= 2_262_400 for layer in layout.layers for order in layout.moduli[layer] for p in order)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"layers": (1.7,)}, {"layers": "12"}, {"layers": 1}, {"heads": 2.5}, {"rows_per_head": 1e6}, {"head_dim": True}],
+)
+def test_numbers_that_are_not_whole_are_named_and_never_rounded(wrong):
+    (name,) = wrong
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        EngramConfig(**wrong)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        EngramConfig.from_json(json.dumps({name: wrong[name]}))
+
+
+@pytest.mark.parametrize("std", [float("nan"), float("inf"), -1.0])
+def test_a_spread_of_rows_that_is_no_number_is_refused(std):
+    with pytest.raises(ValueError, match="table_std"):
+        EngramConfig(table_std=std)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+
+from engram.config import whole, whole_numbers
 
 FORMAT = "engram-hash-layout-1"
 FAMILIES = ("multiply_xor", "xxh64", "one_row")
@@ -89,23 +90,23 @@ class HashLayout:
         row_multiple: int = 1,
     ) -> HashLayout:
         """rows_per_head: one int for all orders, or one int per order. ValueError where an argument makes no sense."""
-        layers, orders = _whole_numbers("layers", layers), _whole_numbers("orders", orders)
+        layers, orders = whole_numbers("layers", layers), whole_numbers("orders", orders)
         if isinstance(rows_per_head, Iterable):
-            rows_per_head = _whole_numbers("rows_per_head", rows_per_head)
+            rows_per_head = whole_numbers("rows_per_head", rows_per_head)
         else:
-            rows_per_head = (_whole("rows_per_head", rows_per_head),) * len(orders)
+            rows_per_head = (whole("rows_per_head", rows_per_head),) * len(orders)
         return cls(
-            _whole("compressed_vocab", compressed_vocab),
+            whole("compressed_vocab", compressed_vocab),
             layers,
             orders,
-            _whole("heads", heads),
+            whole("heads", heads),
             rows_per_head,
-            _whole("pad_id", pad_id),
-            _whole("seed", seed),
+            whole("pad_id", pad_id),
+            whole("seed", seed),
             family,
             boundary,
             generator,
-            _whole("row_multiple", row_multiple),
+            whole("row_multiple", row_multiple),
         )
 
     def __post_init__(self) -> None:
@@ -229,7 +230,7 @@ class HashLayout:
         try:
             parameters["seed"] = int(found["seed"])
             # A claimed size must be paid for in the file before primes are searched for it.
-            claimed = _whole("heads", found["heads"]) * len(found["orders"]) * len(found["layers"])
+            claimed = whole("heads", found["heads"]) * len(found["orders"]) * len(found["layers"])
             listed = sum(len(heads) for orders in found["moduli"].values() for heads in orders)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"hash layout: {error}") from error
@@ -259,21 +260,6 @@ def _difference(found: Any, expected: Any) -> str:
         place = next(i for i in range(len(expected)) if found[i] != expected[i])
         return f"place {place}: {_difference(found[place], expected[place])}"
     return f"{json.dumps(found)[:80]} instead of {json.dumps(expected)[:80]}"
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {value}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {value!r}") from None
-
-
-def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
-    return tuple(_whole(name, value) for value in values)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's step

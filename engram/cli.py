@@ -53,8 +53,8 @@ def _setting(corpus: str, budget: str, lr: float | None, table_lr: float | None)
 
     setting = Setting(corpus=corpus)
     train = setting.train
-    train = replace(train, tokens=parse_count(budget), lr=lr or train.lr, table_lr=table_lr or train.table_lr)
-    return replace(setting, train=train)
+    lr, table_lr = train.lr if lr is None else lr, train.table_lr if table_lr is None else table_lr
+    return replace(setting, train=replace(train, tokens=parse_count(budget), lr=lr, table_lr=table_lr))
 
 
 def _progress() -> Any:
@@ -288,6 +288,8 @@ def generate(
 
     model, tokenizer, _, _ = load_run(folder)
     ids = torch.tensor([[0, *tokenizer.encode(prompt).ids]])  # 0: <|endoftext|>, which every document starts with
+    if ids.shape[1] > model.config.max_length:
+        raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model holds {model.config.max_length}")
     tokens = min(tokens, model.config.max_length - ids.shape[1])
     out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0)
     print(tokenizer.decode(out[0].tolist()))
@@ -498,6 +500,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError, IndexError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

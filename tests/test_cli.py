@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -132,3 +133,37 @@ def test_budgets_that_are_no_positive_number_are_refused(text):
 
 def test_seeds_are_read():
     assert parse_seeds("0,1,2") == [0, 1, 2]
+
+
+def test_a_rate_of_zero_is_a_rate():
+    from engram.cli import _setting
+
+    train = _setting("kjv", "30k", 0.0, 0.0).train
+    assert (train.lr, train.table_lr) == (0.0, 0.0)
+    usual = _setting("kjv", "30k", None, None).train
+    assert usual.lr > 0 and usual.table_lr > 0
+
+
+def test_a_folder_with_another_run_is_left_as_it_is(text_folder, tmp_path):
+    out, env = tmp_path / "run", {"ENGRAM_CACHE": str(tmp_path)}
+    arguments = ["train", "--out", out, "--corpus", text_folder, "--budget", "6k", "--arm", "plain"]
+    assert engram(*arguments, **env).returncode == 0
+    before = (out / "run.json").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(text_folder, other)
+    (other / "more.txt").write_text("one more document of a few words")
+    for change, named in (
+        (["--arm", "engram"], "another arm"),
+        (["--budget", "8k"], "another setting"),
+        (["--corpus", other], "another"),
+    ):
+        done = engram(*arguments, *change, **env)
+        assert done.returncode == 2 and named in done.stderr.splitlines()[-1], done.stderr
+        assert (out / "run.json").read_bytes() == before
+    (text_folder / "more.txt").write_text("one more document of a few words")
+    try:
+        done = engram(*arguments, **env)
+        assert done.returncode == 2 and "another text" in done.stderr.splitlines()[-1], done.stderr
+    finally:
+        (text_folder / "more.txt").unlink()
+    assert engram("evaluate", out, "--json", **env).returncode == 0

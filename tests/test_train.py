@@ -325,3 +325,21 @@ def test_generation_beyond_the_models_length_is_refused():
         generate(model(), torch.tensor([[0, 5]]), 15)
     with pytest.raises(ValueError, match="prompt must be"):
         generate(model(), torch.empty(1, 0, dtype=torch.int64), 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"tokens": -1}, "tokens=-1"), ({"top_k": 0}, "top_k=0"), ({"temperature": -1.0}, "temperature=-1.0")],
+)
+def test_generation_with_a_number_that_makes_no_sense_is_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        generate(model(), torch.tensor([[0, 5]]), **{"tokens": 3, **wrong})
+
+
+def test_tied_embeddings_are_saved_and_come_back_tied(tmp_path):
+    shape = TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=1, heads=2, max_length=16, tie_embeddings=True)
+    trained, loaded = Transformer(shape), Transformer(shape)
+    train(trained, corpus(), CONFIG, folder=tmp_path)
+    load_checkpoint(latest_checkpoint(tmp_path), loaded)
+    assert_same(weights(trained), weights(loaded))
+    assert loaded.head.weight is loaded.embedding.weight

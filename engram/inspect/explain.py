@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram.lm.evaluate import eval_mode
 from engram.lm.tokenizer import END_OF_TEXT_ID
 from engram.memory import EngramMemory, Recall
 
@@ -116,14 +117,10 @@ def explain(
     if memory is None:
         raise ValueError(f"this {type(model).__name__} has no memory to explain: engram.attach one (--memory)")
     ids = _ids(text_or_ids, tokenizer, memory).to(next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         with _watching(memory, _Seen()) as seen:
             loss = _losses(_logits(model, memory, ids, seen), ids)[0]
         off = _off(model, memory, ids) if losses else None
-    finally:
-        model.train(was_training)
     assert seen.recall is not None
     lengths = window_lengths(memory, ids.cpu(), seen.recall)[0]
     listed = ids[0].tolist()

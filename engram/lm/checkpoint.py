@@ -35,6 +35,17 @@ def _split_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
     return {k: v for k, v in state.items() if k not in table_keys}, {k: state[k] for k in sorted(table_keys)}
 
 
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and no two in the same memory (tied embeddings), which safetensors refuses."""
+    apart, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places and tensor.numel() else tensor
+        places.add(place)
+    return apart
+
+
 def _row_state(optimizer: EngramOptimizer) -> dict[str, Tensor]:
     return {
         f"rows.{m}.{layer}.{name}": state.tensor
@@ -77,7 +88,7 @@ def save_checkpoint(
         partial.mkdir()
         for name, tensors in (("model", dense), ("optimizer", adam)):
             path = partial / f"{name}.safetensors"
-            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+            safetensors.torch.save_file(_apart(tensors), path)
             sync(path)
             manifest["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
         for name, rows in {**tables, **_row_state(optimizer)}.items():

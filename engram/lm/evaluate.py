@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
@@ -27,6 +30,18 @@ class Evaluation(NamedTuple):
     document_nats: np.ndarray
     document_tokens: np.ndarray
     position_nats: np.ndarray
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """eval() for a while; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -52,22 +67,20 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
     windows.sort(key=lambda w: w[0] - w[1])  # of like length together: little padding
     nats = np.full(len(data.ids), np.nan, dtype=np.float32)
     device = model.embedding.weight.device
-    was_training = model.training
-    model.eval()
-    while windows:
-        longest = windows[0][1] - windows[0][0]
-        batch, windows = windows[: max(1, batch_tokens // longest)], windows[max(1, batch_tokens // longest) :]
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        targets = torch.full((len(batch), longest), -100)
-        for row, (start, stop) in enumerate(batch):
-            ids[row, : stop - start] = torch.from_numpy(data.ids[start:stop])
-            targets[row, : stop - start] = torch.from_numpy(data.ids[start + 1 : stop + 1])
-        logits = model(ids.to(device))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
-        scored = loss.view_as(targets).cpu().numpy()
-        for row, (start, stop) in enumerate(batch):
-            nats[start:stop] = scored[row, : stop - start]
-    model.train(was_training)
+    with eval_mode(model):
+        while windows:
+            longest = windows[0][1] - windows[0][0]
+            batch, windows = windows[: max(1, batch_tokens // longest)], windows[max(1, batch_tokens // longest) :]
+            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+            targets = torch.full((len(batch), longest), -100)
+            for row, (start, stop) in enumerate(batch):
+                ids[row, : stop - start] = torch.from_numpy(data.ids[start:stop])
+                targets[row, : stop - start] = torch.from_numpy(data.ids[start + 1 : stop + 1])
+            logits = model(ids.to(device))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
+            scored = loss.view_as(targets).cpu().numpy()
+            for row, (start, stop) in enumerate(batch):
+                nats[start:stop] = scored[row, : stop - start]
     document = data.documents - data.documents[0]
     known = ~np.isnan(nats)
     count = len(data.starts) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engram.lm.evaluate import eval_mode
 from engram.lm.transformer import Cache, Transformer
 
 
@@ -34,35 +35,37 @@ def generate(
         int64 [B, T + added].
 
     Raises:
-        ValueError: an empty prompt, or more tokens than the model's max_length holds.
+        ValueError: an empty prompt, more tokens than the model's max_length holds, a number that makes no sense.
     """
+    if tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"{tokens=} and {temperature=} are 0 or more, {top_k=} is 1 or more")
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"the prompt must be [batch, time] with time >= 1, not {tuple(ids.shape)}")
     if ids.shape[1] + tokens > model.config.max_length:
         raise ValueError(
             f"{ids.shape[1]} prompt tokens + {tokens} new ones exceed the model's max_length {model.config.max_length}"
         )
-    model.eval()
-    generator = torch.Generator(ids.device).manual_seed(seed)
-    cache = Cache()
-    logits = _prefill(model, ids, cache, prefill, prefetch)
-    finished = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
-    for step in range(tokens):
-        if temperature == 0:
-            piece = logits.argmax(-1, keepdim=True)
-        else:
-            logits = logits / temperature
-            if top_k is not None:
-                floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < floor, -torch.inf)
-            piece = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        if stop_id is not None:
-            piece = piece.masked_fill(finished, stop_id)
-            finished |= piece == stop_id
-        ids = torch.cat([ids, piece], dim=1)
-        if (stop_id is not None and finished.all()) or step == tokens - 1:
-            break
-        logits = model(piece, cache=cache)[:, -1].float()  # its first act is to send for the rows of the new token
+    with eval_mode(model):
+        generator = torch.Generator(ids.device).manual_seed(seed)
+        cache = Cache()
+        logits = _prefill(model, ids, cache, prefill, prefetch)
+        finished = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
+        for step in range(tokens):
+            if temperature == 0:
+                piece = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < floor, -torch.inf)
+                piece = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            if stop_id is not None:
+                piece = piece.masked_fill(finished, stop_id)
+                finished |= piece == stop_id
+            ids = torch.cat([ids, piece], dim=1)
+            if (stop_id is not None and finished.all()) or step == tokens - 1:
+                break
+            logits = model(piece, cache=cache)[:, -1].float()  # its first act is to send for the rows of the new token
     return ids
 
 

@@ -119,11 +119,25 @@ def build_model(setting: Setting, arm: str, token_map: TokenMap) -> Transformer:
 
 
 def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: Data) -> None:
-    """Writes what is needed to build the model again: run.json, tokenizer.json, token_map.safetensors."""
+    """Writes what is needed to build the model again: run.json, tokenizer.json, token_map.safetensors.
+
+    Raises:
+        ValueError: a folder with checkpoints of another run, which is left as it is.
+    """
     home = Path(folder)
+    if (home / "run.json").is_file() and latest_checkpoint(home) is not None:
+        before = json.loads((home / "run.json").read_text())
+        other = ["another arm"] * (before["arm"] != arm)
+        other += ["another setting"] * (Setting.from_json(json.dumps(before["setting"])) != setting)
+        other += ["another text"] * (before.get("text", data.digest) != data.digest)
+        if other:
+            raise ValueError(
+                f"{home} holds checkpoints of a run with {' and '.join(other)} (see its run.json): give another "
+                f"folder, or delete it"
+            )
     home.mkdir(parents=True, exist_ok=True)
     files = {
-        "run.json": json.dumps({"arm": arm, "setting": asdict(setting)}),
+        "run.json": json.dumps({"arm": arm, "setting": asdict(setting), "text": data.digest}),
         "tokenizer.json": data.tokenizer.to_str(),
     }
     for name, text in files.items():

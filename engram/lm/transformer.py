@@ -195,7 +195,8 @@ class Transformer(nn.Module):
         Args:
             ids: int64 [B, T]. documents: [B, T] document numbers of a packed batch, for the memory's look-back
             (attention does see the earlier documents of its window, in every arm alike).
-            cache: decoding state; ids are then the continuation of what it holds.
+            cache: decoding state; ids are then the continuation of what it holds, and the first of them belongs to the
+            document that it ends with: a document that begins needs a new cache.
             recall: of memory.recall(ids, documents, cache=cache.memory), where it was called ahead of time.
 
         Raises:

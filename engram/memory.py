@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +90,27 @@ class MemoryCache:
         self.conv = {layer: inputs[:, :keep] for layer, inputs in self.conv.items()}
 
 
+def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a method out of the reach of torch.compile (threads, C, host memory): a compiled graph breaks there. The
+    compiler takes seconds to import, so it is asked only where somebody has."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if method not in _disabled:
+            _disabled[method] = torch.compiler.disable(method)
+        return _disabled[method](*args, **kwargs)
+
+    return call
+
+
+_disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
 class Recall:
     """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
-    forward pass that uses it: rows that an optimiser step changes in between are renewed.
+    forward pass that uses it, and used again: rows that an optimiser step changes in between are renewed.
 
     Attributes:
         documents: run number of each position [B, T] on the model's device, with a cache [B, positions held]; or None.
@@ -110,10 +130,8 @@ class Recall:
         self.dead = dead
         self.cache: MemoryCache | None = None
         self._memory = memory
-        self._trains = memory.training and torch.is_grad_enabled() and memory.trains_tables
-        if self._trains:
-            for table in memory.tables.values():  # no gradient is gathered for rows that cannot learn
-                table.check_writable()
+        if memory.collects_gradients:
+            memory.check_writable()
         self._rows: dict[int, Tensor] = {}
         self._pending: dict[int, Future[Fetch]] = {}
         host_documents = None if documents is None else documents[:, documents.shape[1] - ids.shape[1] :].cpu()
@@ -138,21 +156,29 @@ class Recall:
         """{layer: int64 [B, T, C]} on the CPU."""
         return self._hashed.result()
 
+    @_uncompiled
     def rows(self, layer: int) -> Tensor:
         """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
-        if layer not in self._rows:
-            fetched, waited = wait(self._pending.pop(layer))
-            self._memory.clock["waiting"] += waited
-            rows = fetched.rows()
-            if self._trains:
-                live = None if self.dead is None else ~self.dead
-                keep = partial(_keep_gradient, self._memory.gradients[layer], self.row_ids[layer], live)
-                rows.requires_grad_().register_post_accumulate_grad_hook(keep)
-            self._rows[layer] = rows
-        return self._rows[layer].flatten(2)
+        memory, rows = self._memory, self._rows.get(layer)
+        if rows is None:
+            if layer in self._pending:
+                fetched, waited = wait(self._pending.pop(layer))
+                memory.clock["waiting"] += waited
+            else:  # an update came since they were used
+                fetched = Fetch(memory.tables[layer], self.row_ids[layer], self.device)
+            rows = self._rows[layer] = fetched.rows()
+        if memory.collects_gradients and not rows.requires_grad:
+            memory.check_writable()
+            memory.drop_stale_gradients(layer)
+            live = None if self.dead is None else ~self.dead
+            keep = partial(_keep_gradient, memory.gradients[layer], self.row_ids[layer], live)
+            rows.requires_grad_().register_post_accumulate_grad_hook(keep)
+        return rows.flatten(2)
 
     def patch(self, layer: int, touched: Tensor) -> int:
-        """Renews rows fetched ahead that are in `touched`. Returns how many; 0 where the rows are already in use."""
+        """Renews rows fetched ahead that are in `touched`. Returns how many; 0 where the rows are already in use: who
+        uses them again gets them anew."""
+        self._rows.pop(layer, None)
         return self._pending[layer].result().patch(touched) if layer in self._pending else 0
 
 
@@ -167,6 +193,11 @@ def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live
     else:  # dead positions have used no row: an optimiser with momentum would move it all the same
         gradients.append((row_ids[live.to(row_ids.device)], rows.grad[live]))
     rows.grad = None
+
+
+def _copy(ids: Tensor) -> Tensor:
+    """On the CPU, in memory of its own."""
+    return ids.to("cpu", copy=True)
 
 
 def build_layout(config: EngramConfig, compressed_vocab: int, pad_id: int) -> HashLayout:
@@ -203,18 +234,21 @@ class EngramMemory(nn.Module):
 
     The tables stay in host memory whatever device the module moves to, and are no nn.Parameters: train them with
     engram.build_optimizer. state_dict() holds them all the same (as views, not copies), so saving a model the usual way
-    saves its memory, and loading refuses rows that were addressed by another layout or token map.
+    saves its memory, and loading refuses rows that were addressed by another layout or token map. Rows learn in train()
+    mode; memory.requires_grad_(False) freezes them with the fusion weights, but the same call on a model around the
+    memory reaches its weights alone.
 
     Args:
         config: shape and rules. token_map: of the tokenizer whose ids will come in. hidden_size: d.
         streams: residual streams M of the backbone.
-        folder: keep the tables in files layer-<i>.rows of this folder instead of RAM.
+        folder: keep the tables in files layer-<i>.rows of this folder instead of RAM. Rows that are there are gone on
+            with, if they belong to the same addresses, token map and initial rows (its rows.json says so).
         tables: {layer: table} to read from instead of new ones, all of them encoded or none.
 
     Raises:
         ValueError: a token map that cannot belong to the config (size, or pad_id outside it); a folder that is a saved
-        memory, whose rows would no longer have the digests of its manifest once they were trained in place; tables
-        of another shape than the config's.
+        memory, whose rows would no longer have the digests of its manifest once they were trained in place, or one
+        with rows of another memory; tables of another shape than the config's.
     """
 
     def __init__(
@@ -246,21 +280,38 @@ class EngramMemory(nn.Module):
         self.hasher = NgramHasher(self.layout, token_map)
         self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
         self.tables: dict[int, HostTable] = dict(tables or {})
+        self.codec: str | None = None
         if tables is None:
-            for layer in config.layers:
-                path = None if folder is None else f"{folder}/layer-{layer}.rows"
+            paths = {layer: None if folder is None else Path(folder) / f"layer-{layer}.rows" for layer in config.layers}
+            if folder is not None:
+                self._check_rows_of(Path(folder), any(path.exists() for path in paths.values() if path is not None))
+            for layer, path in paths.items():
                 self.tables[layer] = new_table(config, layer, self.layout.rows[layer], path)
+            if folder is not None and Path(folder).is_dir():  # not on the meta device
+                (Path(folder) / "rows.json").write_text(json.dumps(self._facts()))
         shapes = {layer: (table.rows, table.dim) for layer, table in self.tables.items()}
         wanted = {layer: (self.layout.rows[layer], config.head_dim) for layer in config.layers}
         codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in self.tables.values()}
         if shapes != wanted or len(codecs) != 1:
             raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
-        self.codec: str | None = codecs.pop()
+        self.codec = codecs.pop()
         # (row ids, gradient) of each backward pass since the optimiser's last step
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
+        self.has_optimizer = False  # whether an EngramOptimizer was made for it
+        self._frozen = False
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
         self._recalls: weakref.WeakSet[Recall] = weakref.WeakSet()
         self.attachment: Any = None  # to a model of another library (engram.attach)
+
+    def _check_rows_of(self, folder: Path, there: bool) -> None:
+        facts = folder / "rows.json"
+        found = json.loads(facts.read_text()) if there and facts.is_file() else {}
+        other = [name for name, value in self._facts().items() if there and found.get(name) != value]
+        if other:
+            raise ValueError(
+                f"{folder} holds rows of another memory ({', '.join(other)} differ): they would be read wrongly, or "
+                f"training would begin with them. Give another folder, or delete the rows"
+            )
 
     def detach(self) -> nn.Module:
         """Undoes engram.attach: gives back the model as it was, without hooks or memory.
@@ -283,6 +334,7 @@ class EngramMemory(nn.Module):
             raise KeyError(f"layer {layer} has no memory; layers {self.config.layers} have")
         return partial(self._fuse, layer)
 
+    @_uncompiled
     def recall(
         self,
         ids: Tensor,
@@ -296,7 +348,8 @@ class EngramMemory(nn.Module):
         Args:
             ids: int64 [B, T] token ids; -1 is a DEAD position with boundary="dead", else not allowed.
             documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
-            lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece.
+            lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece. They complete
+                n-grams; a convolution sees nothing of that piece, other than with a cache.
             cache: decoding state; replaces `lookback`, and is brought up to date. The first of `ids` goes on from what
                 it holds.
             dead: bool [B, T], True at positions that are no text (padding, images), whatever their id. They are never
@@ -308,8 +361,8 @@ class EngramMemory(nn.Module):
         """
         if cache is not None and lookback is not None:
             raise ValueError("a decoding cache has its own look-back: give no lookback with it")
-        host, runs = ids.cpu(), None
-        dead = None if dead is None else dead.to(ids.device)
+        host, runs = _copy(ids), None  # the caller may fill its buffers anew while they are still hashed
+        dead = None if dead is None else dead.to(ids.device, copy=True)
         if documents is not None:
             documents = documents.to(ids.device)
             changes = documents[:, 1:] != documents[:, :-1]
@@ -321,11 +374,15 @@ class EngramMemory(nn.Module):
             begins = dead.cumsum(1)  # each begins a run, of which it is padding
             runs = begins if runs is None else runs + begins
             host = host.masked_fill(dead.cpu(), self.config.pad_id)
+            if lookback is not None:  # a dead first position ends the n-grams around it
+                lookback = lookback.masked_fill(dead[:, :1].to(lookback.device), -1)
         if cache is not None:
+            if host.numel() and not 0 <= int(host.min()) <= int(host.max()) < len(self.hasher.token_map.table):
+                self.hasher(host)  # raises: a cache must not take up what is refused
             held = host if dead is None else host.masked_fill(dead.cpu(), -1)
             lookback, runs = cache.extend(held, None if runs is None else runs.cpu(), self.config.orders[-1] - 1)
             runs = None if runs is None else runs.to(ids.device)
-        recall = Recall(self, host, None if lookback is None else lookback.cpu(), runs, ids.device, dead)
+        recall = Recall(self, host, None if lookback is None else _copy(lookback), runs, ids.device, dead)
         recall.cache = cache
         self._recalls.add(recall)
         return recall
@@ -351,8 +408,39 @@ class EngramMemory(nn.Module):
 
     @property
     def trains_tables(self) -> bool:
-        """Whether backward passes collect row gradients: config.train_tables, until the tables are encoded."""
-        return self.config.train_tables and self.codec is None
+        """Whether rows learn: config.train_tables, until the tables are encoded or the memory is frozen."""
+        return self.config.train_tables and self.codec is None and not self._frozen
+
+    @property
+    def collects_gradients(self) -> bool:
+        """Whether a forward pass at this moment takes row gradients in its backward pass."""
+        return self.training and torch.is_grad_enabled() and self.trains_tables
+
+    def requires_grad_(self, requires_grad: bool = True) -> EngramMemory:
+        """Freezes the fusion weights and the rows (False), or lets both learn."""
+        self._frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def check_writable(self) -> None:
+        """Raises PermissionError where a table cannot be trained: no gradient is gathered for rows that cannot."""
+        for table in self.tables.values():
+            table.check_writable()
+
+    def drop_stale_gradients(self, layer: int) -> None:
+        """Forgets the row gradients of passes whose weight gradients are gone (model.zero_grad()): the rows are no
+        parameters that it could reach. Warns where gradients wait that no optimiser will ever use."""
+        pending = self.gradients[layer]
+        if not pending:
+            return
+        if not self.has_optimizer:
+            warnings.warn(
+                "backward passes find gradients of table rows, and no optimizer was made that knows rows: they do not "
+                "learn. Make it with engram.build_optimizer(model), or freeze the memory: memory.requires_grad_(False)",
+                stacklevel=2,
+            )
+        weights = [weight for weight in self.fusions[str(layer)].parameters() if weight.requires_grad]
+        if weights and all(weight.grad is None for weight in weights):
+            pending.clear()
 
     def encode_tables(self, codec: str, folder: Any = None) -> None:
         """Replaces the tables by encoded ones (engram.tables.codecs), which are smaller and are not trained any more.
@@ -370,8 +458,17 @@ class EngramMemory(nn.Module):
             raise ValueError(f"the tables are {self.codec} already: encoding twice would lose precision twice")
         name = get_codec(codec, self.config.head_dim).name
         encoded: dict[int, EncodedTable] = {}
-        for layer, table in self.tables.items():
-            encoded[layer] = encode_table(table, codec, None if folder is None else f"{folder}/layer-{layer}.{name}")
+        try:
+            for layer, table in self.tables.items():
+                path = None if folder is None else f"{folder}/layer-{layer}.{name}"
+                encoded[layer] = encode_table(table, codec, path)
+        except BaseException:
+            for made in encoded.values():  # so that it can be tried again
+                made.close()
+                if made.path is not None:
+                    made.path.unlink()
+                    made.codebook_path.unlink(missing_ok=True)
+            raise
         self.close()
         self.tables, self.codec = {**encoded}, name
         for pending in self.gradients.values():
@@ -432,16 +529,18 @@ class EngramMemory(nn.Module):
 
     # The tables travel in the state dict, with the facts that say which rows they are.
 
-    def get_extra_state(self) -> Tensor:
+    def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "layout": self.layout.digest,
             "token_map": self.hasher.token_map.digest,
             "init": [self.config.table_init, self.config.table_std, self.config.seed],
             "dtype": self.config.table_dtype,
         }
-        if self.codec is not None:
-            facts["codec"] = self.codec
-        return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+        return facts if self.codec is None else {**facts, "codec": self.codec}
+
+    def get_extra_state(self) -> Tensor:
+        facts = json.dumps(self._facts(), sort_keys=True)
+        return torch.tensor(list(facts.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         saved, mine = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))
@@ -467,8 +566,7 @@ class EngramMemory(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        for table in self.tables.values():
-            table.check_writable()
+        self.check_writable()
         targets = {f"{prefix}tables.{layer}": table.tensor for layer, table in self.tables.items()}
         targets |= {f"{prefix}codebooks.{layer}": books for layer, books in self._codebooks().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -18,7 +18,7 @@ from engram.tables.table import HostTable
 class EngramOptimizer(torch.optim.AdamW):
     """AdamW on the dense weights and a row-sparse optimiser on each table. Made by build_optimizer.
 
-    The last of .param_groups is named "tables"; it holds no parameters, but its "lr" is the tables', so a learning rate
+    One of .param_groups is named "tables"; it holds no parameters, but its "lr" is the tables', so a learning rate
     scheduler moves both. .row_optimizers lists the row optimisers, .touched the distinct rows of the last step.
     """
 
@@ -28,6 +28,8 @@ class EngramOptimizer(torch.optim.AdamW):
         super().__init__(groups, **kwargs)
         self.memories, self.rows = memories, rows
         self.touched = 0
+        for memory in memories:
+            memory.has_optimizer = True
 
     @property
     def row_optimizers(self) -> list[RowOptimizer]:
@@ -70,10 +72,11 @@ class EngramOptimizer(torch.optim.AdamW):
                 )
             if infinite or not all(grad.isfinite().all() for pending in kept for _, grad in pending):
                 return None
-        loss = super().step(closure)
-        lr = self.param_groups[-1]["lr"]
+        loss = _dense_step(self, closure)
+        lr = next(group["lr"] for group in self.param_groups if group.get("name") == "tables")
         for memory, layers in zip(self.memories, self.rows, strict=True):
             for layer, optimizer in layers.items():
+                memory.drop_stale_gradients(layer)
                 pending = memory.gradients[layer]
                 if not pending:
                     continue
@@ -112,6 +115,15 @@ class EngramOptimizer(torch.optim.AdamW):
         for layers, saved in zip(self.rows, rows, strict=True):
             for layer, optimizer in layers.items():
                 optimizer.load_state_dict(saved[layer])
+
+
+def _dense_step(optimizer: EngramOptimizer, closure: Callable[[], float] | None) -> Any:
+    """AdamW's step, without the hooks that torch puts around it as soon as a plain AdamW exists: the optimiser's own
+    step has them already, and each would be called twice."""
+    step = torch.optim.AdamW.step
+    if getattr(step, "hooked", False):
+        step = getattr(step, "__wrapped__", step)
+    return step(optimizer, closure)
 
 
 def build_optimizer(

@@ -251,9 +251,8 @@ def load_memory(
     for key, value in memory.fusions.state_dict().items():
         if key not in weights or weights[key].shape != value.shape:
             raise ValueError(f"{home / 'fusion.safetensors'} does not fit {home / 'config.json'}: {key}")
-    dtypes = {value.dtype for value in weights.values()}
-    if len(dtypes) == 1 and dtypes != {torch.float32}:
-        memory.fusions.to(dtypes.pop())
+    for name, fusion in memory.fusions.items():
+        fusion.to(weights[f"{name}.value.weight"].dtype)
     memory.fusions.load_state_dict(weights)
     return memory.eval() if shared else memory
 

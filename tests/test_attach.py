@@ -293,7 +293,8 @@ def test_a_bfloat16_model_keeps_its_dtype(name):
     model = build(name).to(torch.bfloat16)
     plain = model(text()).logits
     memory = engram.attach(model, ZERO, IDENTITY)
-    assert {p.dtype for p in memory.parameters()} == {torch.bfloat16}
+    weights = {p.dtype for name, p in memory.named_parameters() if not name.endswith("_norm")}
+    assert weights == {torch.bfloat16}  # gains of 1 would not move there
     assert torch.equal(model(text()).logits, plain) and plain.dtype == torch.bfloat16
     full, _ = attached(name)
     logits = full(text()).logits

@@ -198,7 +198,9 @@ def test_fusion_weights_come_back_in_their_own_dtype(tmp_path):
     m = memory()
     m.fusions.to(torch.bfloat16)
     loaded = EngramMemory.load(m.save(tmp_path / "memory"))
-    assert {v.dtype for v in loaded.fusions.state_dict().values()} == {torch.bfloat16}
+    dtypes = {name: v.dtype for name, v in m.fusions.state_dict().items()}
+    assert dtypes["1.value.weight"] == torch.bfloat16
+    assert {name: v.dtype for name, v in loaded.fusions.state_dict().items()} == dtypes
 
 
 def test_rows_never_written_take_no_disk_space(tmp_path):
@@ -576,6 +578,34 @@ def test_a_shared_memory_disk_that_is_too_small_is_an_error_before_the_first_row
     with pytest.raises(OSError, match=f"no room for a table of .* bytes at {path}"):
         HostTable(2**42, 64, path=path)
     assert not path.exists()
+
+
+def test_saving_over_a_link_keeps_the_link(tmp_path):
+    memory().save(tmp_path / "one")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    memory(seed=1).save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and same(EngramMemory.load(tmp_path / "one"), memory(seed=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one"]
+
+
+FORKED = """
+import os, torch
+from engram import EngramConfig, EngramMemory, TokenMap
+config = EngramConfig(layers=(1,), heads=4, head_dim=32, rows_per_head=5000, table_init="normal")
+memory = EngramMemory(config, TokenMap.identity(64), 16).eval()
+ids = torch.randint(0, 64, (8, 2048))
+rows = memory.recall(ids).rows(1)
+if (child := os.fork()) == 0:
+    os._exit(0 if torch.equal(memory.recall(ids).rows(1), rows) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@linux
+def test_a_forked_process_looks_rows_up_with_threads_of_its_own():
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # torch's own threads do not outlive a fork
+    done = subprocess.run([sys.executable, "-c", FORKED], env=one, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 # Readahead and hot rows.

@@ -401,6 +401,55 @@ def test_tables_in_a_folder_train_like_tables_in_memory(tmp_path):
     assert (tmp_path / "layer-1.rows").exists() and (tmp_path / "layer-2.rows").exists()
 
 
+def test_a_folder_with_rows_of_another_memory_is_refused(tmp_path):
+    model = make(folder=tmp_path)
+    model.memory.tables[1].write(torch.tensor([5]), torch.ones(1, 8))
+    model.memory.close()
+    assert torch.equal(make(folder=tmp_path).memory.tables[1].gather(torch.tensor([5])), torch.ones(1, 8))
+    for other in (SMALL.replace(seed=3), SMALL.replace(table_std=0.5), SMALL.replace(table_init="zero")):
+        with pytest.raises(ValueError, match="rows of another memory"):
+            make(other, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"rows of another memory.*token_map"):
+        EngramMemory(SMALL, TokenMap(torch.arange(VOCAB).flip(0).numpy()), 32, folder=tmp_path)
+    (tmp_path / "rows.json").unlink()
+    with pytest.raises(ValueError, match="rows of another memory"):
+        make(folder=tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_buffer_of_ids_may_be_used_again_at_once(size, monkeypatch):
+    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)
+    model, ids = make(SMALL.replace(conv_init="uniform")).eval(), text(T=12)
+    cache, buffer, found = Cache(), torch.empty(2, size, dtype=torch.int64), []
+    with torch.no_grad():
+        for piece in ids.split(size, dim=1):
+            recall = model.memory.recall(buffer.copy_(piece), cache=cache.memory)
+            found.append(model(buffer.clone(), cache=cache, recall=recall))
+            buffer.fill_(0)
+        torch.testing.assert_close(torch.cat(found, dim=1), model(ids))
+
+
+def test_what_is_refused_is_not_taken_up_by_the_cache():
+    model, ids, cache = make().eval(), text(T=10), Cache()
+    with torch.no_grad():
+        before = model(ids[:, :5], cache=cache)
+        for wrong in (-1, VOCAB):
+            with pytest.raises((ValueError, IndexError)):
+                model(torch.full((2, 1), wrong), cache=cache)
+        assert cache.length == cache.memory.length == 5
+        torch.testing.assert_close(torch.cat([before, model(ids[:, 5:], cache=cache)], dim=1), model(ids))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_a_piece_that_begins_dead_does_not_look_past_it(cut):
+    memory = make(SMALL.replace(conv_kernel=0, boundary="dead")).memory
+    ids = torch.tensor([[5, 6, -1, 7, 8, 9]])
+    whole = memory.recall(ids).row_ids
+    piece = memory.recall(ids[:, cut:], lookback=ids[:, max(0, cut - 2) : cut]).row_ids
+    for layer, rows in whole.items():
+        assert torch.equal(rows[:, cut:], piece[layer])
+
+
 def test_copying_a_memory_in_passing_is_refused():
     with pytest.raises(TypeError, match="not copied in passing"):
         copy.deepcopy(make())

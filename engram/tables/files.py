@@ -148,7 +148,7 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     Where the system cannot exchange two folders in one step (not Linux), there is one moment between two renames at
     which the old one has the name .<target>.old-*. Leftovers of killed writers are removed by the next one.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.partial-*"):
         if (handle := _hold(left)) is not None:  # nobody is writing it

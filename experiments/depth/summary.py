@@ -56,6 +56,25 @@ def _deeper(found: dict[int, tuple[np.ndarray, np.ndarray]]) -> Interval | None:
     return over_seeds(by_seed) if by_seed else None
 
 
+def effective_rank(states: np.ndarray) -> float:
+    """Participation ratio of the variances of hidden states [positions, d] along their directions: d if all are equal,
+    1 if there is one."""
+    variances = np.linalg.eigvalsh(np.cov(states.astype(np.float64), rowvar=False))
+    return float(variances.sum() ** 2 / (variances**2).sum())
+
+
+def _ranks(home: Path, labels: dict[str, dict[int, Record]]) -> str:
+    found = {
+        label: [effective_rank(layer) for run in runs.values() for layer in states_of(home, run)[REACHED:-1]]
+        for label, runs in labels.items()
+    }
+    ranges = ", ".join(f"{label} {min(ranks):.1f} to {max(ranks):.1f}" for label, ranks in found.items() if ranks)
+    return (
+        f"Effective rank of the hidden states (participation ratio; layers {REACHED} and up without the last, all "
+        f"seeds): {ranges}. CKA sees little more than so many directions."
+    )
+
+
 def summary(home: Path) -> str:
     parts = []
     for group, labels in measured(home).items():
@@ -74,6 +93,7 @@ def summary(home: Path) -> str:
             f"### LogitLens, {group}\n\nLayer 0 is the embedding. Means over seeds, with 95 % intervals over seeds "
             f"alone (Student's t).\n\n{table(head, lines, words=2)}"
         )
+        parts.append(_ranks(home, labels))
         for label, runs in labels.items():
             found = {} if label == "plain" else compare(home, runs, plain)
             if found:

@@ -6,6 +6,7 @@ A sweep that was stopped goes on where it was: what is in the file is not run ag
 from __future__ import annotations
 
 import contextlib
+import fcntl  # Unix only, like resource
 import json
 import os
 import resource  # peak memory; Unix only
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -164,17 +165,29 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One writer at a time in a folder of results, over all sweeps on the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # goes when its process does
+        yield
+    finally:
+        os.close(handle)
+
+
 def append(file: Path, record: dict[str, Any]) -> None:
     """Adds one line, in one write, and waits until it is on the disk. Raises OSError where it did not fit."""
     line = (json.dumps(record) + "\n").encode()
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        written = os.write(handle, line)
-        if written != len(line):
-            raise OSError(f"{file}: {written} of {len(line)} bytes written, is the disk full?")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with alone(file.parent):
+        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(handle, line)
+            if written != len(line):
+                raise OSError(f"{file}: {written} of {len(line)} bytes written, is the disk full?")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def repair(file: Path) -> int:
@@ -225,8 +238,9 @@ def sweep(
     began = time.monotonic()
     for experiment, file in {(run.experiment, _file(home, run.experiment, run)) for run in runs}:
         file.parent.mkdir(parents=True, exist_ok=True)
-        repair(file)
-        rekey(home, experiment, file)
+        with alone(file.parent):
+            repair(file)
+            rekey(home, experiment, file)
     pending = []
     for run in {(run.experiment, run.key): run for run in runs}.values():
         if not _is_done(home, run) and not _take_over(home, run, others):

@@ -476,6 +476,18 @@ def test_no_new_run_begins_after_the_limit(setting, tmp_path):
     assert read_results(tmp_path / "toy" / "results.jsonl") == []
 
 
+def test_a_finished_run_waits_while_another_sweep_writes_the_file_anew(tmp_path):
+    file = tmp_path / "results.jsonl"
+    with ThreadPoolExecutor(1) as other:
+        with runner.alone(tmp_path):
+            done = other.submit(runner.append, file, {"key": "late"})
+            time.sleep(0.2)
+            assert not done.done() and not file.exists()
+            file.write_text('{"key": "early"}\n')
+        done.result(timeout=10)
+    assert [record["key"] for record in read_results(file)] == ["early", "late"]
+
+
 def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tmp_path, capsys):
     file = tmp_path / "results.jsonl"
     runner.append(file, fake("plain"))
@@ -533,6 +545,15 @@ def test_the_chosen_rates_are_those_of_the_nearest_budget(setting, tmp_path):
     for factor, lr in ((0.1, 4e-3), (2, 4e-3), (4, 2e-3), (100, 2e-3)):
         asked = config.change(setting, train={"tokens": round(factor * tokens)})
         assert tuned("engram", asked, file)["lr"] == lr
+        assert tuned("engram", setting, file, tokens=factor * tokens)["lr"] == lr
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "vocabulary"])
+def test_passes_over_a_text_are_given_the_rates_of_the_tokens_that_they_come_to(name):
+    came_to = {(r["group"], r["arm"]): r["tokens"] for r in read_results(config.HOME / name / "results.jsonl")}
+    for run in runs_of(name, [0]):
+        rates = tuned(run.arm, run.setting, tokens=came_to[run.group, run.arm])
+        assert rates and rates == {rate: getattr(run.setting.train, rate) for rate in rates}
 
 
 def test_rows_compare_with_the_baseline_of_the_same_seeds(finished):

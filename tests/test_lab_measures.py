@@ -23,7 +23,7 @@ from experiments.arms import mixture
 from experiments.config import NAMES, Run
 from experiments.depth.measure import alignment, cka, layer_states
 from experiments.depth.measure import measure as measure_depth
-from experiments.depth.summary import shift
+from experiments.depth.summary import effective_rank, shift
 from experiments.findings import Finding
 from experiments.measures import paired, share_of, shown
 from experiments.recall import task
@@ -652,6 +652,13 @@ def test_claims_are_filled_from_the_results(tmp_path):
 def test_a_claim_names_the_command_that_makes_its_table(name, group, options):
     claim = next(claim for claim in claims.CLAIMS if claim.command.endswith(f"run {name}"))
     assert claims.command(claim, group) == f"python -m experiments run {name}{options}"
+
+
+def test_the_effective_rank_is_the_number_of_equal_directions():
+    basis = np.concatenate([np.eye(8), -np.eye(8)])  # as much along each direction
+    assert effective_rank(basis) == pytest.approx(8)
+    assert effective_rank(basis * (np.arange(8) < 3)) == pytest.approx(3)
+    assert 1 < effective_rank(basis * 10.0 ** -np.arange(8)) < 1.1
 
 
 def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):

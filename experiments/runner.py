@@ -101,6 +101,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "cpu": torch.backends.cpu.get_cpu_capability(),  # other vector instructions round in another order
         "corpus": data.digest,
         "vocabulary": len(data.token_map.table),
+        "token_map": data.token_map.digest[:16],  # the same text has given another tokenizer on another machine
         "overlap_13gram": float(data.overlap),
         "tokens": log.tokens,
         "text_tokens": len(data.train.ids),

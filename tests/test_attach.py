@@ -569,3 +569,39 @@ def test_a_refused_attach_leaves_the_model_alone():
 def test_importing_engram_does_not_import_transformers():
     code = "import sys, engram; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("how", ["method", "wrapped"])
+def test_a_model_that_was_compiled_and_has_run_gets_its_memory(how):
+    model, ids = build("llama").eval(), text()
+    compiled = model
+    if how == "method":
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(ids).logits
+        engram.attach(model, FULL, IDENTITY)
+        found = compiled(ids).logits
+        with torch.compiler.set_stance("force_eager"):
+            torch.testing.assert_close(found, model(ids).logits)
+    assert not torch.allclose(found, plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "deepseek_v3"])
+@torch.no_grad()
+def test_a_mask_with_room_for_what_comes_later_is_read_from_its_start(name):
+    model, ids = attached(name)[0].eval(), text(2, 9)
+    expected = model(ids).logits
+    mask = torch.zeros(2, 30, dtype=torch.long)
+    mask[:, :9] = 1
+    close(model(ids, attention_mask=mask, past_key_values=hf.DynamicCache(config=model.config)).logits, expected)
+    cache, pieces = hf.StaticCache(config=model.config, max_cache_len=20), []
+    for t in range(9):
+        seen = torch.zeros(2, 20, dtype=torch.long)
+        seen[:, : t + 1] = 1
+        position = torch.tensor([[t]])
+        pieces.append(
+            model(ids[:, t : t + 1], attention_mask=seen, position_ids=position, past_key_values=cache).logits
+        )
+    close(torch.cat(pieces, dim=1), expected)

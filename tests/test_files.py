@@ -588,6 +588,14 @@ def test_saving_over_a_link_keeps_the_link(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one"]
 
 
+def test_a_checkpoint_without_its_manifest_is_no_whole_run(tmp_path):
+    for step in ("step-00000001", "step-00000002"):
+        memory().save(tmp_path / step)
+    (tmp_path / "step-00000002" / "manifest.json").unlink()
+    problems = [result["problem"] for result in verify(tmp_path) if result["problem"]]
+    assert len(problems) == 1 and "step-00000002" in problems[0] and "no manifest.json" in problems[0]
+
+
 FORKED = """
 import os, torch
 from engram import EngramConfig, EngramMemory, TokenMap

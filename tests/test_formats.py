@@ -671,3 +671,86 @@ def test_the_command_line_converts_and_inspects(v41, tmp_path):
     assert json.loads(result.stdout)["kind"] == "engram"
     result = run(app, ["inspect", str(v41)])
     assert f"layer 1: {ROWS:,} rows x 64, fp8" in result.stdout
+
+
+# --- what looks whole and is not ---
+
+
+def test_a_damaged_folder_of_ours_is_not_given_new_digests(tmp_path, monkeypatch):
+    monkeypatch.setattr("engram.tables.files.BLOCK", 1 << 12)  # more blocks than opening a folder looks at
+    memory = filled(DEMO.replace(rows_per_head=997))
+    memory.save(tmp_path / "ours")
+    file, entry = tmp_path / "ours" / "layer-1.rows", 3 * (1 << 12) + 7
+    content = bytearray(file.read_bytes())
+    content[entry] ^= 1
+    file.write_bytes(content)
+    for to in ("engram", "demo"):
+        with pytest.raises(ValueError, match=r"layer-1.rows: block 3 of"):
+            convert(tmp_path / "ours", tmp_path / to, to)
+        assert not (tmp_path / to).exists()
+
+
+@pytest.mark.parametrize("name", ["weights{}-mp12", "model_{:02}-mp12", "model{:02}-mp12"])
+def test_ranks_join_by_their_number_whatever_their_files_are_called(v41, tmp_path, name):
+    convert(v41, tmp_path / "tp", "deepseek-v4.1", shards=12)
+    other = tmp_path / "other"
+    other.mkdir()
+    for rank in range(12):
+        shutil.copy(tmp_path / "tp" / f"model{rank}-mp12.safetensors", other / (name.format(rank) + ".safetensors"))
+    shutil.copy(tmp_path / "tp" / "config.json", other)
+    for layer, rows in open_source(tmp_path / "tp").rows.items():
+        assert torch.equal(open_source(other).rows[layer].read(0, rows.rows), rows.read(0, rows.rows))
+    (other / (name.format(11) + ".safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"11-mp12.safetensors is missing: there are 12"):
+        open_source(other)
+
+
+def test_a_token_map_of_the_same_size_is_compared_with_the_tokenizer_beside_the_checkpoint(v41, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    words = [f"w{i}" for i in range(VOCAB)] + [f"W{i}" for i in range(10)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.save(str(v41 / "tokenizer.json"))
+    with pytest.raises(ValueError, match="is not the one in"):
+        convert(v41, tmp_path / "ours", "engram", token_map=TokenMap.identity(VOCAB))
+    convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
+
+
+@pytest.mark.parametrize("to", ["engram", "gguf", "deepseek-v4.1"])
+def test_fp8_rows_that_read_as_infinite_are_refused_by_name(v41, tmp_path, to):
+    name = "layers.1.engram.embed"
+    values, scales = (tensors_of(v41)[f"{name}.{part}"].view(torch.uint8).clone() for part in ("weight", "scale"))
+    values[5, 0], scales[5, 0] = 0x7E, 254  # 448 x 2^127
+    rewrite(v41, f"{name}.weight", values.view(torch.float8_e4m3fn))
+    rewrite(v41, f"{name}.scale", scales.view(torch.float8_e8m0fnu))
+    with pytest.raises(ValueError, match=r"embed.weight.*, rows 0 to \d+: a value is NaN or infinite"):
+        convert(v41, tmp_path / "out", to, token_map=TOKENS)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1.9], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": None},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": [1]},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"x": 1}},
+    ],
+)
+def test_a_header_of_odd_values_is_refused_and_not_rounded(tmp_path, header):
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match="its header cannot be read"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_gguf_file_without_a_real_alignment_is_refused(tmp_path):
+    convert_to = tmp_path / "memory.gguf"
+    filled(QWEN, token_map=TokenMap.identity(VOCAB)).save(tmp_path / "ours")
+    convert(tmp_path / "ours", convert_to, "gguf")
+    content = convert_to.read_bytes()
+    at = content.index(b"general.alignment") + len(b"general.alignment") + 4
+    convert_to.write_bytes(content[:at] + bytes(4) + content[at + 4 :])
+    with pytest.raises(ValueError, match=r"general.alignment is 0"):
+        read_gguf(convert_to)

@@ -259,3 +259,32 @@ def test_the_command_explains_a_saved_model(tmp_path, bytewise, monkeypatch, cap
     assert [token["token"] for token in json.loads(outputs["json"][1])["tokens"]] == list("abc")
     assert "layer 1" in outputs["table"][1] and outputs["table"][0] == 0
     assert outputs["none"][0] == 2 and "has no memory to explain" in outputs["none"][2]
+
+
+def test_a_compiled_model_that_has_run_is_explained_in_all_its_layers():
+    model, ids = own().eval(), text(1, 8)
+    expected = explain(model, ids[0])
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(ids, recall=model.memory.recall(ids))
+    found = explain(model, ids[0])
+    assert sorted(found.layers) == sorted(expected.layers) != []
+    close(found.loss_off[:-1], expected.loss_off[:-1])
+
+
+def test_tokenizers_of_both_libraries_are_taken_for_both_kinds_of_models(bytewise):
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<|endoftext|>")
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+    )
+    engram.attach(model, FULL, fast)
+    shape = TransformerConfig(vocab_size=257, hidden_size=32, layers=3, heads=2, max_length=64)
+    for each in (model, Transformer(shape, EngramMemory(FULL, TokenMap.from_tokenizer(bytewise), 32))):
+        one, other = (explain(each, "abc", tokenizer) for tokenizer in (fast, bytewise))
+        assert one.ids == other.ids and one.tokens == other.tokens
+
+
+def test_tokens_cannot_command_the_terminal():
+    from engram.inspect.show import visible
+
+    assert visible("a\x1b[2J b\x07\x9b") == "a�[2J␣b��"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +192,29 @@ def test_resident_memory_falls_by_the_tables_size(tmp_path):
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "rows")], check=True, env={**os.environ, "PYTHONPATH": path}
     )
+
+
+def test_rows_of_a_checkpoint_that_has_changed_are_all_compared(checkpoint, tmp_path):
+    home = tmp_path / "model"
+    shutil.copytree(checkpoint, home)
+    load_offloaded(home, tmp_path / "rows")
+    shutil.copytree(home, tmp_path / "copy")  # same rows, other files
+    for file in (tmp_path / "copy").iterdir():
+        os.utime(file, ns=(1, 1))
+    load_offloaded(tmp_path / "copy", tmp_path / "rows")
+    file = next(
+        f for f in sorted(home.glob("*.safetensors")) if any("ngram" in k for k in safetensors.torch.load_file(f))
+    )
+    tensors = safetensors.torch.load_file(file)
+    name = max(key for key in tensors if "ngram_embedding" in key)
+    tensors[name][-1] += 1  # one row
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is not the checkpoint's"):
+        load_offloaded(home, tmp_path / "rows")
+
+
+def test_a_folder_that_is_there_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("engram.integrations.offload.write_rows", lambda *_: pytest.fail("rows were written"))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        offload(qwen(), tmp_path / "there")

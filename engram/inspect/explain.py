@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def explain(
     if memory is None:
         raise ValueError(f"this {type(model).__name__} has no memory to explain: engram.attach one (--memory)")
     ids = _ids(text_or_ids, tokenizer, memory).to(next(model.parameters()).device)
-    with eval_mode(model):
+    with eval_mode(model), _not_compiled():
         with _watching(memory, _Seen()) as seen:
             loss = _losses(_logits(model, memory, ids, seen), ids)[0]
         off = _off(model, memory, ids) if losses else None
@@ -147,6 +148,16 @@ def explain(
     )
 
 
+@contextmanager
+def _not_compiled() -> Iterator[None]:
+    """What was compiled before runs on without the hooks that watch it."""
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
 def window_lengths(memory: EngramMemory, ids: Tensor, recall: Recall) -> Tensor:
     """int64 [B, T, N]: tokens of each order's n-gram that are text, for ids [B, T] on the CPU."""
     dead = torch.zeros_like(ids, dtype=torch.bool) if recall.dead is None else recall.dead.cpu()
@@ -170,10 +181,10 @@ def _ids(given: str | Sequence[int] | Tensor, tokenizer: Any, memory: EngramMemo
     if isinstance(given, str):
         if tokenizer is None:
             raise ValueError("a text needs the model's tokenizer: explain(model, text, tokenizer), or give ids")
-        if memory.attachment is None:
-            given = [END_OF_TEXT_ID, *tokenizer.encode(given, add_special_tokens=False).ids]
-        else:
-            given = tokenizer(given).input_ids
+        own = memory.attachment is None
+        encoded = tokenizer.encode(given, add_special_tokens=not own)
+        ids_of = getattr(encoded, "ids", encoded)  # tokenizers gives an Encoding, transformers a list
+        given = [END_OF_TEXT_ID, *ids_of] if own else ids_of
     ids = torch.as_tensor(given)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or len(ids) != 1 or ids.shape[1] == 0:

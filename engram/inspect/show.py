@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -130,10 +131,10 @@ def size(count: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text with its spaces, ends of line and tabs to be seen."""
+    """A token's text with its spaces, ends of line and tabs to be seen, and nothing that commands a terminal."""
     for hidden, shown in ((" ", "␣"), ("\n", "⏎"), ("\r", "␍"), ("\t", "⇥")):
         text = text.replace(hidden, shown)
-    return text
+    return "".join("�" if unicodedata.category(character) == "Cc" else character for character in text)
 
 
 def _number(x: float, how: str) -> str:

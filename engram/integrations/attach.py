@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import sys
 import threading
 from typing import Any
 
@@ -111,6 +112,8 @@ def attach(
     memory.train(decoder.training)
     memory.attachment = Attachment(model, root, decoder, layers, memory)
     decoder.engram = memory
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what was compiled before knows no hooks, and would run on without the memory
     return memory
 
 

@@ -33,7 +33,7 @@ from engram.integrations.sources import Source, dialect_of_tensors, open_source
 from engram.integrations.targets import write_engram, write_gguf, write_safetensors
 from engram.integrations.tensors import open_checkpoint
 from engram.tables import EncodedTable
-from engram.tables.files import whole_folder
+from engram.tables.files import verify, whole_folder
 
 FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")
 BLOCK = 64 << 20  # bytes of a block's rows as float32
@@ -62,17 +62,16 @@ class Recoder:
                 assert scratch is not None
                 scratch.tensor[:n] = block
                 scratch.validate(0, n)
-            elif not torch.stack(torch.aminmax(block)).isfinite().all():
+                values = scratch.gather(self._ids[:n])  # the largest scales make infinities of finite bytes
+            else:
+                values = block
+            if not torch.stack(torch.aminmax(values)).isfinite().all():
                 raise ValueError("a value is NaN or infinite")
         except ValueError as error:
             raise ValueError(f"tensor {self.rows.name}, rows {first:,} to {stop - 1:,}: {error}") from error
         if self.form == self.rows.form:
             return block
-        if self.rows.form == "fp8":
-            assert scratch is not None
-            wide = scratch.gather(self._ids[:n])
-        else:
-            wide = block.float()
+        wide = values.float()
         if self.form == "fp8":
             assert scratch is not None
             scratch._store(wide)
@@ -134,6 +133,10 @@ def convert(
     if target.exists():
         raise FileExistsError(f"{target} exists: convert writes a new one")
     opened = open_source(source, config, token_map)
+    if opened.kind == "engram":  # opened after a look at some blocks, and what is written gets digests of its own
+        for found in verify(source):
+            if found["problem"]:
+                raise ValueError(found["problem"])
     if to not in ("engram", "gguf"):
         check_dialect(opened.config, to.removesuffix("-interleaved"))
     if to in ("engram", "gguf") and opened.token_map is None:

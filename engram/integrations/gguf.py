@@ -111,7 +111,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
             name, dims = reader.string(), reader.number("I")
             shape = tuple(reversed([reader.number("Q") for _ in range(dims)]))
             found.append((name, shape, reader.number("I"), reader.number("Q")))
-        at, alignment = reader.file.tell(), int(facts.get("general.alignment", ALIGNMENT))
+        at, alignment = reader.file.tell(), facts.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{path}: general.alignment is {alignment!r}, expected a number of bytes")
     start = at + -at % alignment
     stored = {}
     for name, shape, number, offset in found:

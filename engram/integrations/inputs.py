@@ -25,8 +25,9 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
     """True [B, T] at the positions of this pass that an attention mask calls padding; None where there are none.
 
     Args:
-        mask: [B, past + T] with 0 at padding; or the finished mask(s) [B, 1, T, keys] that `generate` makes for static
-            caches, where padding may not attend to itself, alone or as a dict by kind of layer; or None.
+        mask: [B, past + T] with 0 at padding, longer where it has room for what comes later, or [B, T] of these alone;
+            or the finished mask(s) [B, 1, T, keys] that `generate` makes for static caches, where padding may not
+            attend to itself, alone or as a dict by kind of layer; or None.
         past: positions before these, in a cache.
 
     Raises:
@@ -40,7 +41,8 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
             f"attention_mask is {type(mask).__name__}: the memory reads tensors [batch, time] with 0 at padding"
         )
     if mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= time:
-        dead = mask[:, mask.shape[1] - time :] == 0
+        first = past if past + time <= mask.shape[1] else mask.shape[1] - time
+        dead = mask[:, first : first + time] == 0
     elif mask.dim() == 4 and mask.shape[2] == time and mask.shape[3] >= time:
         own = _keys(mask, past).diagonal(dim1=1, dim2=2)
         dead = (~own if own.dtype == torch.bool else own < 0).expand(batch, -1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engram.integrations.formats import BLOCK, Recoder
 from engram.integrations.rows import Rows
-from engram.integrations.sources import open_source
+from engram.integrations.sources import Source, open_source
 from engram.integrations.tensors import NAMES, Stored
 from engram.tables import EncodedTable, HostTable
 from engram.tables.files import load_manifest, manifest_digest, whole_folder, write_rows
@@ -84,8 +84,10 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
         weight = weights[layer]
         yield from (piece.cpu() for piece in weight.split(max(1, BLOCK // (4 * weight.shape[1]))))
 
+    if folder is not None and Path(folder).exists():
+        raise FileExistsError(f"{folder} exists: give a new folder for the rows")
     facts = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
-    tables = _store(facts, blocks, folder, None)
+    tables = _store(facts, blocks, folder)
     for layer, module in found.items():
         ids = torch.randint(0, tables[layer].rows, (_SAMPLE,), generator=torch.Generator().manual_seed(0), device="cpu")
         if not torch.equal(tables[layer].gather(ids), weights[layer][ids.to(weights[layer].device)].cpu()):
@@ -94,8 +96,10 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
     return tables
 
 
-def _store(facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, digest: str | None) -> dict[int, HostTable]:
-    """Tables filled with blocks(layer). facts: {layer: (rows, dim, form)}; digest: of the hash layout."""
+def _store(
+    facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, origin: dict[str, Any] | None = None
+) -> dict[int, HostTable]:
+    """Tables filled with blocks(layer). facts: {layer: (rows, dim, form)}; origin: of the rows, for the manifest."""
     if folder is None:
         tables = {}
         for layer, (rows, dim, form) in facts.items():
@@ -108,7 +112,7 @@ def _store(facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, diges
         return tables
     home = Path(folder)
     with whole_folder(home, overwrite=False) as partial:
-        manifest: dict[str, Any] = {"format": FORMAT, "layout_digest": digest, "tables": {}, "files": {}}
+        manifest: dict[str, Any] = {"format": FORMAT, "origin": origin, "tables": {}, "files": {}}
         for layer, (rows, dim, form) in facts.items():
             name = f"layer-{layer}.{form}"
             manifest["files"][name] = write_rows(partial / name, blocks(layer))
@@ -138,7 +142,8 @@ def load_offloaded(
     """A Qwen4-Exp model from a safetensors checkpoint whose n-gram table never enters the model, nor memory as a whole.
 
     The rows are streamed from the checkpoint's shards into `folder`, and everything else is loaded by from_pretrained.
-    A folder that an earlier call made of the same checkpoint is opened again at once, after a look at random rows.
+    A folder that an earlier call made of the same checkpoint is opened again at once, after a look at random rows; at
+    all of them, where the checkpoint's files are not the same any more by size and time of change.
 
     Args:
         checkpoint: folder with config.json and safetensors. folder: for the rows; None keeps them in host memory.
@@ -164,10 +169,11 @@ def load_offloaded(
 
     if folder is not None and (Path(folder) / "manifest.json").is_file():
         tables = _open(Path(folder))
-        _check_same(source.rows, recoders, tables, Path(folder))
+        whole = json.loads((Path(folder) / "manifest.json").read_text()).get("origin") != _origin(source)
+        _check_same(source.rows, recoders, tables, Path(folder), whole)
     else:
         facts = {layer: (rows.rows, rows.dim, forms[layer]) for layer, rows in source.rows.items()}
-        tables = _store(facts, blocks, folder, source.layout.digest)
+        tables = _store(facts, blocks, folder, _origin(source))
 
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     base = getattr(transformers, (config.architectures or ["Qwen4ExpForCausalLM"])[0])
@@ -192,7 +198,17 @@ def load_offloaded(
     return model.eval()
 
 
-def _check_same(rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, HostTable], home: Path) -> None:
+def _origin(source: Source) -> dict[str, Any]:
+    """Which files the rows are from, as far as that can be said without reading them."""
+    files = {stored.path for rows in source.rows.values() for _, *parts in rows.parts for stored in parts if stored}
+    facts = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+    return {"layout": source.layout.digest, "files": facts}
+
+
+def _check_same(
+    rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, HostTable], home: Path, whole: bool
+) -> None:
+    """Compares all rows, or a sample of them, with the checkpoint's. Raises ValueError at the first that differs."""
     generator = torch.Generator().manual_seed(0)
     if set(rows) != set(tables):
         raise ValueError(f"{home} holds tables of layers {sorted(tables)}, the checkpoint has {sorted(rows)}")
@@ -204,8 +220,13 @@ def _check_same(rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dic
         file = Stored(
             table.path.name, table.path, dtype, shape, 0, table.nbytes
         )  # read, not mapped: stays out of memory
-        for row in torch.randint(0, table.rows, (_SAMPLE,), generator=generator, device="cpu").tolist():
-            if not torch.equal(recoders[layer].read(row, row + 1), file.read(row, row + 1)):
+        sample = torch.randint(0, table.rows, (_SAMPLE,), generator=generator, device="cpu").tolist()
+        size = recoders[layer].block if whole else 1
+        for row in range(0, table.rows, size) if whole else sample:
+            stop = min(row + size, table.rows)
+            wanted, found = recoders[layer].read(row, stop), file.read(row, stop)
+            if not torch.equal(wanted, found):
+                row += int((wanted != found).any(1).nonzero()[0])
                 raise ValueError(
                     f"row {row:,} of layer {layer} in {home} is not the checkpoint's: another one was here"
                 )

@@ -138,7 +138,7 @@ def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | No
             raise ValueError("Qwen4-Exp hashes raw token ids: it takes no token map")
         return found
     saved = TokenMap.load(home / "token_map.safetensors") if (home / "token_map.safetensors").is_file() else None
-    if saved is None and given is None and (home / "tokenizer.json").is_file():
+    if saved is None and (home / "tokenizer.json").is_file():
         saved = read_token_map(home / "tokenizer.json")
     if saved is not None and given is not None and saved.digest != given.digest:
         raise ValueError(
@@ -148,7 +148,12 @@ def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | No
     found_map = given or saved
     if found_map is None:
         return None
-    if config.compressed_vocab not in (None, found_map.size) or config.pad_id >= len(found_map.table):
+    if config.pad_id >= len(found_map.table):
+        raise ValueError(
+            f"the config's pad_id is {config.pad_id}, outside the token map's vocabulary of {len(found_map.table):,}: "
+            f"it comes from another tokenizer"
+        )
+    if config.compressed_vocab not in (None, found_map.size):
         raise ValueError(
             f"the token map has {found_map.size:,} compressed ids, the config's engram_compressed_vocab_size is "
             f"{config.compressed_vocab:,}: it comes from another tokenizer version, every row would be wrong"

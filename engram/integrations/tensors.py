@@ -18,6 +18,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from engram.config import whole_numbers
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,6 +82,9 @@ class Stored:
         return data
 
 
+_RANK = re.compile(r"(\d+)-mp(\d+)\.safetensors$")  # of tensor parallelism
+
+
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """All tensors of a safetensors file, by name, and the file's metadata.
 
@@ -96,9 +101,15 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
             tensors: dict[str, Any] = {
-                str(name): (str(v["dtype"]), tuple(int(n) for n in v["shape"]), *(int(o) for o in v["data_offsets"]))
+                str(name): (
+                    str(v["dtype"]),
+                    whole_numbers("shape", v["shape"]),
+                    *whole_numbers("offset", v["data_offsets"]),
+                )
                 for name, v in header.items()
             }
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise TypeError("__metadata__ holds something else than text")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no safetensors file, or torn: its header cannot be read ({error})") from error
     at, found = 0, {}
@@ -180,11 +191,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             _check_numbers(files)
     if not files and not found.missing:
         raise FileNotFoundError(f"{given} holds no safetensors file")
-    files.sort(key=lambda file: int(m[1]) if (m := re.search(r"model(\d+)-mp\d+", file.name)) else -1)
+    files.sort(key=lambda file: int(m[1]) if (m := _RANK.search(file.name)) else -1)
     for file in files:
         tensors, metadata = read_header(file)
-        rank = re.search(r"model(\d+)-mp(\d+)", file.name)
-        if rank and metadata.get("engram_rank") not in (None, f"{rank[1]}/{rank[2]}"):
+        rank = _RANK.search(file.name)
+        if rank and metadata.get("engram_rank") not in (None, f"{int(rank[1])}/{int(rank[2])}"):
             raise ValueError(f"{file} was written as rank {metadata['engram_rank']}: files were swapped or renamed")
         found.metadata |= metadata
         for name, stored in tensors.items():
@@ -213,14 +224,16 @@ def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
 
 def _check_numbers(files: list[Path]) -> None:
     """model-00001-of-00003 and model0-mp2 say how many there are: none may be missing."""
-    for pattern, first in ((r"(.*?)(\d+)(-of-)(\d+)\.safetensors", 1), (r"(.*?)(\d+)(-mp)(\d+)\.safetensors", 0)):
-        for match in filter(None, (re.fullmatch(pattern, file.name) for file in files)):
-            stem, digits, word, count = match.groups()
-            for number in range(first, int(count) + first):
-                name = f"{stem}{number:0{len(digits)}}{word}{count}.safetensors" if digits.startswith("0") else None
-                name = name or f"{stem}{number}{word}{count}.safetensors"
-                if not (files[0].parent / name).is_file():
-                    raise ValueError(f"the shard {files[0].parent / name} is missing: there are {count} of them")
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for match in filter(None, (re.fullmatch(r"(.*?)(\d+)(-of-|-mp)(\d+)\.safetensors", file.name) for file in files)):
+        stem, number, word, count = match.groups()
+        found.setdefault((stem, word, count), set()).add(int(number))
+    for (stem, word, count), numbers in found.items():
+        first = 1 if word == "-of-" else 0
+        for number in range(first, int(count) + first):
+            if number not in numbers:
+                name = f"{stem}{number:0{len(count) if first else 1}}{word}{count}.safetensors"
+                raise ValueError(f"the shard {files[0].parent / name} is missing: there are {count} of them")
 
 
 class Streamed:

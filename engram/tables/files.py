@@ -262,6 +262,13 @@ def bad_blocks(
     return bad
 
 
+def _verify_step(step: Path, on_bytes: Callable[[str, int, int], None] | None) -> list[dict[str, Any]]:
+    if (step / "manifest.json").is_file():
+        return verify(step, on_bytes)
+    problem = f"{step} is no whole checkpoint: it has no manifest.json"
+    return [{"file": str(step), "bytes": 0, "blocks": 0, "bad_blocks": [], "problem": problem}]
+
+
 def verify(
     folder: str | os.PathLike[str], on_bytes: Callable[[str, int, int], None] | None = None
 ) -> list[dict[str, Any]]:
@@ -278,8 +285,8 @@ def verify(
         FileNotFoundError: nothing to verify there.
     """
     home = Path(folder)
-    if not (home / "manifest.json").is_file() and (steps := sorted(home.glob("step-*/manifest.json"))):
-        return [result for step in steps for result in verify(step.parent, on_bytes)]
+    if not (home / "manifest.json").is_file() and (steps := sorted(home.glob("step-*/"))):
+        return [result for step in steps for result in _verify_step(step, on_bytes)]
     try:
         manifest = load_manifest(home)
         stated = manifest.get("digest")
@@ -287,7 +294,7 @@ def verify(
             raise ValueError(f"{home / 'manifest.json'} was altered: it does not have the digest it states")
     except ValueError as error:
         return [{"file": str(home), "bytes": 0, "blocks": 0, "bad_blocks": [], "problem": str(error)}]
-    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    total = sum(int(entry["bytes"]) for entry in manifest["files"].values())
     results = []
     for name, entry in manifest["files"].items():
         path, problem, bad = home / name, None, []
@@ -301,6 +308,6 @@ def verify(
             where = f"block {listed} of {blocks} (16 MiB each, from byte {bad[0] * BLOCK:,})"
             problem = f"{path}: {where if blocks > 1 else 'the file'} does not have its digest: changed or torn"
         results.append(
-            {"file": str(path), "bytes": entry["bytes"], "blocks": blocks, "bad_blocks": bad, "problem": problem}
+            {"file": str(path), "bytes": int(entry["bytes"]), "blocks": blocks, "bad_blocks": bad, "problem": problem}
         )
     return results

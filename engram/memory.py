@@ -361,6 +361,10 @@ class EngramMemory(nn.Module):
         """
         if cache is not None and lookback is not None:
             raise ValueError("a decoding cache has its own look-back: give no lookback with it")
+        for name, given in (("documents", documents), ("dead", dead)):
+            if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
+                found = f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
+                raise ValueError(f"{name} must be a tensor of the ids' shape {list(ids.shape)}, not {found}")
         host, runs = _copy(ids), None  # the caller may fill its buffers anew while they are still hashed
         dead = None if dead is None else dead.to(ids.device, copy=True)
         if documents is not None:

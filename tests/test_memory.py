@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -427,6 +428,13 @@ def test_a_buffer_of_ids_may_be_used_again_at_once(size, monkeypatch):
             found.append(model(buffer.clone(), cache=cache, recall=recall))
             buffer.fill_(0)
         torch.testing.assert_close(torch.cat(found, dim=1), model(ids))
+
+
+@pytest.mark.parametrize("name", ["documents", "dead"])
+@pytest.mark.parametrize("wrong", [torch.zeros(20), torch.zeros(2, 19), torch.zeros(1, 20), np.zeros((2, 20))])
+def test_what_is_said_of_positions_has_the_shape_of_the_ids(name, wrong):
+    with pytest.raises(ValueError, match=rf"{name} must be a tensor of the ids' shape \[2, 20\]"):
+        make().memory.recall(text(), **{name: wrong})
 
 
 def test_what_is_refused_is_not_taken_up_by_the_cache():

@@ -373,12 +373,11 @@ def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) 
 
 
 def _child_command(home: Path, threads: int) -> list[str]:
-    return [sys.executable, "-m", "experiments.runner", str(home), str(threads)]
+    return [sys.executable, "-m", "experiments.runner", str(home), str(threads), str(os.getpid())]
 
 
-def _child(home: Path, threads: int) -> None:
+def _child(home: Path, threads: int, parent: int) -> None:
     """The other end of _one: run on standard input, side file into the folder, line to standard output."""
-    parent = os.getppid()
 
     def on_step(step: int, loss: float) -> None:
         if os.getppid() != parent:  # the sweep was killed: nobody would take the result
@@ -393,4 +392,4 @@ def _child(home: Path, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    _child(Path(sys.argv[1]), int(sys.argv[2]))
+    _child(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -466,6 +466,12 @@ def test_a_run_on_another_device_is_another_run_in_another_table(setting, monkey
     assert training_of(there) != training_of(run)
 
 
+def test_a_run_whose_sweep_is_gone_before_it_began_ends_at_its_first_step(setting, tmp_path):
+    command = [*runner._child_command(tmp_path, 1)[:-1], str(2**22 + 1)]  # the number of no process
+    done = subprocess.run(command, input=Run("toy", "plain", setting).to_json(), capture_output=True, text=True)
+    assert done.returncode != 0 and not done.stdout and "the sweep is gone" in done.stderr
+
+
 def test_a_child_reports_its_own_traceback(setting, tmp_path):
     assert runner.sweep([Run("toy", "no-such-arm", setting)], tmp_path, others=()) == 1
     assert "unknown arm 'no-such-arm'" in (tmp_path / "toy" / "failures.log").read_text()

@@ -210,15 +210,19 @@ def recall(task: str) -> Callable[[Path], list[Finding]]:
     return lambda home: [found for found in of_measures("recall", gap, remark)(home) if task in found.group]
 
 
-def learned_sooner(home: Path, labels: dict[str, Any]) -> Interval | None:
-    """log2 of the training tokens until recall is learned, engram's over plain's. A run that does not learn counts with
-    all its tokens."""
-    ours, plain = (
-        {seed: learned_after(run) or run["tokens"] / 1e6 for seed, run in labels.get(arm, {}).items()}
-        for arm in ("engram", "plain")
-    )
-    ratios = [math.log2(ours[seed] / plain[seed]) for seed in sorted(set(ours) & set(plain))]
-    return over_seeds(ratios) if ratios else None
+def learned_sooner(label: str) -> Callable[[Path, dict[str, Any]], Interval | None]:
+    """log2 of the training tokens until recall is learned, a label's over plain's. A run that does not learn counts
+    with all its tokens."""
+
+    def compare(home: Path, labels: dict[str, Any]) -> Interval | None:
+        ours, plain = (
+            {seed: learned_after(run) or run["tokens"] / 1e6 for seed, run in labels.get(arm, {}).items()}
+            for arm in (label, "plain")
+        )
+        ratios = [math.log2(ours[seed] / plain[seed]) for seed in sorted(set(ours) & set(plain))]
+        return over_seeds(ratios) if ratios else None
+
+    return compare
 
 
 def throughput(home: Path) -> list[Finding]:

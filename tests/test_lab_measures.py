@@ -396,9 +396,10 @@ def test_what_is_learned_in_half_the_tokens_is_a_doubling_sooner():
         return {"setting": {"corpus": "recall:4/4+0"}, "curve": [[tokens, 0.0]], "tokens": 8e6}
 
     labels = {"engram": {0: run(1e6), 1: run(2e6)}, "plain": {0: run(2e6), 1: run(4e6), 2: run(1.0)}}
-    assert findings.learned_sooner(None, labels) == pytest.approx((-1.0, -1.0, -1.0))
+    assert findings.learned_sooner("engram")(None, labels) == pytest.approx((-1.0, -1.0, -1.0))
+    assert findings.learned_sooner("engram, slow rows")(None, labels) is None
     labels["plain"] = {seed: {**one, "curve": [[1e6, 9.0]]} for seed, one in labels["plain"].items()}
-    assert findings.learned_sooner(None, labels).mean == -2.5  # plain never learned: 8 and 4 times, at least
+    assert findings.learned_sooner("engram")(None, labels).mean == -2.5  # plain never learned: 8 and 4 times, at least
 
 
 def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):

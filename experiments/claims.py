@@ -161,14 +161,6 @@ CLAIMS = (
         ),
     ),
     Claim(
-        *(
-            PAPER,
-            "the same with rows that learn no faster than the layers",
-            f"log2 of the tokens until recall is learned, {SLOW} minus plain's",
-        ),
-        *(findings.of_measures("recall", findings.learned_sooner(SLOW)), "below", "python -m experiments run recall"),
-    ),
-    Claim(
         *(PAPER, "a table in host memory costs under 3 % of the speed", "tokens per second over plain's, minus 1"),
         *(findings.throughput, "above -0.03", "python experiments/gpu_offload/run.py"),
     ),
@@ -199,6 +191,14 @@ CLAIMS = (
         "tokens",
         "one",
         least_tokens=SETTINGS["T"].train.tokens,
+    ),
+    Claim(
+        *(
+            SCEPTICS,
+            "recall is learned sooner by the rate of the rows alone",
+            f"log2 of the tokens until recall is learned, {SLOW} minus plain's",
+        ),
+        *(findings.of_measures("recall", findings.learned_sooner(SLOW)), "above", "python -m experiments run recall"),
     ),
     _loss(SCEPTICS, "the module alone would do", "lookup_or_module", "one-row", "engram", "no worse"),
     _loss(SCEPTICS, "random rows would do", "lookup_or_module", "random", "engram", "no worse"),

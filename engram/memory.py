@@ -283,8 +283,8 @@ class EngramMemory(nn.Module):
         self.codec: str | None = None
         if tables is None:
             paths = {layer: None if folder is None else Path(folder) / f"layer-{layer}.rows" for layer in config.layers}
-            if folder is not None:
-                self._check_rows_of(Path(folder), any(path.exists() for path in paths.values() if path is not None))
+            if folder is not None and any(path.exists() for path in paths.values() if path is not None):
+                self._check_rows_of(Path(folder))
             for layer, path in paths.items():
                 self.tables[layer] = new_table(config, layer, self.layout.rows[layer], path)
             if folder is not None and Path(folder).is_dir():  # not on the meta device
@@ -303,10 +303,10 @@ class EngramMemory(nn.Module):
         self._recalls: weakref.WeakSet[Recall] = weakref.WeakSet()
         self.attachment: Any = None  # to a model of another library (engram.attach)
 
-    def _check_rows_of(self, folder: Path, there: bool) -> None:
+    def _check_rows_of(self, folder: Path) -> None:
         facts = folder / "rows.json"
-        found = json.loads(facts.read_text()) if there and facts.is_file() else {}
-        other = [name for name, value in self._facts().items() if there and found.get(name) != value]
+        found = json.loads(facts.read_text()) if facts.is_file() else {}
+        other = [name for name, value in self._facts().items() if found.get(name) != value]
         if other:
             raise ValueError(
                 f"{folder} holds rows of another memory ({', '.join(other)} differ): they would be read wrongly, or "

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engram.lm.evaluate import evaluate
+from engram.lm.evaluate import eval_mode, evaluate
 from engram.lm.report import write_whole
 from engram.lm.run import Data, Setting
 from engram.lm.seen import seen_counts, seen_losses
@@ -142,11 +142,9 @@ def forward_flops(model: nn.Module, data: Data, context: int) -> float:
     """FLOPs per token of a forward pass over one window of held-out text, as torch counts them: matrix products and
     attention (as two dense products: the causal half is not subtracted); lookups and what is elementwise are free."""
     ids = torch.from_numpy(data.validation.ids[:context]).long()[None]
-    was_training = model.training
     # The fused attention of the CPU is unknown to the counter; the plain one is made of products that it knows.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(ids)
-    model.train(was_training)
+    with torch.no_grad(), eval_mode(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids)
     return counter.get_total_flops() / ids.numel()
 
 

@@ -113,7 +113,7 @@ def attach(
     memory.attachment = Attachment(model, root, decoder, layers, memory)
     decoder.engram = memory
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # what was compiled before knows no hooks, and would run on without the memory
+        torch.compiler.reset()  # what was compiled before knows no hooks, and would run on without the memory
     return memory
 
 

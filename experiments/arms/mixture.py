@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engram.lm.evaluate import eval_mode
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches
@@ -102,14 +103,12 @@ def scored(model: Any, windows: tuple[np.ndarray, np.ndarray], batch: int = 8) -
     """Runs the model over windows. Yields (ids [B, T], documents [B, T], targets [n], p_lm of them [n], inside [B, T])
     per batch; `inside` are the n positions whose next token is of the same document, the only ones that count.
     """
-    was_training = model.training
-    model.eval()
-    device = model.embedding.weight.device
-    for start in range(0, len(windows[0]), batch):
-        ids, documents = (torch.from_numpy(part[start : start + batch]).long().to(device) for part in windows)
-        inside = documents[:, 1:] == documents[:, :-1]
-        targets = ids[:, 1:][inside]
-        log_p = model(ids[:, :-1], documents[:, :-1]).float().log_softmax(-1)
-        p = log_p[inside].gather(1, targets[:, None]).squeeze(1).exp()
-        yield ids[:, :-1], documents[:, :-1], targets, p, inside
-    model.train(was_training)
+    with eval_mode(model):
+        device = model.embedding.weight.device
+        for start in range(0, len(windows[0]), batch):
+            ids, documents = (torch.from_numpy(part[start : start + batch]).long().to(device) for part in windows)
+            inside = documents[:, 1:] == documents[:, :-1]
+            targets = ids[:, 1:][inside]
+            log_p = model(ids[:, :-1], documents[:, :-1]).float().log_softmax(-1)
+            p = log_p[inside].gather(1, targets[:, None]).squeeze(1).exp()
+            yield ids[:, :-1], documents[:, :-1], targets, p, inside

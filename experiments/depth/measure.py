@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram.lm.evaluate import eval_mode
 from engram.lm.run import Data
 from experiments.config import Run
 
@@ -32,17 +33,15 @@ def measure(run: Run, model: Any, data: Data) -> dict[str, Any]:
     take = np.arange(count)[:, None] * context + np.arange(context)
     device = model.embedding.weight.device
     ids, documents = (torch.from_numpy(part[take]).long().to(device) for part in (text.ids, text.documents))
-    was_training = model.training
-    model.eval()
-    total, kept = np.zeros(len(model.blocks) + 1), []
-    for start in range(0, count, 4):
-        states = layer_states(model, ids[start : start + 4], documents[start : start + 4])
-        final = model.head(model.norm(states[-1])).float().log_softmax(-1)
-        for layer, state in enumerate(states):
-            lens = model.head(model.norm(state)).float().log_softmax(-1)
-            total[layer] += float((final.exp() * (final - lens)).sum(-1).double().sum())
-        kept.append(torch.stack(states).flatten(1, 2))
-    model.train(was_training)
+    with eval_mode(model):
+        total, kept = np.zeros(len(model.blocks) + 1), []
+        for start in range(0, count, 4):
+            states = layer_states(model, ids[start : start + 4], documents[start : start + 4])
+            final = model.head(model.norm(states[-1])).float().log_softmax(-1)
+            for layer, state in enumerate(states):
+                lens = model.head(model.norm(state)).float().log_softmax(-1)
+                total[layer] += float((final.exp() * (final - lens)).sum(-1).double().sum())
+            kept.append(torch.stack(states).flatten(1, 2))
     positions = torch.cat(kept, dim=1)
     chosen = np.linspace(0, positions.shape[1] - 1, min(POSITIONS, positions.shape[1])).astype(int)
     return {

@@ -27,7 +27,7 @@ from torch import Tensor
 from engram.addressing import TokenMap
 from engram.lm import train as lm
 from engram.lm.corpus import Overlap
-from engram.lm.evaluate import Evaluation
+from engram.lm.evaluate import Evaluation, eval_mode
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from engram.lm.train import Batches, TrainLog
@@ -195,12 +195,11 @@ def _numbers(model: Any, text: Tensor, task: Task) -> dict[str, float]:
 def answer(model: Any, text: Tensor, task: Task, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """(nats of each answer, float64; whether it is the likeliest token, bool), [n, questions] both, of documents [n,
     length] with the answers, which the model does not see."""
-    was_training, nats, right = model.training, [], []
-    model.eval()
-    for part in text.split(batch):
-        log_p = model(without_answers(part, task))[:, task.asked].double().log_softmax(-1)
-        true = part[:, task.asked + 1]
-        nats.append(-log_p.gather(-1, true[..., None])[..., 0])
-        right.append(log_p.argmax(-1) == true)
-    model.train(was_training)
+    nats, right = [], []
+    with eval_mode(model):
+        for part in text.split(batch):
+            log_p = model(without_answers(part, task))[:, task.asked].double().log_softmax(-1)
+            true = part[:, task.asked + 1]
+            nats.append(-log_p.gather(-1, true[..., None])[..., 0])
+            right.append(log_p.argmax(-1) == true)
     return torch.cat(nats).cpu().numpy(), torch.cat(right).cpu().numpy()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engram.lm.corpus import Document
+from engram.lm.evaluate import eval_mode
 from experiments.retrofit.data import START, Text, encode
 from experiments.sensitivity.facts import Fact
 from experiments.sensitivity.measure import score
@@ -35,18 +36,16 @@ class Scorer:
 def measure(model: Any, tokenizer: Any, text: Text, sides: Sequence[str] = SIDES) -> dict[str, np.ndarray]:
     """inside_, outside_: nats and bytes of each document. taught_, untaught_: see `ask`. rephrased_: the taught facts
     asked for in words that were not taught, without a rank."""
-    was_training = model.training
-    model.eval()
-    found: dict[str, np.ndarray] = {}
-    for side in sides:
-        if side in ("inside", "outside"):
-            values = read(model, tokenizer, getattr(text, side))
-        elif side == "rephrased":
-            values = ask(model, tokenizer, [rephrased(fact) for fact in text.taught], candidates=1)
-        else:
-            values = ask(model, tokenizer, getattr(text, side))
-        found |= {f"{side}_{name}": value for name, value in values.items()}
-    model.train(was_training)
+    with eval_mode(model):
+        found: dict[str, np.ndarray] = {}
+        for side in sides:
+            if side in ("inside", "outside"):
+                values = read(model, tokenizer, getattr(text, side))
+            elif side == "rephrased":
+                values = ask(model, tokenizer, [rephrased(fact) for fact in text.taught], candidates=1)
+            else:
+                values = ask(model, tokenizer, getattr(text, side))
+            found |= {f"{side}_{name}": value for name, value in values.items()}
     return found
 
 

@@ -11,6 +11,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
+from engram.lm.evaluate import eval_mode
 from engram.lm.run import Data
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from experiments.config import Run
@@ -35,14 +36,12 @@ def numbers(model: Any, data: Data, lines: Lines) -> dict[str, float]:
     likeliest token by token, so that greedy decoding would say it. copied: the held-out
     tokens whose pair with the token before occurred earlier in the window, so that the answer stands in the text.
     """
-    was_training = model.training
-    model.eval()
-    found = {}
-    for kind in fields(lines):
-        asked = ask(model, data.tokenizer, getattr(lines, kind.name)[:ASKED])
-        found |= {f"{kind.name}_{key}": value for key, value in asked.items()}
-    found |= read(model, data.validation)
-    model.train(was_training)
+    with eval_mode(model):
+        found = {}
+        for kind in fields(lines):
+            asked = ask(model, data.tokenizer, getattr(lines, kind.name)[:ASKED])
+            found |= {f"{kind.name}_{key}": value for key, value in asked.items()}
+        found |= read(model, data.validation)
     return found
 
 

@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
     for command, what in (
         ("plot", "draw figure.png from the results"),
-        ("report", "write the tables into README.md and paper_notes/claims.md"),
+        ("report", "write the tables into README.md; of all, into paper_notes/claims.md and the project's README too"),
     ):
         one = commands.add_parser(command, help=f"{what}; without a NAME of all")
         one.add_argument("name", choices=NAMES, metavar="NAME", nargs="?")

@@ -1,10 +1,12 @@
-"""paper_notes/claims.md: what the paper and the two later models say, and what the runs here say. All figures come from
-results.jsonl; the verdicts follow the rules below, from the interval alone.
+"""paper_notes/claims.md: what the paper and the two later models say, and what the runs here say; and a few lines of it
+for the README of the project. All figures come from results.jsonl; verdicts follow the rules below, from the interval
+alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ from experiments.config import HOME, NAMES, SETTINGS, questions
 from experiments.findings import Finding
 from experiments.kneser_ney.configs import WITH_PLAIN
 from experiments.recall.configs import SLOW
-from experiments.report import interval
+from experiments.report import interval, write_between_marks
 
 FILE = HOME.parent / "paper_notes" / "claims.md"
+README = HOME.parent / "README.md"
 MARGIN = 0.005  # nats per token that count as no difference
 
 
@@ -214,10 +217,37 @@ CLAIMS = (
     ),
     _loss(SCEPTICS, "counts would do, in the sweep of all arms", "sceptic", "kneser-ney", "engram", "no worse"),
 )
+IN_SHORT = (  # the words of the claims that the README tells, in its order
+    "a memory lowers the loss of a dense model",
+    "the module alone would do",
+    "random rows would do",
+    "counts would do, in the sweep of all arms",
+    "hashed bigrams at every layer do as well",
+    "a memory is far ahead of n-gram embeddings at the input",
+    "value embeddings (1/16 of the table) do as well",
+    "as many weights in wider layers would do",
+    "a memory lowers the loss more than experts of as many parameters and FLOPs",
+    "a quarter in the table beats the table alone: a U",
+    "the gate earns its place",
+    "the convolution can go",
+    "loss falls with the number of rows",
+    "a large vocabulary takes the gain away",
+    "more tokens than T's take the gain away, within one pass",
+    "several passes over a text take it away",
+    "switching off overstates the value",
+    "switched off, facts lose more than reading",
+    "recall is learned sooner by the rate of the rows alone",
+)
+Found = list[tuple[Claim, list[Finding]]]
 
 
-def document(home: Path = HOME) -> str:
-    """The whole file as Markdown. Raises what the experiments' tables raise: a side file that is missing, say."""
+def found_in(home: Path = HOME) -> Found:
+    """Every claim with what the runs say. Raises what the experiments' tables raise: a missing side file, say."""
+    return [(claim, claim.figure(home)) for claim in CLAIMS]
+
+
+def document(results: Found) -> str:
+    """The whole file as Markdown."""
     sides = "; ".join(f"*{name}*: {words}" for name, (words, _, _) in RULES.items())
     lines = [
         "# Claims",
@@ -239,11 +269,10 @@ def document(home: Path = HOME) -> str:
         "| source | claim | our setting | what we measure | figure with interval | needs | verdict | command |",
         "|---|---|---|---|---:|---|---|---|",
     ]
-    for claim in CLAIMS:
-        found = claim.figure(home)
+    for claim, found in results:
         for finding in found:
             cells = [
-                f"{finding.group}, {finding.seeds} seed{'s' if finding.seeds != 1 else ''}",
+                _runs(finding),
                 claim.ours,
                 _figure(finding.value),
                 claim.rule,
@@ -276,6 +305,43 @@ def _line(claim: Claim, cells: list[str], how: str) -> str:
     return "| " + " | ".join([claim.source, claim.words, *cells, f"`{how}`"]) + " |"
 
 
-def write_claims(home: Path = HOME, file: Path = FILE) -> None:
-    """Writes the document, whole or not at all."""
-    write_whole(file, document(home).encode())
+def in_short(results: Found) -> str:
+    """Markdown: of each claim in IN_SHORT the finding with the most seeds, at the larger setting if two have as many,
+    and the verdicts on its other tables."""
+    by_words = {claim.words: (claim, found) for claim, found in results}
+    lines = [
+        "| claim | what was measured | figure, 95 % interval | runs | verdict | its other tables |",
+        "|---|---|---:|---|---|---|",
+    ]
+    for words in IN_SHORT:
+        claim, found = by_words[words]
+        if not found:
+            lines.append(f"| {words} | {claim.ours} | not run yet | | | |")
+            continue
+        first, *others = sorted(found, key=lambda finding: (-finding.seeds, finding.group.partition(":")[0][:1]))
+        counts = Counter(verdict(finding, claim.rule) for finding in others)
+        cells = [
+            words,
+            claim.ours,
+            _figure(first.value),
+            _runs(first),
+            f"**{verdict(first, claim.rule)}**",
+            ", ".join(f"{kind} ({count})" for kind, count in counts.items()),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _runs(finding: Finding) -> str:
+    return f"{finding.group}, {finding.seeds} seed{'s' if finding.seeds != 1 else ''}"
+
+
+def write_claims(home: Path = HOME, file: Path = FILE, readme: Path = README) -> None:
+    """Writes the document, whole or not at all, and the table of the README.
+
+    Raises:
+        ValueError: a README without the marks. Besides, what found_in raises.
+    """
+    results = found_in(home)
+    write_whole(file, document(results).encode())
+    write_between_marks(readme, in_short(results))

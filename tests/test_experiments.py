@@ -650,9 +650,11 @@ def test_the_tuning_table_keeps_budgets_apart():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_readme_can_take_tables_and_says_what_it_does_not_show(name):
+def test_every_readme_has_the_tables_of_its_results_and_says_what_they_do_not_show(name):
     text = (config.HOME / name / "README.md").read_text()
     assert text.index("<!-- table -->\n") < text.index("<!-- end -->\n") < text.index("## What this does not show\n")
+    made = report.document(config.HOME / name, config.questions(name).BASELINE, config.hook(name, "summary"))
+    assert f"<!-- table -->\n{made}\n<!-- end -->" in text, f"python -m experiments report {name}"
 
 
 def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):

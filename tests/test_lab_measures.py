@@ -619,14 +619,18 @@ def test_verdicts_follow_from_the_interval(rule, interval, seeds, expected):
 
 
 def test_claims_without_runs_say_so(tmp_path):
-    lines = [line for line in claims.document(tmp_path).splitlines() if line.startswith("| ")][1:]
+    found = claims.found_in(tmp_path)
+    lines = [line for line in claims.document(found).splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(claims.CLAIMS) and all("not run yet" in line for line in lines)
+    short = claims.in_short(found).splitlines()[2:]
+    assert len(short) == len(claims.IN_SHORT) and all("not run yet" in line for line in short)
 
 
 def test_claims_are_filled_from_the_results(tmp_path):
     for name in MEASURED:
         made_up(name, tmp_path / name, seeds=(0, 1, 2))
-    rows = [line for line in claims.document(tmp_path).splitlines() if line.startswith("| ")]
+    found = claims.found_in(tmp_path)
+    rows = [line for line in claims.document(found).splitlines() if line.startswith("| ")]
     lines = {line.split(" | ")[1]: line for line in rows}
     needles = lines["several needles are found more often"]
     assert (
@@ -637,6 +641,26 @@ def test_claims_are_filled_from_the_results(tmp_path):
     assert "| agrees |" in lines["switched off, facts lose more than reading"]
     assert "| agrees |" in lines["early layers are nearer to prediction"]
     assert "not run yet" in lines["the gate earns its place"]
+    short = claims.in_short(found)
+    assert "| T: facts:wiki, 3 seeds | **agrees** |" in short
+
+
+def test_the_claims_are_those_of_the_committed_results():
+    found = claims.found_in()
+    assert claims.document(found) == claims.FILE.read_text(), "python -m experiments report"
+    short = f"<!-- table -->\n{claims.in_short(found)}\n<!-- end -->"
+    assert short in claims.README.read_text(), "python -m experiments report"
+
+
+def test_the_readme_shows_the_largest_setting_with_the_most_seeds():
+    words = claims.IN_SHORT[0]
+    claim = next(claim for claim in claims.CLAIMS if claim.words == words)
+    tables = [("T: b", -0.2, 3), ("S: a", -0.3, 3), ("S: b", -0.4, 1), ("T: a", 0.1, 3)]
+    found = [Finding(group, Interval(mean, mean - 0.01, mean + 0.01), seeds) for group, mean, seeds in tables]
+    results = [(other, found if other is claim else []) for other in claims.CLAIMS]
+    (line,) = (line for line in claims.in_short(results).splitlines() if words in line)
+    assert "-0.3000 (-0.3100 .. -0.2900) | S: a, 3 seeds | **agrees** |" in line
+    assert "agrees (1), disagrees (1), cannot tell (1)" in line
 
 
 @pytest.mark.parametrize(

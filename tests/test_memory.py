@@ -14,7 +14,7 @@ from reference_hash import row_ids
 
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.lm.transformer import Cache
-from engram.memory import MemoryCache
+from engram.recall import MemoryCache
 from engram.tables import HostTable
 
 VOCAB = 50
@@ -419,7 +419,7 @@ def test_a_folder_with_rows_of_another_memory_is_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_buffer_of_ids_may_be_used_again_at_once(size, monkeypatch):
-    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)
     model, ids = make(SMALL.replace(conv_init="uniform")).eval(), text(T=12)
     cache, buffer, found = Cache(), torch.empty(2, size, dtype=torch.int64), []
     with torch.no_grad():
@@ -494,7 +494,7 @@ def test_layouts_of_two_layers_use_different_rows_for_one_ngram():
 
 
 def test_rows_fetched_ahead_of_an_update_are_renewed_bit_for_bit(monkeypatch):
-    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)  # the fetching thread runs even for this small text
+    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)  # the fetching thread runs even for this small text
     results = []
     for ahead in (False, True):
         model = make()

@@ -55,7 +55,7 @@ def test_a_fixed_seed_gives_the_same_weights_twice():
 
 
 def test_prefetching_leaves_every_weight_and_row_the_same_bits(monkeypatch):
-    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)
     runs = []
     for prefetch in (True, False):
         m = model()
@@ -303,7 +303,7 @@ def test_greedy_generation_equals_taking_the_likeliest_token_without_a_cache():
 
 
 def test_generation_is_the_same_with_and_without_fetching_ahead(monkeypatch):
-    monkeypatch.setattr("engram.memory._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)
     m = model()
     train(m, corpus(), CONFIG)
     prompt = torch.from_numpy(corpus().ids[None, :9].astype(np.int64))

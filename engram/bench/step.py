@@ -15,8 +15,9 @@ from engram.bench.compare import Row, compare
 from engram.config import EngramConfig
 from engram.lm.train import train_step
 from engram.lm.transformer import Transformer, TransformerConfig
-from engram.memory import EngramMemory, Recall
+from engram.memory import EngramMemory
 from engram.optimizer import build_optimizer
+from engram.recall import Recall
 
 VOCAB, BATCH, TIME = 4096, 8, 256
 

@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from engram.addressing import TokenMap
 from engram.config import EngramConfig
 from engram.integrations.decoding import follow, positions, state_of
 from engram.integrations.inputs import documents, padding, placeholder_ids
-from engram.memory import EngramMemory, MemoryCache, Recall
+from engram.memory import EngramMemory
+from engram.recall import MemoryCache, Recall, uncompiled
 
 _LAYERS = ("layers", "h", "blocks")  # what decoders call their list of layers
 _STREAMS = ("hc_mult", "hc_count")  # what configurations call the number of residual streams
@@ -188,12 +190,10 @@ class Attachment:
         }
         self.handles = []
         for m in self.models:
-            # The memory is out of the compiler's reach (threads, C, host memory): a compiled graph breaks here.
-            enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
-            self.handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
-            self.handles.append(m.register_forward_hook(leave, always_call=True))
+            self.handles.append(m.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True))
+            self.handles.append(m.register_forward_hook(uncompiled(self._leave), always_call=True))
         for layer in memory.config.layers:
-            add = torch.compiler.disable(_Adding(self, layer))
+            add = uncompiled(partial(self._add, layer))
             self.handles.append(layers[layer].register_forward_pre_hook(add, with_kwargs=True))
 
     def remove(self) -> None:
@@ -265,24 +265,20 @@ class Attachment:
             if positions(made) == state.length:
                 follow(made, state, self.number)
 
-
-class _Adding:
-    """The hook of one decoder layer: hidden state + what the memory says."""
-
-    def __init__(self, attachment: Attachment, layer: int):
-        self.attachment, self.layer = attachment, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        recall, memory = self.attachment.now.recall, self.attachment.memory
+    def _add(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Before a decoder layer: its hidden state and what the memory adds."""
+        recall, memory = self.now.recall, self.memory
         if recall is None:
             raise RuntimeError(
-                f"decoder layer {self.layer} runs outside a forward pass of its model, so the memory does not know the "
+                f"decoder layer {layer} runs outside a forward pass of its model, so the memory does not know the "
                 f"ids. Checkpoint layers by model.gradient_checkpointing_enable() of transformers >= 5.23"
             )
         hidden = args[0] if args else kwargs["hidden_states"]
-        device = next(memory.fusions[str(self.layer)].parameters()).device  # a model may span several
+        device = next(memory.fusions[str(layer)].parameters()).device  # a model may span several
         hidden = hidden.to(device)
         side_by_side = memory.streams > 1 and hidden.dim() == 3  # [B, T, M*d], as Qwen4-Exp keeps its streams
         streams = hidden.unflatten(-1, (memory.streams, -1)) if side_by_side else hidden
-        hidden = hidden + memory[self.layer](streams, recall).view_as(hidden).to(hidden.dtype)
+        hidden = hidden + memory[layer](streams, recall).view_as(hidden).to(hidden.dtype)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from engram.memory import MemoryCache
+from engram.recall import MemoryCache
 
 
 class _Followed:

@@ -19,8 +19,9 @@ from torch import Tensor
 from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
-from engram.memory import EngramMemory, Recall
+from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer, build_optimizer
+from engram.recall import Recall
 
 
 @dataclass(frozen=True)

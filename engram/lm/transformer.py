@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.memory import EngramMemory, MemoryCache, Recall
+from engram.memory import EngramMemory
+from engram.recall import MemoryCache, Recall
 
 
 @dataclass(frozen=True)

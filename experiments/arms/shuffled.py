@@ -21,7 +21,7 @@ from engram import EngramConfig, EngramMemory, TokenMap
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
-from engram.memory import MemoryCache, Recall
+from engram.recall import MemoryCache, Recall
 from experiments.arms.host import with_memory
 
 _STRIDE = 7919  # tokens of the training text between the pieces that two rows of a batch read

@@ -64,19 +64,22 @@ def verdict(finding: Finding, rule: str) -> str:
     return "agrees" if agrees(finding.value) else "disagrees" if disagrees(finding.value) else "cannot tell"
 
 
+def _of(source: str, words: str, ours: str, figure: Callable[[Path], list[Finding]], rule: str, name: str) -> Claim:
+    """A claim that the runs of one experiment are about."""
+    return Claim(source, words, ours, figure, rule, f"python -m experiments run {name}")
+
+
 def _loss(source: str, words: str, name: str, ours: str, theirs: str, rule: str) -> Claim:
     """A claim about the difference of two labels of an experiment."""
     what = f"{ours} minus {theirs}, nats a token"
-    return Claim(
-        source, words, what, findings.difference(name, ours, theirs), rule, f"python -m experiments run {name}"
-    )
+    return _of(source, words, what, findings.difference(name, ours, theirs), rule, name)
 
 
 def _shrinks(source: str, words: str, name: str, along: str, passes: str = "", least_tokens: int = 0) -> Claim:
     """A claim that engram's lead over plain gets smaller along the tables of an experiment."""
     what = "what engram is ahead of plain, lost on the way, bits a byte"
     figure = findings.change_of_gain(name, along, passes, least_tokens)
-    return Claim(source, words, what, figure, "above", f"python -m experiments run {name}")
+    return _of(source, words, what, figure, "above", name)
 
 
 PAPER, V41, QWEN = "paper", "DeepSeek-V4.1-Flash", "Qwen3.8-Flash-Next"
@@ -94,25 +97,29 @@ CLAIMS = (
     _loss(
         PAPER, "a memory is far ahead of n-gram embeddings at the input", "sceptic", "engram", "over-encoding", "below"
     ),
-    Claim(
-        *(
-            PAPER,
-            "a memory is ahead of n-gram embeddings with as many rows",
-            "engram minus over-encoding with the most rows, nats a token",
-        ),
-        *(findings.slots_ahead, "below", "python -m experiments run slots"),
+    _of(
+        PAPER,
+        "a memory is ahead of n-gram embeddings with as many rows",
+        "engram minus over-encoding with the most rows, nats a token",
+        findings.slots_ahead,
+        "below",
+        "slots",
     ),
-    Claim(
-        *(PAPER, "loss falls with the number of rows", "slope over log2(rows), nats a token and doubling"),
-        *(findings.slots_fit("slope"), "below", "python -m experiments run slots"),
+    _of(
+        PAPER,
+        "loss falls with the number of rows",
+        "slope over log2(rows), nats a token and doubling",
+        findings.slots_fit("slope"),
+        "below",
+        "slots",
     ),
-    Claim(
-        *(
-            PAPER,
-            "loss falls linearly in the logarithm of the rows",
-            "the size farthest from the line, minus the line, nats a token",
-        ),
-        *(findings.slots_fit("off"), "near", "python -m experiments run slots"),
+    _of(
+        PAPER,
+        "loss falls linearly in the logarithm of the rows",
+        "the size farthest from the line, minus the line, nats a token",
+        findings.slots_fit("off"),
+        "near",
+        "slots",
     ),
     _loss(PAPER, "a quarter in the table beats experts alone", "allocation", "table 25 %", "table 0 %", "below"),
     _loss(
@@ -123,56 +130,64 @@ CLAIMS = (
     _loss(PAPER, "the convolution matters little", "components", "conv: none", "engram", "near"),
     _loss(PAPER, "4-grams are slightly worse at equal bytes", "components", "orders: 2, 3, 4", "engram", "above"),
     _loss(PAPER, "two layers are better than one", "components", "two layers, same bytes", "engram", "below"),
-    Claim(
-        *(
-            PAPER,
-            "switched off, facts lose more than reading",
-            "left of what teaching facts added, minus the same of prose said as often",
-        ),
-        *(
-            findings.of_measures("sensitivity", findings.left_of_facts),
-            "below",
-            "python -m experiments run sensitivity",
-        ),
+    _of(
+        PAPER,
+        "switched off, facts lose more than reading",
+        "left of what teaching facts added, minus the same of prose said as often",
+        findings.of_measures("sensitivity", findings.left_of_facts),
+        "below",
+        "sensitivity",
+    ),
+    _of(
+        PAPER,
+        "early layers are nearer to prediction",
+        "LogitLens KL of layers behind the memory, minus plain's, nats",
+        findings.of_measures("depth", findings.lens_gap),
+        "below",
+        "depth",
+    ),
+    _of(
+        PAPER,
+        "layers are like deeper ones of the plain model",
+        "depth in plain's layers (CKA), minus plain's own",
+        findings.of_measures("depth", findings.cka_shift),
+        "above",
+        "depth",
+    ),
+    _of(
+        PAPER,
+        "several needles are found more often",
+        "accuracy minus plain's, four needles in filler",
+        findings.recall("needles, 4 in 8"),
+        "above",
+        "recall",
+    ),
+    _of(
+        PAPER,
+        "attention is freed for what lies further back",
+        "log2 of the tokens until recall is learned, minus plain's",
+        findings.of_measures("recall", findings.learned_sooner("engram")),
+        "below",
+        "recall",
     ),
     Claim(
-        *(
-            PAPER,
-            "early layers are nearer to prediction",
-            "LogitLens KL of layers behind the memory, minus plain's, nats",
-        ),
-        *(findings.of_measures("depth", findings.lens_gap), "below", "python -m experiments run depth"),
-    ),
-    Claim(
-        *(PAPER, "layers are like deeper ones of the plain model", "depth in plain's layers (CKA), minus plain's own"),
-        *(findings.of_measures("depth", findings.cka_shift), "above", "python -m experiments run depth"),
-    ),
-    Claim(
-        *(PAPER, "several needles are found more often", "accuracy minus plain's, four needles in filler"),
-        *(findings.recall("needles, 4 in 8"), "above", "python -m experiments run recall"),
-    ),
-    Claim(
-        *(
-            PAPER,
-            "attention is freed for what lies further back",
-            "log2 of the tokens until recall is learned, minus plain's",
-        ),
-        *(
-            findings.of_measures("recall", findings.learned_sooner("engram")),
-            "below",
-            "python -m experiments run recall",
-        ),
-    ),
-    Claim(
-        *(PAPER, "a table in host memory costs under 3 % of the speed", "tokens per second over plain's, minus 1"),
-        *(findings.throughput, "above -0.03", "python experiments/gpu_offload/run.py"),
+        PAPER,
+        "a table in host memory costs under 3 % of the speed",
+        "tokens per second over plain's, minus 1",
+        findings.throughput,
+        "above -0.03",
+        "python experiments/gpu_offload/run.py",
     ),
     _loss(V41, "the convolution can go", "components", "conv: none", "engram", "no worse"),
     _loss(V41, "4-grams are worth their rows", "components", "orders: 2, 3, 4", "engram", "no worse"),
     _loss(V41, "rows train with Sinkhorn-balanced momentum", "components", "optimiser: sinkhorn", "engram", "no worse"),
     Claim(
-        *(V41, "rows can be stored as fp8", "after storing as fp8 minus before, nats a token"),
-        *(findings.fp8, "no worse", "python experiments/codecs/run.py"),
+        V41,
+        "rows can be stored as fp8",
+        "after storing as fp8 minus before, nats a token",
+        findings.fp8,
+        "no worse",
+        "python experiments/codecs/run.py",
     ),
     _loss(QWEN, "raw token ids will do", "components", "token map: raw ids", "engram", "no worse"),
     _loss(QWEN, "rows train with Adam", "components", "optimiser: adam", "engram", "no worse"),
@@ -195,25 +210,33 @@ CLAIMS = (
         "one",
         least_tokens=SETTINGS["T"].train.tokens,
     ),
-    Claim(
-        *(
-            SCEPTICS,
-            "recall is learned sooner by the rate of the rows alone",
-            f"log2 of the tokens until recall is learned, {SLOW} minus plain's",
-        ),
-        *(findings.of_measures("recall", findings.learned_sooner(SLOW)), "above", "python -m experiments run recall"),
+    _of(
+        SCEPTICS,
+        "recall is learned sooner by the rate of the rows alone",
+        f"log2 of the tokens until recall is learned, {SLOW} minus plain's",
+        findings.of_measures("recall", findings.learned_sooner(SLOW)),
+        "above",
+        "recall",
     ),
     _loss(SCEPTICS, "the module alone would do", "lookup_or_module", "one-row", "engram", "no worse"),
     _loss(SCEPTICS, "random rows would do", "lookup_or_module", "random", "engram", "no worse"),
     _loss(SCEPTICS, "as many weights in wider layers would do", "sceptic", "wider", "engram", "no worse"),
     _loss(SCEPTICS, "as many seconds of training would do", "sceptic", "longer", "engram", "no worse"),
-    Claim(
-        *(SCEPTICS, "twice the training would do", "plain with twice the tokens minus engram, nats a token"),
-        *(findings.twice_the_tokens, "no worse", "python -m experiments run tokens"),
+    _of(
+        SCEPTICS,
+        "twice the training would do",
+        "plain with twice the tokens minus engram, nats a token",
+        findings.twice_the_tokens,
+        "no worse",
+        "tokens",
     ),
-    Claim(
-        *(SCEPTICS, "counts of at most as many bytes would do", f"{WITH_PLAIN} minus engram, nats a token"),
-        *(findings.kneser_ney, "no worse", "python -m experiments run kneser_ney"),
+    _of(
+        SCEPTICS,
+        "counts of at most as many bytes would do",
+        f"{WITH_PLAIN} minus engram, nats a token",
+        findings.kneser_ney,
+        "no worse",
+        "kneser_ney",
     ),
     _loss(SCEPTICS, "counts would do, in the sweep of all arms", "sceptic", "kneser-ney", "engram", "no worse"),
 )

@@ -25,6 +25,7 @@ Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000,
 Memory = Annotated[
     Path | None, typer.Option(help="Memory to attach to a model of transformers: what memory.save wrote.")
 ]
+Device = Annotated[str, typer.Option(help="Of the dense weights, such as cuda or cuda:1; tables stay in host memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -95,6 +96,7 @@ def ablate(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,
     table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
     held_out: Annotated[str, typer.Option(help="validation; or tune, to choose learning rates on.")] = "validation",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them."""
@@ -120,6 +122,7 @@ def ablate(
             arms.split(","),
             parse_seeds(seeds),
             held_out=held_out,
+            device=device,
             command=" ".join(["engram", *sys.argv[1:]]),
             on_step=on_step,
             on_data=_describe,
@@ -145,16 +148,18 @@ def train(
     keep_checkpoints: Annotated[
         int, typer.Option(min=0, help="Checkpoints that stay, the newest; each holds the whole table. 0: all.")
     ] = 0,
+    device: Device = "cpu",
 ) -> None:
     """Train one small language model, with checkpoints; run it again after an interruption and it goes on."""
-    from engram.lm.run import build_model, prepare, save_run
+    from engram.lm.run import build_model, device_of, prepare, save_run
     from engram.lm.train import train as run
 
+    place = device_of(device)  # before the text is made ready
     setting = _setting(corpus, budget, lr, table_lr)
     setting = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
     data = prepare(setting)
     _describe(data)
-    model = build_model(setting, arm, data.token_map)
+    model = build_model(setting, arm, data.token_map).to(place)
     save_run(out, setting, arm, data)
     with _progress() as progress:
         task = progress.add_task(f"{arm}, seed {seed}", total=setting.train.steps, speed=0.0, loss=float("nan"))
@@ -188,13 +193,14 @@ def evaluate(
     task_files: Annotated[Path | None, typer.Option(help="Folder with the tasks' YAML files and their data.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.")] = None,
     memory: Memory = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Score a trained model: nats per token and bits per byte, document by document; or tasks of lm-eval."""
     if tasks is not None:
         if corpus is not None:
             raise ValueError("--corpus scores a text and --tasks scores tasks: give one of them")
-        _evaluate_tasks(folder, memory, tasks.split(","), task_files, limit, as_json)
+        _evaluate_tasks(folder, memory, tasks.split(","), task_files, limit, device, as_json)
         return
     if (task_files, limit, memory) != (None, None, None):
         raise ValueError("--task-files, --limit and --memory belong to --tasks, which names what to score")
@@ -205,7 +211,7 @@ def evaluate(
     from engram.lm.run import load_run
     from engram.lm.tokenizer import encode
 
-    model, tokenizer, setting, manifest = load_run(folder)
+    model, tokenizer, setting, manifest = load_run(folder, device)
     documents = split(load_corpus(setting.corpus)).validation if corpus is None else load_corpus(corpus)
     result = score(model, encode(tokenizer, documents))
     figures = {
@@ -222,7 +228,13 @@ def evaluate(
 
 
 def _evaluate_tasks(
-    folder: Path, memory: Path | None, names: list[str], task_files: Path | None, limit: int | None, as_json: bool
+    folder: Path,
+    memory: Path | None,
+    names: list[str],
+    task_files: Path | None,
+    limit: int | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -236,7 +248,7 @@ def _evaluate_tasks(
     from engram.lm.harness import adapter, load_tasks, run_tasks
 
     tasks = load_tasks(names, task_files)  # before the model: a wrong name is found at once
-    report = run_tasks(adapter(*_open(folder, memory)), tasks, limit)
+    report = run_tasks(adapter(*_open(folder, memory, device)), tasks, limit)
     if as_json:
         print(json.dumps({"folder": str(folder), "memory": None if memory is None else str(memory), **report}))
         return
@@ -249,14 +261,14 @@ def _evaluate_tasks(
     Console().print(table)
 
 
-def _open(folder: Path, memory: Path | None) -> tuple[Any, Any]:
+def _open(folder: Path, memory: Path | None, device: str) -> tuple[Any, Any]:
     """Model and tokenizer of a run of `engram train`, or of a model folder of transformers with a memory attached."""
     if (folder / "run.json").is_file():
         if memory is not None:
             raise ValueError(f"{folder} is a run of `engram train`, which has its own memory: leave out --memory")
         from engram.lm.run import load_run
 
-        return load_run(folder)[:2]
+        return load_run(folder, device)[:2]
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds neither run.json (a run of `engram train`) nor config.json (a model of transformers)"
@@ -267,8 +279,11 @@ def _open(folder: Path, memory: Path | None) -> tuple[Any, Any]:
             f"folder"
         )
     from engram.integrations.pretrained import load_pretrained
+    from engram.lm.run import device_of
 
-    return load_pretrained(folder, memory)
+    place = device_of(device)
+    model, tokenizer = load_pretrained(folder, memory)
+    return model.to(place), tokenizer
 
 
 @app.command()
@@ -279,6 +294,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    device: Device = "cpu",
 ) -> None:
     """Continue a text with a trained model."""
     import torch
@@ -286,8 +302,10 @@ def generate(
     from engram.lm.generate import generate as sample
     from engram.lm.run import load_run
 
-    model, tokenizer, _, _ = load_run(folder)
-    ids = torch.tensor([[0, *tokenizer.encode(prompt).ids]])  # 0: <|endoftext|>, which every document starts with
+    model, tokenizer, _, _ = load_run(folder, device)
+    ids = torch.tensor(
+        [[0, *tokenizer.encode(prompt).ids]], device=device
+    )  # 0: <|endoftext|>, which every document starts with
     if ids.shape[1] > model.config.max_length:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model holds {model.config.max_length}")
     tokens = min(tokens, model.config.max_length - ids.shape[1])
@@ -303,13 +321,14 @@ def explain(
     losses: Annotated[
         bool, typer.Option(help="Also switch the memory off at each token: one forward pass each.")
     ] = True,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and what that was worth."""
     from engram.inspect.explain import explain as run
     from engram.inspect.show import print_explanation
 
-    model, tokenizer = _open(folder, memory)
+    model, tokenizer = _open(folder, memory, device)
     found = run(model, text, tokenizer, losses)
     if as_json:
         print(found.to_json())

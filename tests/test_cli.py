@@ -10,9 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from engram.cli import parse_count, parse_seeds
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = [sys.executable, "-c", "from engram.cli import main; main()"]
 
 
@@ -67,16 +69,16 @@ def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, t
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_trained_run_is_resumed_evaluated_and_continued(text_folder, tmp_path):
-    arguments = ("train", "--corpus", text_folder, "--budget", "8k", "--out", tmp_path / "run")
+    arguments = ("train", "--corpus", text_folder, "--budget", "8k", "--out", tmp_path / "run", "--device", DEVICE)
     cache = {"ENGRAM_CACHE": str(tmp_path)}
     assert engram(*arguments, **cache).returncode == 0
     again = engram(*arguments, **cache)
     assert again.returncode == 0, again.stderr  # nothing left to do
-    scored = engram("evaluate", tmp_path / "run", "--json", **cache)
+    scored = engram("evaluate", tmp_path / "run", "--json", "--device", DEVICE, **cache)
     assert scored.returncode == 0, scored.stderr
     figures = json.loads(scored.stdout)
     assert figures["documents"] > 0 and 0 < figures["bpb"] < 10
-    said = engram("generate", tmp_path / "run", "abc", "--tokens", 5, **cache)
+    said = engram("generate", tmp_path / "run", "abc", "--tokens", 5, "--device", DEVICE, **cache)
     assert said.returncode == 0 and said.stdout.startswith("abc")
 
 
@@ -88,6 +90,8 @@ def test_a_trained_run_is_resumed_evaluated_and_continued(text_folder, tmp_path)
         (("ablate", "--seeds", "a"), "seeds are integers"),
         (("ablate", "--corpus", "/nonexistent/text"), "/nonexistent/text"),
         (("ablate", "--held-out", "test"), "validation or tune"),
+        (("ablate", "--device", "cuda:99"), "no device 'cuda:99' here: torch"),
+        (("generate", "run", "--device", "gpu"), "no device 'gpu' here: torch"),
         (("evaluate", "/nonexistent/run"), "holds no run.json"),
         (("bench", "fast"), "unknown benchmark fast; there are hash"),
         (("train",), "unknown arm 'engrm'"),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engram.lm.evaluate import Evaluation, evaluate
-from engram.lm.run import ARMS, Data, Setting, build_model, prepare
+from engram.lm.run import ARMS, Data, Setting, build_model, device_of, prepare
 from engram.lm.seen import seen_counts, seen_losses
 from engram.lm.statistics import paired_interval
 from engram.lm.tokenizer import Encoded
@@ -34,6 +34,7 @@ def ablate(
     seeds: Sequence[int] = (0,),
     *,
     held_out: str = "validation",
+    device: str = "cpu",
     command: str = "engram.ablate()",
     on_step: Progress | None = None,
     on_data: Callable[[Data], Any] | None = None,
@@ -44,6 +45,7 @@ def ablate(
         setting: model, memory, text and budget; the default is the one of the README.
         arms: names out of engram.lm.run.ARMS. seeds: each arm runs once per seed.
         held_out: "validation" to report, "tune" to choose learning rates.
+        device: of the dense weights; tables stay in host memory.
         command: what to write down as the command that makes the report again.
         on_step: called after each training step. on_data: called once with the prepared corpus.
 
@@ -51,9 +53,10 @@ def ablate(
         The report, JSON-ready: see engram.lm.report for its keys.
 
     Raises:
-        ValueError: unknown or repeated arms, no seeds, a corpus that is empty or shorter than a batch.
+        ValueError: unknown or repeated arms, no seeds, a corpus that is empty or shorter than a batch, no such
+        device.
     """
-    setting = setting or Setting()
+    setting, place = setting or Setting(), device_of(device)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not arms or len(set(arms)) != len(arms):
         raise ValueError(f"arms must be distinct names out of {', '.join(ARMS)}, not {', '.join(arms) or 'none'}")
@@ -72,7 +75,7 @@ def ablate(
         counts = seen_counts(data, seeded.train)
         for arm in arms:
             report = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
-            run, result = _run(seeded, arm, data, counts, report)
+            run, result = _run(seeded, arm, data, counts, place, report)
             runs.append(run)
             results[arm, seed] = result
     return {
@@ -82,6 +85,7 @@ def ablate(
         "settings": _flat(asdict(setting)),
         "machine": {
             "cpu": _processor(),
+            "device": device,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -103,10 +107,15 @@ def ablate(
 
 
 def _run(
-    setting: Setting, arm: str, data: Data, counts: dict[str, np.ndarray], on_step: Callable[[int, float], Any] | None
+    setting: Setting,
+    arm: str,
+    data: Data,
+    counts: dict[str, np.ndarray],
+    device: torch.device,
+    on_step: Callable[[int, float], Any] | None,
 ) -> tuple[dict[str, Any], Evaluation]:
     began = time.perf_counter()
-    model = build_model(setting, arm, data.token_map)
+    model = build_model(setting, arm, data.token_map).to(device)
     sample = _some_documents(data.validation, 20_000)
     log = train(
         model,

@@ -118,6 +118,17 @@ def build_model(setting: Setting, arm: str, token_map: TokenMap) -> Transformer:
     return Transformer(replace(setting.model, vocab_size=len(token_map.table)), memory)
 
 
+def device_of(name: str) -> torch.device:
+    """ "cuda:1" -> the device. Raises ValueError: none of that name here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # an odd name, a build without CUDA, no such card
+        cards = torch.cuda.device_count()
+        raise ValueError(
+            f"no device {name!r} here: torch {torch.__version__} has the CPU and {cards} of cuda"
+        ) from None
+
+
 def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: Data) -> None:
     """Writes what is needed to build the model again: run.json, tokenizer.json, token_map.safetensors.
 
@@ -147,14 +158,16 @@ def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: D
     data.token_map.save(home / "token_map.safetensors")
 
 
-def load_run(folder: str | os.PathLike[str]) -> tuple[Transformer, tokenizers.Tokenizer, Setting, dict[str, Any]]:
-    """A trained model, its tokenizer, its setting and its newest checkpoint's manifest.
+def load_run(
+    folder: str | os.PathLike[str], device: str = "cpu"
+) -> tuple[Transformer, tokenizers.Tokenizer, Setting, dict[str, Any]]:
+    """A trained model, its tokenizer, its setting and its newest checkpoint's manifest. device: of the dense weights.
 
     Raises:
         FileNotFoundError: no run there, or none with a checkpoint. ValueError: damaged files, or a tokenizer that is
         not the one the memory was trained with.
     """
-    home = Path(folder)
+    home, place = Path(folder), device_of(device)
     if not (home / "run.json").is_file():
         raise FileNotFoundError(f"{home} holds no run.json: train one with `engram train --out {home}`")
     newest = latest_checkpoint(home)
@@ -173,4 +186,4 @@ def load_run(folder: str | os.PathLike[str]) -> tuple[Transformer, tokenizers.To
         )
     model = build_model(setting, run["arm"], token_map)
     manifest = load_checkpoint(newest, model)
-    return model, tokenizer, setting, manifest
+    return model.to(place), tokenizer, setting, manifest

@@ -218,3 +218,6 @@ def test_a_folder_that_is_there_is_refused_before_anything_is_written(tmp_path, 
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="give a new folder"):
         offload(qwen(), tmp_path / "there")
+    qwen().save_pretrained(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        load_offloaded(tmp_path / "model", tmp_path / "there")

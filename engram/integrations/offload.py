@@ -84,8 +84,6 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
         weight = weights[layer]
         yield from (piece.cpu() for piece in weight.split(max(1, BLOCK // (4 * weight.shape[1]))))
 
-    if folder is not None and Path(folder).exists():
-        raise FileExistsError(f"{folder} exists: give a new folder for the rows")
     facts = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
     tables = _store(facts, blocks, folder)
     for layer, module in found.items():
@@ -154,6 +152,7 @@ def load_offloaded(
 
     Raises:
         ValueError: a checkpoint that open_source refuses; a folder with other rows than the checkpoint's.
+        FileExistsError: a folder without rows.
     """
     import transformers
 

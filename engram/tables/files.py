@@ -147,8 +147,14 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     At every moment, also after a kill, `target` is the old folder, the new one or, if it was not there before, absent.
     Where the system cannot exchange two folders in one step (not Linux), there is one moment between two renames at
     which the old one has the name .<target>.old-*. Leftovers of killed writers are removed by the next one.
+
+    Raises:
+        FileExistsError: the target is there, without overwrite; before the block begins, if it is there by then.
     """
     target = Path(os.path.realpath(target))  # a link stays one
+    there = FileExistsError(f"{target} exists: give a new folder")
+    if target.exists() and not overwrite:
+        raise there
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.partial-*"):
         if (handle := _hold(left)) is not None:  # nobody is writing it
@@ -163,7 +169,7 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         if not target.exists():
             os.rename(partial, target)
         elif not overwrite:
-            raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace it")
+            raise there  # since then
         elif not _exchange(partial, target):
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
             os.rename(target, old / target.name)

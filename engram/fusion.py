@@ -23,9 +23,9 @@ class EngramFusion(nn.Module):
         u^m   = gate^m value,  y^m = u^m + SiLU(conv(norm(u^m)))
 
     The signed square root is in every released code and not in the paper's equation (gate="plain" leaves it out).
-    Key, query and gate are computed in float32 at least, whatever autocast says. The gains of the norms stay in float32
-    where the module is made bfloat16 or float16: a gain of 1, whose next neighbours are 0.4 and 0.8 % away there, would
-    never move.
+    Norms, score and gate are computed in float32 at least, whatever autocast says; projections are as it says. The gains
+    of the norms stay in float32 where the module is made bfloat16 or float16: a gain of 1, whose next neighbours are 0.4
+    and 0.8 % away there, would never move.
 
     Args:
         config: which parts exist. hidden_size: d. streams: M residual streams (4 with hyper-connections, else 1).

@@ -200,6 +200,8 @@ class EngramMemory(nn.Module):
             if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
                 found = f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
                 raise ValueError(f"{name} must be a tensor of the ids' shape {list(ids.shape)}, not {found}")
+        self.hasher.check("ids", ids, ids)
+        start = 0 if cache is None else cache.length
         host, runs = _copy(ids), None  # the caller may fill its buffers anew while they are still hashed
         dead = None if dead is None else dead.to(ids.device, copy=True)
         if documents is not None:
@@ -222,7 +224,7 @@ class EngramMemory(nn.Module):
             lookback, runs = cache.extend(held, None if runs is None else runs.cpu(), self.config.orders[-1] - 1)
             runs = None if runs is None else runs.to(ids.device)
         recall = Recall(self, host, None if lookback is None else _copy(lookback), runs, ids.device, dead)
-        recall.cache = cache
+        recall.cache, recall.start = cache, start
         self._recalls.add(recall)
         return recall
 
@@ -233,7 +235,9 @@ class EngramMemory(nn.Module):
         return sum(recall.patch(layer, touched) for recall in list(self._recalls))
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
-        history = None if recall.cache is None else recall.cache.conv.get(layer)
+        history = None
+        if recall.cache is not None and self.config.conv_kernel:
+            history = recall.cache.inputs_before(layer, recall.start)
         given = (recall.rows(layer), recall.documents, recall.dead)  # on the device of the ids, in a model that spans
         rows, documents, dead = (None if x is None else x.to(hidden.device) for x in given)  # several another one
         update, inputs = self.fusions[str(layer)](rows, hidden, documents, history, dead)

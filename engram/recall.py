@@ -42,20 +42,38 @@ class MemoryCache:
         Returns:
             The `reach` ids before them as NgramHasher's lookback, and the run numbers of all positions now held.
         """
-        lookback = None
-        if self.ids is not None:
-            if len(ids) != len(self.ids):
-                raise ValueError(f"the decoding cache holds {len(self.ids)} sequences, these are {len(ids)}")
-            lookback = self.ids[:, -reach:]
-            if runs is not None or self.runs is not None:
-                held = torch.zeros_like(self.ids) if self.runs is None else self.runs
-                runs = torch.zeros_like(ids) if runs is None else runs
-                runs = runs + held[:, -1:]
-                lookback = lookback.masked_fill(held[:, -reach:] != runs[:, :1], -1)
-                runs = torch.cat([held, runs], dim=1)
-            ids = torch.cat([self.ids, ids], dim=1)
-        self.ids, self.runs = ids, runs
+        if self.ids is None or not self.length:
+            self.ids, self.runs = ids, runs
+            return None, runs
+        if len(ids) != len(self.ids):
+            raise ValueError(f"the decoding cache holds {len(self.ids)} sequences, these are {len(ids)}")
+        lookback = self.ids[:, -reach:]
+        if not ids.shape[1]:
+            return lookback, self.runs
+        if runs is not None or self.runs is not None:
+            held = torch.zeros_like(self.ids) if self.runs is None else self.runs
+            runs = torch.zeros_like(ids) if runs is None else runs
+            runs = runs + held[:, -1:]
+            lookback = lookback.masked_fill(held[:, -reach:] != runs[:, :1], -1)
+            runs = torch.cat([held, runs], dim=1)
+        self.ids, self.runs = torch.cat([self.ids, ids], dim=1), runs
         return lookback, runs
+
+    def inputs_before(self, layer: int, positions: int) -> Tensor | None:
+        """What went into a layer's convolution at the first `positions` of the text: what a piece that begins there
+        looks back on. None for the first piece.
+
+        Raises:
+            RuntimeError: not all of them went through the layer.
+        """
+        held = self.conv.get(layer)
+        found = 0 if held is None else held.shape[1]
+        if found < positions:
+            raise RuntimeError(
+                f"layer {layer} has seen {found} of the {positions} positions before this piece, and its convolution "
+                f"looks back on them: put the recall of every piece through every layer, in the order of the text"
+            )
+        return None if held is None or not positions else held[:, :positions]
 
     def select(self, sequences: Tensor) -> None:
         """Keeps these sequences of the batch (int64 [n], repeats allowed) in this order, as beam search does."""
@@ -111,6 +129,7 @@ class Recall:
         self.documents, self.device = documents, device
         self.dead = dead
         self.cache: MemoryCache | None = None
+        self.start = 0  # positions that the cache held before this piece
         self._memory = memory
         if memory.collects_gradients:
             memory.check_writable()

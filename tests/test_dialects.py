@@ -120,6 +120,8 @@ def test_a_config_survives_its_dialects_spelling(preset):
          "engram_num_embeddings is .* but engram_vocab_size and its primes give"),
         ({"engram_layer_ids": [1]}, "cannot be read: 'engram_max_ngram_size'"),
         ({"ple_layer_ids": [1]}, "lacks eos_token_id"),
+        (DEMO_JSON | {"layer_ids": [15, 1]}, r"ascending and >= 0, not \(15, 1\)"),
+        (QWEN_JSON["text_config"] | {"ple_layer_ids": [4, 2]}, r"ascending and >= 0, not \(3, 1\)"),
         (QWEN_JSON["text_config"] | {"ple_embed_dim": 2561}, "ple_embed_dim 2561 is no multiple"),
         (DEMO_JSON | {"n_embed_per_ngram": 513}, "n_embed_per_ngram 513"),
     ],

@@ -183,6 +183,33 @@ def test_a_cache_whose_sequences_were_chosen_anew_goes_on_with_them():
         memory.recall(ids[chosen], lookback=ids[chosen, :2], cache=cache)
 
 
+@pytest.mark.parametrize("rewound", [True, False])
+def test_a_cache_without_positions_is_like_a_new_one(rewound):
+    memory, ids, hidden = make(SMALL.replace(conv_init="uniform")).memory, text(), torch.randn(2, 20, 32)
+    documents = torch.tensor([[0] * 13 + [1] * 7] * 2)
+    cache = MemoryCache()
+    first = ids if rewound else ids[:, :0]
+    memory[1](hidden[:, : first.shape[1]], memory.recall(first, documents[:, : first.shape[1]], cache=cache))
+    cache.rewind(cache.length)
+    found = memory[1](hidden, memory.recall(ids, documents, cache=cache))
+    torch.testing.assert_close(found, memory[1](hidden, memory.recall(ids, documents)))
+    memory.recall(ids[:, :0], documents[:, :0], cache=cache)  # an empty piece changes nothing
+    assert cache.length == 20 and cache.runs is not None and cache.runs.shape == (2, 20)
+
+
+def test_a_recall_with_a_cache_may_be_used_again_and_no_piece_may_miss_a_layer():
+    memory, ids, hidden = make(SMALL.replace(conv_init="uniform")).memory, text(), torch.randn(2, 20, 32)
+    whole, cache = memory[1](hidden, memory.recall(ids)), MemoryCache()
+    for part in (slice(0, 8), slice(8, 20)):
+        recall = memory.recall(ids[:, part], cache=cache)
+        for _ in range(2):
+            torch.testing.assert_close(memory[1](hidden[:, part], recall), whole[:, part])
+    cache = MemoryCache()
+    memory.recall(ids[:, :8], cache=cache)
+    with pytest.raises(RuntimeError, match=r"layer 1 has seen 0 of the 8 positions before this piece"):
+        memory[1](hidden[:, 8:], memory.recall(ids[:, 8:], cache=cache))
+
+
 def test_the_pad_id_goes_through_the_token_map():
     table_size = 10
     token_map = TokenMap.identity(table_size)
@@ -444,6 +471,9 @@ def test_what_is_refused_is_not_taken_up_by_the_cache():
         for wrong in (-1, VOCAB):
             with pytest.raises((ValueError, IndexError)):
                 model(torch.full((2, 1), wrong), cache=cache)
+        for other in (torch.zeros(2, 1, dtype=torch.int16), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64)):
+            with pytest.raises((TypeError, ValueError), match=r"ids must be"):
+                model.memory.recall(other, cache=cache.memory)
         assert cache.length == cache.memory.length == 5
         torch.testing.assert_close(torch.cat([before, model(ids[:, 5:], cache=cache)], dim=1), model(ids))
 

@@ -105,16 +105,16 @@ class NgramHasher:
     def __call__(
         self, ids: Ids, lookback: Ids | None = None, documents: Ids | None = None, out: Ids | None = None
     ) -> dict[int, Ids]:
-        self._check("ids", ids, ids)
+        self.check("ids", ids, ids)
         if lookback is not None:
-            self._check("lookback", lookback, ids)
+            self.check("lookback", lookback, ids)
             if lookback.shape[0] != ids.shape[0] or lookback.shape[1] > self.layout.orders[-1] - 1:
                 raise ValueError(
                     f"lookback has shape {list(lookback.shape)}: for ids of shape {list(ids.shape)} and n-grams of up "
                     f"to {self.layout.orders[-1]} tokens it must be [{ids.shape[0]}, 0..{self.layout.orders[-1] - 1}]"
                 )
         if documents is not None:
-            self._check("documents", documents, ids)
+            self.check("documents", documents, ids)
             if documents.shape != ids.shape:
                 raise ValueError(f"documents has shape {list(documents.shape)}, ids {list(ids.shape)}: must be equal")
 
@@ -149,8 +149,10 @@ class NgramHasher:
         if not fits or not contiguous or (isinstance(out, torch.Tensor) and out.device != ids.device):
             raise ValueError(f"out must be a contiguous int64 {type(ids).__name__} {list(shape)} where the ids are")
 
-    def _check(self, name: str, array: Any, ids: Any) -> None:
-        """Shapes and kinds are never adjusted in silence."""
+    @staticmethod
+    def check(name: str, array: Any, ids: Any) -> None:
+        """Raises TypeError, ValueError where an argument has another kind than the ids or is not [batch, time] of int32
+        or int64: shapes and kinds are never adjusted in silence."""
         kind: Any = torch.Tensor if isinstance(ids, torch.Tensor) else np.ndarray
         if not isinstance(array, kind):
             raise TypeError(f"{name} is {type(array).__name__}: all must be NumPy arrays, or all torch tensors")

@@ -87,7 +87,7 @@ def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
     if int(text["n_embed_per_ngram"]) % heads:
         raise ValueError(f"n_embed_per_ngram {text['n_embed_per_ngram']} is no multiple of n_head_per_ngram {heads}")
     return EngramConfig(
-        layers=tuple(sorted(text["layer_ids"])),
+        layers=tuple(text["layer_ids"]),  # their order decides the primes: refused where it is not ascending
         orders=tuple(range(2, int(text["max_ngram_size"]) + 1)),
         heads=heads,
         head_dim=int(text["n_embed_per_ngram"]) // heads,
@@ -127,7 +127,7 @@ def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
     if width % ((n - 1) * heads):
         raise ValueError(f"ple_embed_dim {width} is no multiple of the {(n - 1) * heads} heads")
     return EngramConfig(
-        layers=tuple(layer - 1 for layer in sorted(text["ple_layer_ids"])),  # counted from 1 there
+        layers=tuple(layer - 1 for layer in text["ple_layer_ids"]),  # counted from 1 there; in this order
         orders=tuple(range(2, n + 1)),
         heads=heads,
         head_dim=width // ((n - 1) * heads),

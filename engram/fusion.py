@@ -23,9 +23,9 @@ class EngramFusion(nn.Module):
         u^m   = gate^m value,  y^m = u^m + SiLU(conv(norm(u^m)))
 
     The signed square root is in every released code and not in the paper's equation (gate="plain" leaves it out).
-    Norms, score and gate are computed in float32 at least, whatever autocast says; projections are as it says. The gains
-    of the norms stay in float32 where the module is made bfloat16 or float16: a gain of 1, whose next neighbours are 0.4
-    and 0.8 % away there, would never move.
+    Norms, score and gate are computed in float32 at least, whatever autocast says; projections are as it says. The
+    gains of the norms stay in float32 where the module is made bfloat16 or float16: a gain of 1, whose next neighbours
+    are 0.4 and 0.8 % away there, would never move.
 
     Args:
         config: which parts exist. hidden_size: d. streams: M residual streams (4 with hyper-connections, else 1).
@@ -85,6 +85,11 @@ class EngramFusion(nn.Module):
             raise ValueError(
                 f"hidden state {tuple(hidden.shape)} does not fit a fusion of {self.streams} streams x "
                 f"{self.hidden_size}"
+            )
+        if rows_BTE.shape[:2] != hidden.shape[:2]:
+            raise ValueError(
+                f"the rows are of {list(rows_BTE.shape[:2])} positions, the hidden state has {list(hidden.shape[:2])}: "
+                f"this recall is of other ids"
             )
         rows_BTE = rows_BTE.to(self.value.weight.dtype)  # rows arrive as float32, whatever the model computes in
         value_BT1d = self.value(rows_BTE).unsqueeze(2)

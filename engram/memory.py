@@ -200,7 +200,7 @@ class EngramMemory(nn.Module):
             if given is not None and (not isinstance(given, Tensor) or given.shape != ids.shape):
                 found = f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
                 raise ValueError(f"{name} must be a tensor of the ids' shape {list(ids.shape)}, not {found}")
-        self.hasher.check("ids", ids, ids)
+        NgramHasher.check("ids", ids, ids)
         start = 0 if cache is None else cache.length
         host, runs = _copy(ids), None  # the caller may fill its buffers anew while they are still hashed
         dead = None if dead is None else dead.to(ids.device, copy=True)
@@ -282,7 +282,8 @@ class EngramMemory(nn.Module):
                 stacklevel=2,
             )
         weights = [weight for weight in self.fusions[str(layer)].parameters() if weight.requires_grad]
-        if weights and all(weight.grad is None for weight in weights):
+        gone = all(weight.grad is None for weight in weights)  # zeros say nothing: rows of zeros give such gradients
+        if gone and (weights or not self.has_optimizer):  # frozen weights tell nothing where somebody will use the rows
             pending.clear()
 
     def encode_tables(self, codec: str, folder: Any = None) -> None:

@@ -111,10 +111,14 @@ class EngramOptimizer(torch.optim.AdamW):
         rows = state_dict.get("rows")
         if rows is None or [set(layers) for layers in rows] != [set(layers) for layers in self.rows]:
             raise ValueError("the saved optimiser state belongs to a model with other memory layers")
+        pairs = [
+            (o, saved[layer]) for layers, saved in zip(self.rows, rows, strict=True) for layer, o in layers.items()
+        ]
+        for optimizer, saved in pairs:
+            optimizer.check_state(saved)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rows"})
-        for layers, saved in zip(self.rows, rows, strict=True):
-            for layer, optimizer in layers.items():
-                optimizer.load_state_dict(saved[layer])
+        for optimizer, saved in pairs:
+            optimizer.load_state_dict(saved)
 
 
 def _dense_step(optimizer: EngramOptimizer, closure: Callable[[], float] | None) -> Any:
@@ -149,7 +153,7 @@ def build_optimizer(
             sinkhorn, which uses the first alone; adagrad has none.
 
     Raises:
-        ValueError: an unknown table_optimizer.
+        ValueError: an unknown table_optimizer; rates or decays that make no sense.
     """
     make: dict[str, Callable[[HostTable], RowOptimizer]] = {
         "rms": lambda table: RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1]),
@@ -157,6 +161,8 @@ def build_optimizer(
         "adagrad": lambda table: RowAdagrad(table, table_lr),
         "sinkhorn": lambda table: RowSinkhorn(table, table_lr, (table_betas or (0.95, 0.0))[0]),
     }
+    if table_betas is not None and len(table_betas) != 2:
+        raise ValueError(f"table_betas are two numbers, not {table_betas}")
     if table_optimizer not in make:
         raise ValueError(f"table_optimizer is {', '.join(map(repr, make))}, not {table_optimizer!r}")
     memories = [module for module in model.modules() if isinstance(module, EngramMemory)]

@@ -60,8 +60,8 @@ def save_memory(
     if target.exists():
         if not overwrite:
             raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace a saved memory")
-        if not (target / "manifest.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-            raise FileExistsError(f"{target} is no saved memory (it has no manifest.json), so it is not replaced")
+        if not _is_saved(target) and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(f"{target} is no saved memory (by its manifest.json), so it is not replaced")
     layout, token_map = memory.layout, memory.hasher.token_map
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -123,6 +123,14 @@ def save_memory(
             f"could not save the memory to {target}: {error.strerror or error}. Nothing half-written was left",
         ) from error
     return target
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether its manifest.json is a saved memory's, of any version: a checkpoint and offloaded rows have one too."""
+    try:
+        return str(json.loads((folder / "manifest.json").read_text())["format"]).startswith(FORMAT.rpartition("-")[0])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _binding(layout: HashLayout, layer: int, digests: Sequence[str]) -> str:

@@ -223,6 +223,10 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_memo
     with pytest.raises(FileExistsError, match="no saved memory"):
         other.save(tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "cat.jpg").exists()
+    (tmp_path / "checkpoint").mkdir()  # these have a manifest as well
+    (tmp_path / "checkpoint" / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(FileExistsError, match="no saved memory"):
+        other.save(tmp_path / "checkpoint", overwrite=True)
 
 
 def test_readers_of_a_replaced_memory_keep_the_old_rows(saved):

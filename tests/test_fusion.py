@@ -149,6 +149,13 @@ def test_biases_exist_only_where_asked():
     assert make(bias=True).value.bias is not None and make(bias=False).key.bias is None
 
 
+def test_rows_of_other_positions_are_refused():
+    fusion = EngramFusion(EngramConfig(layers=(1,), heads=1, head_dim=2, rows_per_head=7), 8)  # d_mem 4
+    for shape in ((1, 1, 8), (3, 5, 8)):
+        with pytest.raises(ValueError, match=r"the rows are of \[1, 5\] positions"):
+            fusion(torch.zeros(1, 5, 8), torch.zeros(shape))
+
+
 def test_a_hidden_state_of_another_width_is_refused():
     fusion = make()
     rows, _ = inputs(fusion)

@@ -280,6 +280,30 @@ def test_evaluation_scores_every_token_but_the_first_of_each_document_once():
     assert abs(result.bits_per_byte - total / np.log(2) / (7 * 120)) < 1e-9
 
 
+def test_a_loss_that_is_not_finite_is_no_score():
+    m, data = model(), corpus(documents=3)
+    with pytest.raises(ValueError, match="context is 1 to"):
+        evaluate(m, data, context=-5)
+    with torch.no_grad():
+        m.head.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"3 of 3 documents .* \(document 0, 1, 2\)"):
+        evaluate(m, data)
+
+
+def test_batches_of_ones_own_are_asked_for_once_each(tmp_path):
+    asked = []
+
+    def batches(step: int):
+        assert step < CONFIG.steps
+        asked.append(step)
+        return Batches(corpus(), CONFIG.context, CONFIG.batch_size)(step)
+
+    train(model(), corpus(), CONFIG, batches=batches, folder=tmp_path)
+    assert asked == list(range(CONFIG.steps))
+    train(model(), corpus(), CONFIG, batches=batches, folder=tmp_path)  # all done
+    assert len(asked) == CONFIG.steps
+
+
 def test_scored_probabilities_sum_to_one_over_the_vocabulary():
     m, data = model().eval(), corpus(1)
     total = 0.0
@@ -329,7 +353,13 @@ def test_generation_beyond_the_models_length_is_refused():
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"tokens": -1}, "tokens=-1"), ({"top_k": 0}, "top_k=0"), ({"temperature": -1.0}, "temperature=-1.0")],
+    [
+        ({"tokens": -1}, "tokens=-1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"prefill": 0}, "prefill=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+    ],
 )
 def test_generation_with_a_number_that_makes_no_sense_is_refused(wrong, named):
     with pytest.raises(ValueError, match=named):

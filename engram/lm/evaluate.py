@@ -52,11 +52,11 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
     text and nothing else. A window after the first starts without context, in every arm alike.
 
     Raises:
-        ValueError: no document, or a context beyond the model's.
+        ValueError: no document, or a context beyond the model's. FloatingPointError: a loss that is not finite.
     """
-    context = context or model.config.max_length
-    if context > model.config.max_length:
-        raise ValueError(f"context {context} is beyond the model's max_length {model.config.max_length}")
+    context = model.config.max_length if context is None else context
+    if not 1 <= context <= model.config.max_length:
+        raise ValueError(f"context is 1 to the model's max_length {model.config.max_length}, not {context}")
     if len(data.starts) < 2:
         raise ValueError("there is no document to evaluate on")
     windows = [
@@ -65,7 +65,7 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
         for start in range(begin, stop - 1, context)
     ]
     windows.sort(key=lambda w: w[0] - w[1])  # of like length together: little padding
-    nats = np.full(len(data.ids), np.nan, dtype=np.float32)
+    nats, known = np.full(len(data.ids), np.nan, dtype=np.float32), np.zeros(len(data.ids), dtype=bool)
     device = model.embedding.weight.device
     with eval_mode(model):
         while windows:
@@ -80,9 +80,13 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
             scored = loss.view_as(targets).cpu().numpy()
             for row, (start, stop) in enumerate(batch):
-                nats[start:stop] = scored[row, : stop - start]
+                nats[start:stop], known[start:stop] = scored[row, : stop - start], True
     document = data.documents - data.documents[0]
-    known = ~np.isnan(nats)
+    if wrong := np.unique(document[known & ~np.isfinite(nats)]).tolist():
+        raise FloatingPointError(
+            f"{len(wrong)} of {len(data.starts) - 1} documents have a loss that is not finite (document "
+            f"{', '.join(map(str, wrong[:3]))}{' ...' * (len(wrong) > 3)}): weights or rows are damaged or diverged"
+        )
     count = len(data.starts) - 1
     document_nats = np.bincount(document[known], weights=nats[known].astype(np.float64), minlength=count)
     document_tokens = np.bincount(document[known], minlength=count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,8 @@ def generate(
     Raises:
         ValueError: an empty prompt, more tokens than the model's max_length holds, a number that makes no sense.
     """
-    if tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"{tokens=} and {temperature=} are 0 or more, {top_k=} is 1 or more")
+    if tokens < 0 or not 0 <= temperature < math.inf or min(prefill, 1 if top_k is None else top_k) < 1:
+        raise ValueError(f"{tokens=} and {temperature=} are 0 or more, {prefill=} and {top_k=} are 1 or more")
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"the prompt must be [batch, time] with time >= 1, not {tuple(ids.shape)}")
     if ids.shape[1] + tokens > model.config.max_length:

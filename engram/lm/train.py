@@ -189,7 +189,8 @@ def train(
     batches: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> TrainLog:
     """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
-    with the weights and rows that an undisturbed run ends with, bit for bit.
+    with the weights and rows that an undisturbed run ends with, bit for bit. Tables in files hold what the killed run
+    left in them: where it had no checkpoint yet, begin again with new files.
 
     Args:
         model: weights and (maybe) memory to train. data: the training text. config: how.
@@ -235,13 +236,15 @@ def train(
     model.train()
     memory = model.memory
     ahead: Recall | None = None  # of the batch after the current one
-    upcoming = batch_at(first)
+    upcoming = batch_at(first) if first < config.steps else None
     for step in range(first, config.steps):
         began = time.perf_counter()
-        batch, recall, upcoming = upcoming, ahead, batch_at(step + 1)
+        assert upcoming is not None
+        batch, recall = upcoming, ahead
+        upcoming = batch_at(step + 1) if step + 1 < config.steps else None
         if memory is not None and prefetch:
             recall = recall or memory.recall(batch[0], batch[2])
-            ahead = memory.recall(upcoming[0], upcoming[2])
+            ahead = None if upcoming is None else memory.recall(upcoming[0], upcoming[2])
         scale = learning_rate_scale(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale

@@ -410,7 +410,7 @@ void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, 
 /* base to the power of n >= 0, by squaring, so that every machine rounds alike. */
 static inline double power(double base, int64_t n) {
     double result = 1;
-    for (; n; n >>= 1, base *= base)
+    for (; n > 0; n >>= 1, base *= base)
         if (n & 1) result *= base;
     return result;
 }

@@ -74,20 +74,26 @@ class RowOptimizer:
             raise ValueError(
                 f"{table} cannot be trained: its rows are stored as {table.codec.name}. Train, then encode"
             )
-        if lr < 0 or eps < 0:
-            raise ValueError(f"lr and eps must not be negative, got lr={lr}, eps={eps}")
+        if not (0 <= lr < math.inf and 0 <= eps < math.inf):
+            raise ValueError(f"lr and eps must be finite and not negative, got lr={lr}, eps={eps}")
         table.check_writable()
         self.table, self.lr, self.eps = table, float(lr), float(eps)
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
         self.state: dict[str, HostTable] = {}
-        self._was_written = False  # the state was filled by a load, or lies in a file from before
+        self._was_written = False  # the state was filled by a load
 
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
-        """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk."""
-        path = None if self.table.path is None else self.table.path.with_name(f"{self.table.path.name}.{name}")
-        self._was_written |= path is not None and path.exists()
-        return HostTable(each * self.table.rows, dim, torch.float32, path)
+        """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk. Always new:
+        a file from before says nothing of the steps that it was made in."""
+        size = each * self.table.rows, dim, torch.float32
+        if self.table.path is None:
+            return HostTable(*size)
+        path = self.table.path.with_name(f"{self.table.path.name}.{name}")
+        if path.exists():
+            HostTable(*size, path).close()  # raises where another optimiser has it, or where it is something else
+            path.unlink()
+        return HostTable(*size, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Ids as they will be read (their range is checked with the grouping) and the gradient as float32 [n, dim]."""
@@ -127,16 +133,9 @@ class RowOptimizer:
         written = {name: state.tensor for name, state in self.state.items() if self._is_written}
         return {"steps": self.steps, **written}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """{"steps": 0} makes any optimiser fresh.
-
-        Raises:
-            ValueError: state of another optimiser or table.
-        """
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError where load_state_dict would."""
         if saved == {"steps": 0}:
-            for state in self.state.values() if self._is_written else ():
-                state.tensor.zero_()
-            self.steps, self._was_written = 0, False
             return
         if set(saved) != {"steps", *self.state}:
             raise ValueError(f"{type(self).__name__} has state {sorted(self.state)}, the saved one {sorted(saved)}")
@@ -145,6 +144,20 @@ class RowOptimizer:
                 raise ValueError(
                     f"optimiser state {name!r} is {tuple(saved[name].shape)}, table needs {tuple(state.tensor.shape)}"
                 )
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """{"steps": 0} makes any optimiser fresh.
+
+        Raises:
+            ValueError: state of another optimiser or table; nothing was changed.
+        """
+        self.check_state(saved)
+        if saved == {"steps": 0}:
+            for state in self.state.values() if self._is_written else ():
+                state.tensor.zero_()
+            self.steps, self._was_written = 0, False
+            return
+        for name, state in self.state.items():
             state.tensor.copy_(saved[name])
         self.steps, self._was_written = int(saved["steps"]), True
 
@@ -214,6 +227,8 @@ class RowRMS(_RowMoment):
         eps: float = 1e-8,
         stochastic_rounding: bool = True,
     ):
+        if not 0 <= beta2 < 1:
+            raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
         super().__init__(table, lr, eps, stochastic_rounding, "v")
         self.beta2 = float(beta2)
 
@@ -254,6 +269,8 @@ class RowAdam(RowOptimizer):
         eps: float = 1e-8,
         stochastic_rounding: bool = True,
     ):
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are two numbers in [0, 1), got {tuple(betas)}")
         super().__init__(table, lr, eps, stochastic_rounding)
         self.betas = (float(betas[0]), float(betas[1]))
         self.state["moments"] = self._state_table("moments", table.dim, 2)

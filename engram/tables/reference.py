@@ -142,7 +142,7 @@ def sum_in_order(x: Tensor) -> Tensor:
 def power(base: float, n: Tensor) -> Tensor:
     """float32: base ** n for int64 n >= 0, by squaring in float64."""
     result = torch.ones(n.shape, dtype=torch.float64, device="cpu")
-    while n.any():
+    while (n > 0).any():
         result = torch.where((n & 1).bool(), result * base, result)
         n, base = n >> 1, base * base
     return result.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,7 +107,8 @@ def ablate(
     setting = _setting(corpus, budget, lr, table_lr)
     if held_out not in ("validation", "tune"):
         raise ValueError(f"held-out is validation or tune, not {held_out!r}")
-    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is refused before the work, not after it
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # a folder that cannot be written is refused before the work, not after it
     with _progress() as progress:
         tasks: dict[tuple[str, int], Any] = {}
 

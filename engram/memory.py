@@ -59,9 +59,13 @@ def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
 
 def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mode: str = "r+") -> HostTable:
     """The table of one layer, float rows as the configuration wants them; in memory, or in the file `path`."""
-    dtype, seed = getattr(torch, config.table_dtype), config.seed * 1_000_003 + layer
-    init, std = config.table_init, config.table_std
-    return HostTable(rows, config.head_dim, dtype, path, mode=mode, init=init, std=std, seed=seed)
+    dtype, init, std = getattr(torch, config.table_dtype), config.table_init, config.table_std
+    return HostTable(rows, config.head_dim, dtype, path, mode=mode, init=init, std=std, seed=table_seed(config, layer))
+
+
+def table_seed(config: EngramConfig, layer: int) -> int:
+    """Of the initial rows of a layer's table."""
+    return config.seed * 1_000_003 + layer
 
 
 class EngramMemory(nn.Module):
@@ -117,19 +121,24 @@ class EngramMemory(nn.Module):
         self.tables: dict[int, HostTable] = dict(tables or {})
         self.codec: str | None = None
         if tables is None:
-            paths = {layer: None if folder is None else Path(folder) / f"layer-{layer}.rows" for layer in config.layers}
-            if folder is not None and any(path.exists() for path in paths.values() if path is not None):
-                self._check_rows_of(Path(folder))
-            for layer, path in paths.items():
-                self.tables[layer] = new_table(config, layer, self.layout.rows[layer], path)
-            if folder is not None and Path(folder).is_dir():  # not on the meta device
-                (Path(folder) / "rows.json").write_text(json.dumps(self._facts()))
+            self._make_tables(None if folder is None else Path(folder))
         shapes = {layer: (table.rows, table.dim) for layer, table in self.tables.items()}
         wanted = {layer: (self.layout.rows[layer], config.head_dim) for layer in config.layers}
         codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in self.tables.values()}
         if shapes != wanted or len(codecs) != 1:
             raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
         self.codec = codecs.pop()
+        for layer, table in self.tables.items() if self.codec is None else ():
+            made = f"torch.{config.table_dtype}", config.table_init, config.table_std, table_seed(config, layer)
+            found = str(table.dtype), table.init, table.std, table.seed
+            count = (
+                2 if config.table_init == "zero" == table.init else 4
+            )  # what rows of zeros are drawn from is nothing
+            if found[:count] != made[:count]:
+                raise ValueError(
+                    f"the table of layer {layer} is of (dtype, init, std, seed) {found}, the configuration makes "
+                    f"{made}: rows never written would read otherwise once it is saved and loaded"
+                )
         # (row ids, gradient) of each backward pass since the optimiser's last step
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
         self.has_optimizer = False  # whether an EngramOptimizer was made for it
@@ -138,10 +147,48 @@ class EngramMemory(nn.Module):
         self._recalls: weakref.WeakSet[Recall] = weakref.WeakSet()
         self.attachment: Any = None  # to a model of another library (engram.attach)
 
+    def _make_tables(self, folder: Path | None) -> None:
+        layers, rows = self.config.layers, self.layout.rows
+        on_disk = folder is not None and torch.get_default_device().type != "meta"
+        paths = {layer: None if folder is None else folder / f"layer-{layer}.rows" for layer in layers}
+        if folder is not None and on_disk:
+            folder.mkdir(parents=True, exist_ok=True)
+            there = {layer for layer in layers if (folder / f"layer-{layer}.rows").exists()}
+            if there:
+                self._check_rows_of(folder)
+            if there and there != set(layers):
+                raise ValueError(
+                    f"{folder} holds the rows of layers {sorted(there)} and not those of {sorted({*layers} - there)}: "
+                    f"bring them back, or give another folder"
+                )
+            if not there:
+                self.claim(folder)
+        try:
+            for layer, path in paths.items():
+                self.tables[layer] = new_table(self.config, layer, rows[layer], path)
+        except BaseException:
+            for table in self.tables.values():
+                table.close()
+                if table.path is not None and on_disk and not there:  # so that it can be tried again
+                    table.path.unlink()
+            raise
+
+    def claim(self, folder: Path) -> None:
+        """Writes into a folder whose rows it holds."""
+        partial = folder / ".rows.json.partial"
+        partial.write_text(json.dumps(self._facts()))
+        os.replace(partial, folder / "rows.json")
+
     def _check_rows_of(self, folder: Path) -> None:
         facts = folder / "rows.json"
-        found = json.loads(facts.read_text()) if facts.is_file() else {}
-        other = [name for name, value in self._facts().items() if found.get(name) != value]
+        try:
+            found = json.loads(facts.read_text())
+            other = [name for name, value in self._facts().items() if found.get(name) != value]
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{facts} does not say whose rows lie beside it ({type(error).__name__}): give another folder, or "
+                f"delete the rows"
+            ) from None
         if other:
             raise ValueError(
                 f"{folder} holds rows of another memory ({', '.join(other)} differ): they would be read wrongly, or "
@@ -295,17 +342,21 @@ class EngramMemory(nn.Module):
             codec: "fp8", "int8", "int4", "pq4" or "pq8". folder: keep them in files layer-<i>.<codec> instead of RAM.
 
         Raises:
-            ValueError: an unknown codec, a head_dim it cannot hold, rows that are not finite, tables already encoded.
-            The tables are then as they were.
+            ValueError: an unknown codec, a head_dim it cannot hold, rows that are not finite, tables already encoded,
+            files that are there already. The tables are then as they were.
         """
         if self.codec is not None:
             raise ValueError(f"the tables are {self.codec} already: encoding twice would lose precision twice")
         name = get_codec(codec, self.config.head_dim).name
+        paths = {layer: None if folder is None else Path(folder) / f"layer-{layer}.{name}" for layer in self.tables}
+        for path in filter(None, paths.values()):  # before the work
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                raise ValueError(f"{path} exists already: give another folder")
         encoded: dict[int, EncodedTable] = {}
         try:
             for layer, table in self.tables.items():
-                path = None if folder is None else f"{folder}/layer-{layer}.{name}"
-                encoded[layer] = encode_table(table, codec, path)
+                encoded[layer] = encode_table(table, codec, paths[layer])
         except BaseException:
             for made in encoded.values():  # so that it can be tried again
                 made.close()

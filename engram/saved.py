@@ -251,9 +251,13 @@ def load_memory(
             if not shared:
                 read_rows(path, tables[layer].tensor, manifest["files"][path.name]["xxh3_128"])
         memory = EngramMemory(config, saved_map, facts["hidden_size"], facts["streams"], tables=tables)
+        if rows_in is not None and memory.codec is None:
+            memory.claim(Path(rows_in))
     except BaseException:
         for table in tables.values():
             table.close()
+            if rows_in is not None and table.path is not None:  # so that it can be tried again
+                table.path.unlink(missing_ok=True)
         raise
     weights = safetensors.torch.load_file(home / "fusion.safetensors")
     for key, value in memory.fusions.state_dict().items():
@@ -277,8 +281,9 @@ def _open(
         if _codebooks(stated) and mode == "r+":
             codec = PQ(safetensors.torch.load_file(f"{source}.codebooks")["codebooks"])
         table = EncodedTable(rows, config.head_dim, codec, target, mode=mode)
-    found = (table.dim, str(table.dtype).removeprefix("torch."), table.init, table.std, str(table.seed))
-    wanted = tuple(stated.get(name) for name in ("dim", "dtype", "init", "std", "seed"))
+    names = ("dim", "dtype", "init", "std", "seed")[: 3 if stated.get("init") == "zero" else 5]
+    found = (table.dim, str(table.dtype).removeprefix("torch."), table.init, table.std, str(table.seed))[: len(names)]
+    wanted = tuple(stated.get(name) for name in names)
     if found != wanted or table.nbytes // table.rows != stated["row_bytes"]:
         table.close()
         raise ValueError(f"{source.parent / 'config.json'} makes layer {layer} {found}, its manifest says {wanted}")

@@ -171,3 +171,9 @@ def test_a_folder_with_another_run_is_left_as_it_is(text_folder, tmp_path):
     finally:
         (text_folder / "more.txt").unlink()
     assert engram("evaluate", out, "--json", **env).returncode == 0
+    for name, damaged in (("tokenizer.json", "{}"), ("run.json", '{"arm": "plain"}'), ("run.json", '{"arm"')):
+        kept = (out / name).read_bytes()
+        (out / name).write_text(damaged)
+        done = engram("evaluate", out, **env)
+        assert done.returncode == 2 and f"{out / name} is" in done.stderr and "Traceback" not in done.stderr
+        (out / name).write_bytes(kept)

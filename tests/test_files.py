@@ -194,6 +194,18 @@ def test_tables_of_another_shape_than_the_configuration_are_refused():
         EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, tables={1: HostTable(10, 8), 3: HostTable(10, 8)})
 
 
+def test_tables_that_are_given_are_those_that_loading_makes(tmp_path):
+    rows, config = memory().layout.rows, CONFIG.replace(table_init="zero", seed=3)
+    tables = {layer: HostTable(memory(config=config).layout.rows[layer], 8) for layer in config.layers}
+    given = EngramMemory(config, TokenMap.identity(VOCAB), HIDDEN, tables=tables)
+    given.tables[1].write(torch.tensor([5]), torch.ones(1, 8))
+    assert same(EngramMemory.load(given.save(tmp_path / "given")), given)
+    for other in ({"dtype": torch.bfloat16}, {"init": "normal"}, {}):
+        tables = {layer: HostTable(rows[layer], 8, **other) for layer in CONFIG.layers}
+        with pytest.raises(ValueError, match="the table of layer 1 is of"):
+            EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, tables=tables)
+
+
 def test_fusion_weights_come_back_in_their_own_dtype(tmp_path):
     m = memory()
     m.fusions.to(torch.bfloat16)
@@ -248,9 +260,18 @@ def test_rows_copied_into_files_train_there_and_leave_the_saved_folder_alone(sav
     assert loaded.tables[1].path == tmp_path / "work" / "layer-1.rows"
     RowRMS(loaded.tables[1]).step(torch.arange(5), torch.ones(5, 8))
     assert not same(loaded, memory()) and same(EngramMemory.load(saved), memory())
+    trained = [table.tensor.clone() for table in loaded.tables.values()]
     loaded.close()
+    again = EngramMemory(loaded.config, loaded.hasher.token_map, HIDDEN, folder=tmp_path / "work")  # its own rows
+    assert all(torch.equal(table.tensor, old) for table, old in zip(again.tables.values(), trained, strict=True))
+    again.close()
     with pytest.raises(FileExistsError, match="new files"):
         EngramMemory.load(saved, rows_in=tmp_path / "work")
+    rows = sorted(saved.glob("layer-*.rows"))[-1]
+    rows.write_bytes(bytes([rows.read_bytes()[0] ^ 1]) + rows.read_bytes()[1:])
+    with pytest.raises(ValueError, match="digest"):
+        EngramMemory.load(saved, rows_in=tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())
     with pytest.raises(ValueError, match="saved memory, which is not trained in place"):
         EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, folder=saved)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_hash import row_ids
 
+import engram.memory
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.lm.transformer import Cache
 from engram.recall import MemoryCache
@@ -440,7 +442,7 @@ def test_a_folder_with_rows_of_another_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rows of another memory.*token_map"):
         EngramMemory(SMALL, TokenMap(torch.arange(VOCAB).flip(0).numpy()), 32, folder=tmp_path)
     (tmp_path / "rows.json").unlink()
-    with pytest.raises(ValueError, match="rows of another memory"):
+    with pytest.raises(ValueError, match=r"rows.json does not say whose rows"):
         make(folder=tmp_path)
 
 
@@ -462,6 +464,44 @@ def test_a_buffer_of_ids_may_be_used_again_at_once(size, monkeypatch):
 def test_what_is_said_of_positions_has_the_shape_of_the_ids(name, wrong):
     with pytest.raises(ValueError, match=rf"{name} must be a tensor of the ids' shape \[2, 20\]"):
         make().memory.recall(text(), **{name: wrong})
+
+
+def test_a_part_of_the_rows_is_refused_and_a_folder_that_did_not_come_to_be_can_be_tried_again(tmp_path, monkeypatch):
+    config = SMALL.replace(layers=(0, 1))
+    new_table = engram.memory.new_table
+
+    def full(config, layer, rows, path, mode="r+"):
+        if layer == 1:
+            raise OSError("no room")
+        return new_table(config, layer, rows, path, mode)
+
+    monkeypatch.setattr("engram.memory.new_table", full)
+    with pytest.raises(OSError, match="no room"):
+        make(config, folder=tmp_path / "new")
+    monkeypatch.undo()
+    memory = make(config, folder=tmp_path / "new").memory
+    memory.close()
+    (tmp_path / "new" / "layer-1.rows").unlink()
+    with pytest.raises(ValueError, match=r"holds the rows of layers \[0\] and not those of \[1\]"):
+        make(config, folder=tmp_path / "new")
+
+
+def test_a_memory_that_nobody_closed_lets_its_files_go(tmp_path):
+    model = make(folder=tmp_path)
+    build_optimizer(model)
+    gc.collect()
+    build_optimizer(model)
+    del model
+    gc.collect()
+    make(folder=tmp_path).memory.close()
+
+
+def test_files_that_are_there_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    memory = make(SMALL.replace(layers=(0, 1), head_dim=32)).memory
+    (tmp_path / "layer-1.fp8").write_bytes(b"x")
+    monkeypatch.setattr("engram.memory.encode_table", lambda *_: pytest.fail("a table was encoded"))
+    with pytest.raises(ValueError, match=r"layer-1\.fp8 exists already"):
+        memory.encode_tables("fp8", tmp_path)
 
 
 def test_what_is_refused_is_not_taken_up_by_the_cache():

@@ -220,6 +220,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
         load_checkpoint(path.parent, m, build_optimizer(m))
 
 
+def test_what_killed_writers_left_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / ".step-00000007.partial-1-1").mkdir(parents=True)
+    (tmp_path / ".step-00000007.partial-1-1" / "tables.1.rows").write_bytes(b"x")
+    train(model(), corpus(), CONFIG, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{CONFIG.steps:08d}"]
+
+
 def test_a_damaged_manifest_and_an_empty_folder_are_refused(tmp_path):
     path = saved(tmp_path)
     (path / "manifest.json").write_text('{"format": 1, "files"')

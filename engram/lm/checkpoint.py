@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer
-from engram.tables.files import file_digest, read_rows, sync, write_rows
+from engram.tables.files import file_digest, read_rows, remove_partial, sync, whole_folder, write_rows
 
 _FORMAT = 1
 
@@ -75,7 +75,7 @@ def save_checkpoint(
         OSError: the disk is full or the folder cannot be written; no half-written checkpoint stays behind.
     """
     home = Path(folder)
-    target, partial = home / f"step-{step:08d}", home / f".partial-{os.getpid()}"
+    target = home / f"step-{step:08d}"
     dense, tables = _split_model(model)
     state = optimizer.state_dict()
     manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "facts": facts, "files": {}}
@@ -84,31 +84,24 @@ def save_checkpoint(
     adam = {f"{i}.{k}": torch.as_tensor(v) for i, values in state["state"].items() for k, v in values.items()}
     try:
         home.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, tensors in (("model", dense), ("optimizer", adam)):
-            path = partial / f"{name}.safetensors"
-            safetensors.torch.save_file(_apart(tensors), path)
-            sync(path)
-            manifest["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
-        for name, rows in {**tables, **_row_state(optimizer)}.items():
-            manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        sync(partial / "manifest.json")
-        sync(partial)
-        if target.exists():  # the same step once more, after a resume
-            shutil.rmtree(target)
-        os.rename(partial, target)
-        sync(home)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, safetensors.SafetensorError)):
-            raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
-        raise
+        remove_partial(home, "step-*")  # of a run that was killed here: each holds whole tables
+        with whole_folder(target, overwrite=True) as partial:  # there already: the same step once more, after a resume
+            for name, tensors in (("model", dense), ("optimizer", adam)):
+                path = partial / f"{name}.safetensors"
+                safetensors.torch.save_file(_apart(tensors), path)
+                sync(path)
+                manifest["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
+            for name, rows in {**tables, **_row_state(optimizer)}.items():
+                manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            sync(partial / "manifest.json")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
     others = [path for path in checkpoints(home) if path != target]
     for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
-        os.rename(path, partial)  # in one step: what is called step-<step> is whole
-        shutil.rmtree(partial)
+        old = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        os.rename(path, old)  # in one step: what is called step-<step> is whole
+        shutil.rmtree(old)
     return target
 
 

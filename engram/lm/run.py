@@ -137,10 +137,9 @@ def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: D
     """
     home = Path(folder)
     if (home / "run.json").is_file() and latest_checkpoint(home) is not None:
-        before = json.loads((home / "run.json").read_text())
-        other = ["another arm"] * (before["arm"] != arm)
-        other += ["another setting"] * (Setting.from_json(json.dumps(before["setting"])) != setting)
-        other += ["another text"] * (before.get("text", data.digest) != data.digest)
+        before_arm, before_setting, text = _read_run(home)
+        other = ["another arm"] * (before_arm != arm) + ["another setting"] * (before_setting != setting)
+        other += ["another text"] * (text not in (None, data.digest))
         if other:
             raise ValueError(
                 f"{home} holds checkpoints of a run with {' and '.join(other)} (see its run.json): give another "
@@ -158,6 +157,15 @@ def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: D
     data.token_map.save(home / "token_map.safetensors")
 
 
+def _read_run(home: Path) -> tuple[str, Setting, str | None]:
+    """Arm, setting and digest of the text (older runs have none) of a run.json. Raises ValueError: a damaged one."""
+    try:
+        run = json.loads((home / "run.json").read_text())
+        return run["arm"], Setting.from_json(json.dumps(run["setting"])), run.get("text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{home / 'run.json'} is damaged: {error!r}") from error
+
+
 def load_run(
     folder: str | os.PathLike[str], device: str = "cpu"
 ) -> tuple[Transformer, tokenizers.Tokenizer, Setting, dict[str, Any]]:
@@ -173,9 +181,11 @@ def load_run(
     newest = latest_checkpoint(home)
     if newest is None:
         raise FileNotFoundError(f"{home} holds no checkpoint yet")
-    run = json.loads((home / "run.json").read_text())
-    setting = Setting.from_json(json.dumps(run["setting"]))
-    tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
+    arm, setting, _ = _read_run(home)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{home / 'tokenizer.json'} is missing or damaged: {error}") from error
     tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> stays text; the file forgets this
     token_map = TokenMap.load(home / "token_map.safetensors")
     derived = TokenMap.from_tokenizer(tokenizer)
@@ -184,6 +194,6 @@ def load_run(
             f"{home}/tokenizer.json gives another token map ({derived.digest[:12]}) than the one the memory was "
             f"trained with ({token_map.digest[:12]}): every row would be the wrong one"
         )
-    model = build_model(setting, run["arm"], token_map)
+    model = build_model(setting, arm, token_map)
     manifest = load_checkpoint(newest, model)
     return model.to(place), tokenizer, setting, manifest

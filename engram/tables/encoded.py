@@ -81,6 +81,8 @@ class EncodedTable(HostTable):
             memory = map_memory(self.nbytes, what)
         else:
             memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
+            self._let_go = weakref.finalize(self, os.close, self._file)
+            self._let_go.atexit = False
         self._tensor = as_tensor(memory, torch.uint8, self.rows, self.row_bytes)
         books, width = (self.codec.codebooks, self.codec.width) if isinstance(self.codec, PQ) else (None, 0)
         self._struct = _Encoded(

@@ -156,10 +156,7 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     if target.exists() and not overwrite:
         raise there
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.partial-*"):
-        if (handle := _hold(left)) is not None:  # nobody is writing it
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
+    remove_partial(target.parent, target.name)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{time.time_ns()}")
     partial.mkdir()
     handle = _hold(partial)
@@ -180,6 +177,14 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after an exchange this is the old folder
         if handle is not None:
+            os.close(handle)
+
+
+def remove_partial(home: Path, name: str) -> None:
+    """Removes what killed writers of whole_folder left in `home` beside folders of this name (a pattern of glob)."""
+    for left in home.glob(f".{name}.partial-*"):
+        if (handle := _hold(left)) is not None:  # nobody is writing it
+            shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
 
 

@@ -152,6 +152,8 @@ class HostTable:
             memory = map_memory(self.nbytes, what)
         else:
             memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
+            self._let_go = weakref.finalize(self, os.close, self._file)  # a table that nobody closes
+            self._let_go.atexit = False
         self._tensor = as_tensor(memory, dtype, self.rows, self.dim)
         quantiles = reference.normal_quantiles()
         self._struct = _Table(
@@ -357,7 +359,7 @@ class HostTable:
         self.flush()
         self._tensor = self._struct = None
         if self._file is not None:
-            os.close(self._file)
+            self._let_go()
             self._file = None
 
     def __deepcopy__(self, memo: Any) -> HostTable:

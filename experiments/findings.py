@@ -33,25 +33,29 @@ class Finding(NamedTuple):
     seeds: int
 
 
-def difference(name: str, ours: str, theirs: str) -> Callable[[Path], list[Finding]]:
-    """Nats per token of one label minus another's of an experiment, in every table that has both; of a part of the
-    memory it is said if that has no grid of rates there."""
+def difference(name: str, ours: str, theirs: str, unit: str = "nats") -> Callable[[Path], list[Finding]]:
+    """Nats per token (bits per byte with unit="bits", which holds for any two tokenizers) of one label minus another's
+    of an experiment, in every table that has both; of a part of the memory it is said if that has no grid of rates
+    there."""
 
     def figure(home: Path) -> list[Finding]:
         found, grids = [], {record["label"] for record in read_results(home / name / "tune.jsonl")}
         for group, runs in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
             if ours in runs and theirs in runs:
                 untuned = name == "components" and (ours not in grids or not group.startswith("T"))  # grids are T's
-                found += _compared(home / name, group + ", engram's rates" * untuned, runs, ours, theirs)
+                found += _compared(home / name, group + ", engram's rates" * untuned, runs, ours, theirs, unit)
         return found
 
     return figure
 
 
-def _compared(folder: Path, group: str, runs: dict[str, list[Record]], ours: str, theirs: str) -> list[Finding]:
-    """Nats per token of one label minus another's, in one table; none without seeds and tokenizer in common."""
+def _compared(
+    folder: Path, group: str, runs: dict[str, list[Record]], ours: str, theirs: str, unit: str = "nats"
+) -> list[Finding]:
+    """One label minus another, in one table; none without seeds in common, or in nats with two tokenizers."""
     row = rows_of(folder, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
-    return [] if row.nats is None else [Finding(group, row.nats, len(row.paired))]
+    value = row.bits if unit == "bits" else row.nats
+    return [] if value is None else [Finding(group, value, len(row.paired))]
 
 
 def change_of_gain(name: str, along: str, passes: str = "", least_tokens: int = 0) -> Callable[[Path], list[Finding]]:

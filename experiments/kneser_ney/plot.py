@@ -1,4 +1,4 @@
-"""Loss below plain's against training tokens, and against the bytes of table and counts."""
+"""Loss below plain's against training tokens, and against the bytes of table and counts, at each setting."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ Points = dict[str, list[tuple[float, Row]]]  # of each arm, (place on the axis, 
 
 
 def draw(home: Path) -> Path:
-    by_tokens: Points = {}
-    by_bytes: Points = {}
-    for rows in load(home, BASELINE).values():
+    found: dict[tuple[str, str], Points] = {}  # of each setting and axis
+    for group, rows in load(home, BASELINE).items():
+        setting = group.partition(":")[0]
+        by_tokens = found.setdefault((setting, "training tokens, millions"), {})
+        by_bytes = found.setdefault((setting, "MB of float32 rows, or of counts at most"), {})
         cells = [(*parts_of(row.label), row) for row in rows if row.nats is not None]
-        several = len({size for _, size, _ in cells}) > 1
+        several = len({size for name, size, _ in cells if name != "engram"}) > 1
         for name, size, row in cells:
             if size == ROWS[-1]:
                 by_tokens.setdefault(name, []).append((first_run(row)["tokens"] / 1e6, row))
@@ -27,8 +29,7 @@ def draw(home: Path) -> Path:
                 memory = first_run(row)["setting"]["memory"]
                 columns = len(memory["orders"]) * memory["heads"]
                 by_bytes.setdefault(name, []).append((size * columns * memory["head_dim"] * 4 / 1e6, row))
-    panels = [("training tokens, millions", by_tokens), ("MB of float32 rows, or of counts at most", by_bytes)]
-    panels = [panel for panel in panels if panel[1]]
+    panels = [(f"{setting}: {axis}", points) for (setting, axis), points in sorted(found.items()) if points]
     if not panels:
         raise ValueError(f"{home / 'results.jsonl'} has no arm beside {BASELINE!r} with a seed in common to compare")
     figure, axes = new_figure(7.2, [3.8] * len(panels))

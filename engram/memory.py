@@ -129,12 +129,11 @@ class EngramMemory(nn.Module):
             raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
         self.codec = codecs.pop()
         for layer, table in self.tables.items() if self.codec is None else ():
-            made = f"torch.{config.table_dtype}", config.table_init, config.table_std, table_seed(config, layer)
-            found = str(table.dtype), table.init, table.std, table.seed
-            count = (
-                2 if config.table_init == "zero" == table.init else 4
-            )  # what rows of zeros are drawn from is nothing
-            if found[:count] != made[:count]:
+            drawn = config.table_init, config.table_std, table_seed(config, layer)
+            made, found = [f"torch.{config.table_dtype}", *drawn], [str(table.dtype), table.init, table.std, table.seed]
+            if config.table_init == "zero" == table.init:
+                made, found = made[:2], found[:2]  # zeros are drawn with no std from no seed
+            if found != made:
                 raise ValueError(
                     f"the table of layer {layer} is of (dtype, init, std, seed) {found}, the configuration makes "
                     f"{made}: rows never written would read otherwise once it is saved and loaded"

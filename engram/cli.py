@@ -305,9 +305,8 @@ def generate(
     from engram.lm.run import load_run
 
     model, tokenizer, _, _ = load_run(folder, device)
-    ids = torch.tensor(
-        [[0, *tokenizer.encode(prompt).ids]], device=device
-    )  # 0: <|endoftext|>, which every document starts with
+    text = [0, *tokenizer.encode(prompt).ids]  # 0: <|endoftext|>, which every document starts with
+    ids = torch.tensor([text], device=device)
     if ids.shape[1] > model.config.max_length:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model holds {model.config.max_length}")
     tokens = min(tokens, model.config.max_length - ids.shape[1])

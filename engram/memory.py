@@ -27,6 +27,7 @@ from engram.fusion import EngramFusion
 from engram.recall import MemoryCache, Recall, uncompiled
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
+from engram.tables.files import write_whole
 from engram.tables.table import as_ids
 
 
@@ -66,6 +67,11 @@ def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mod
 def table_seed(config: EngramConfig, layer: int) -> int:
     """Of the initial rows of a layer's table."""
     return config.seed * 1_000_003 + layer
+
+
+def unwritten(dtype: Any, init: Any, std: Any, seed: Any) -> tuple[Any, ...]:
+    """What decides how rows that were never written read: zeros are drawn with no std from no seed."""
+    return (dtype, init) if init == "zero" else (dtype, init, std, seed)
 
 
 class EngramMemory(nn.Module):
@@ -129,10 +135,8 @@ class EngramMemory(nn.Module):
             raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
         self.codec = codecs.pop()
         for layer, table in self.tables.items() if self.codec is None else ():
-            drawn = config.table_init, config.table_std, table_seed(config, layer)
-            made, found = [f"torch.{config.table_dtype}", *drawn], [str(table.dtype), table.init, table.std, table.seed]
-            if config.table_init == "zero" == table.init:
-                made, found = made[:2], found[:2]  # zeros are drawn with no std from no seed
+            made = unwritten(config.table_dtype, config.table_init, config.table_std, table_seed(config, layer))
+            found = unwritten(str(table.dtype).removeprefix("torch."), table.init, table.std, table.seed)
             if found != made:
                 raise ValueError(
                     f"the table of layer {layer} is of (dtype, init, std, seed) {found}, the configuration makes "
@@ -147,36 +151,32 @@ class EngramMemory(nn.Module):
         self.attachment: Any = None  # to a model of another library (engram.attach)
 
     def _make_tables(self, folder: Path | None) -> None:
-        layers, rows = self.config.layers, self.layout.rows
-        on_disk = folder is not None and torch.get_default_device().type != "meta"
+        layers = self.config.layers
         paths = {layer: None if folder is None else folder / f"layer-{layer}.rows" for layer in layers}
-        if folder is not None and on_disk:
-            folder.mkdir(parents=True, exist_ok=True)
-            there = {layer for layer in layers if (folder / f"layer-{layer}.rows").exists()}
-            if there:
-                self._check_rows_of(folder)
-            if there and there != set(layers):
+        there = [layer for layer, path in paths.items() if path is not None and path.exists()]
+        if folder is not None and there:
+            self._check_rows_of(folder)
+            if missing := sorted({*layers} - {*there}):
                 raise ValueError(
-                    f"{folder} holds the rows of layers {sorted(there)} and not those of {sorted({*layers} - there)}: "
-                    f"bring them back, or give another folder"
+                    f"{folder} holds the rows of layers {there} and not those of {missing}: bring them back, or give "
+                    f"another folder"
                 )
-            if not there:
-                self.claim(folder)
+        elif folder is not None and torch.get_default_device().type != "meta":
+            folder.mkdir(parents=True, exist_ok=True)
+            self.claim(folder)
         try:
             for layer, path in paths.items():
-                self.tables[layer] = new_table(self.config, layer, rows[layer], path)
+                self.tables[layer] = new_table(self.config, layer, self.layout.rows[layer], path)
         except BaseException:
             for table in self.tables.values():
                 table.close()
-                if table.path is not None and on_disk and not there:  # so that it can be tried again
-                    table.path.unlink()
+                if table.path is not None and not there:  # so that it can be tried again
+                    table.path.unlink(missing_ok=True)
             raise
 
     def claim(self, folder: Path) -> None:
         """Writes into a folder whose rows it holds."""
-        partial = folder / ".rows.json.partial"
-        partial.write_text(json.dumps(self._facts()))
-        os.replace(partial, folder / "rows.json")
+        write_whole(folder / "rows.json", json.dumps(self._facts()).encode())
 
     def _check_rows_of(self, folder: Path) -> None:
         facts = folder / "rows.json"

@@ -27,7 +27,7 @@ import xxhash
 from engram.addressing import HashLayout, TokenMap
 from engram.config import EngramConfig
 from engram.fusion import EngramFusion
-from engram.memory import EngramMemory, hash_layout, new_table
+from engram.memory import EngramMemory, hash_layout, new_table, unwritten
 from engram.tables import EncodedTable, HostTable
 from engram.tables.codecs import PQ, Codec
 from engram.tables.files import (
@@ -281,9 +281,9 @@ def _open(
         if _codebooks(stated) and mode == "r+":
             codec = PQ(safetensors.torch.load_file(f"{source}.codebooks")["codebooks"])
         table = EncodedTable(rows, config.head_dim, codec, target, mode=mode)
-    names = ("dim", "dtype", "init", "std", "seed")[: 3 if stated.get("init") == "zero" else 5]
-    found = (table.dim, str(table.dtype).removeprefix("torch."), table.init, table.std, str(table.seed))[: len(names)]
-    wanted = tuple(stated.get(name) for name in names)
+    dtype = str(table.dtype).removeprefix("torch.")
+    found = (table.dim, *unwritten(dtype, table.init, table.std, str(table.seed)))
+    wanted = (stated.get("dim"), *unwritten(*(stated.get(name) for name in ("dtype", "init", "std", "seed"))))
     if found != wanted or table.nbytes // table.rows != stated["row_bytes"]:
         table.close()
         raise ValueError(f"{source.parent / 'config.json'} makes layer {layer} {found}, its manifest says {wanted}")

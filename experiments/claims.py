@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engram.lm.report import write_whole
 from engram.lm.statistics import Interval
+from engram.tables.files import write_whole
 from experiments import findings
 from experiments.config import HOME, NAMES, SETTINGS, questions
 from experiments.findings import Finding
@@ -350,7 +350,7 @@ def in_short(results: Found) -> str:
         if not found:
             lines.append(f"| {words} | {claim.ours} | not run yet | | | |")
             continue
-        first, *others = sorted(found, key=lambda finding: (-finding.seeds, finding.group.partition(":")[0][:1]))
+        first, *others = sorted(found, key=lambda finding: (-finding.seeds, finding.group[:1]))
         counts = Counter(verdict(finding, claim.rule) for finding in others)
         cells = [
             words,

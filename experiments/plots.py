@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engram.lm.report import write_whole
 from engram.lm.statistics import Interval
+from engram.tables.files import write_whole
 from experiments.config import read_results
 from experiments.report import Record, Row, groups_of, rows_of
 

@@ -29,11 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engram.lm.evaluate import eval_mode, evaluate
-from engram.lm.report import write_whole
 from engram.lm.run import Data, Setting
 from engram.lm.seen import seen_counts, seen_losses
 from engram.lm.train import train
 from engram.memory import EngramMemory
+from engram.tables.files import write_whole
 from experiments import arms
 from experiments.config import HOME, NAMES, Run, hook, read_results
 from experiments.prepared import FOLDER, prepare

@@ -23,6 +23,7 @@ from engram.lm.seen import seen_counts, seen_losses
 from engram.lm.statistics import paired_interval
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, memory_traffic, train
+from engram.tables.files import write_whole
 
 DEFAULT_ARMS = ("plain", "one-row", "engram")
 Progress = Callable[[str, int, int, int, float], Any]  # arm, seed, step, steps, loss
@@ -245,8 +246,6 @@ def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None
 
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
-    partial = home / ".report.json.partial"
-    partial.write_text(json.dumps(report, indent=1))
-    os.replace(partial, home / "report.json")
+    write_whole(home / "report.json", json.dumps(report, indent=1).encode())
     draw_curves(report, home / "curves.png")
     write_html(report, home / "report.html")

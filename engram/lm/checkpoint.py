@@ -83,7 +83,6 @@ def save_checkpoint(
     manifest["row_steps"] = [{str(k): o.steps for k, o in layers.items()} for layers in optimizer.rows]
     adam = {f"{i}.{k}": torch.as_tensor(v) for i, values in state["state"].items() for k, v in values.items()}
     try:
-        home.mkdir(parents=True, exist_ok=True)
         remove_partial(home, "step-*")  # of a run that was killed here: each holds whole tables
         with whole_folder(target, overwrite=True) as partial:  # there already: the same step once more, after a resume
             for name, tensors in (("model", dense), ("optimizer", adam)):

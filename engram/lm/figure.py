@@ -20,8 +20,8 @@ from engram.lm.report import (
     runs_of,
     seen_of,
     title_of,
-    write_whole,
 )
+from engram.tables.files import write_whole
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; lighter on dark.
 _LIGHT = {

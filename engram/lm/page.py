@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterable, Mapping
 
 from engram.lm.figure import figure_png
-from engram.lm.report import Cell, Report, Table, seeds_of, tables_of, title_of, write_whole
+from engram.lm.report import Cell, Report, Table, seeds_of, tables_of, title_of
+from engram.tables.files import write_whole
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --soft: #59636e; --rule: #d5d9de; --block: #f4f6f8;

@@ -6,10 +6,8 @@ the arm "plain" on the same validation tokens, so negative is better; intervals 
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -186,15 +184,3 @@ def print_report(report: Report, console: Console | None = None) -> None:
             cells = [Text(c.text, styles[c.tone]).append(f"\n{c.note}" if c.note else "", "dim") for c in row]
             drawn.add_row(*(cells[i] for i in columns))
         console.print(Text(f"\n{table.title}", style="bold"), Text(table.caption, style="dim"), drawn, sep="\n")
-
-
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes the whole file or leaves what was there: a full disk or a kill never shows half a report."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -20,6 +20,7 @@ from engram.lm.tokenizer import Encoded, encode, train_tokenizer
 from engram.lm.train import TrainConfig
 from engram.lm.transformer import Transformer, TransformerConfig
 from engram.memory import EngramMemory
+from engram.tables.files import write_whole
 
 # The arms of the main job: what each makes of the memory's configuration. None: no memory.
 ARMS: dict[str, Callable[[EngramConfig], EngramConfig | None]] = {
@@ -151,9 +152,7 @@ def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: D
         "tokenizer.json": data.tokenizer.to_str(),
     }
     for name, text in files.items():
-        partial = home / f".{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, home / name)
+        write_whole(home / name, text.encode())
     data.token_map.save(home / "token_map.safetensors")
 
 

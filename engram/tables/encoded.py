@@ -15,7 +15,6 @@ from torch import Tensor
 
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
-from engram.tables.mapping import map_file, map_memory
 from engram.tables.table import HostTable, as_output, as_tensor
 
 _SMALLEST = 1024  # rows below which one core is faster than two
@@ -77,13 +76,7 @@ class EncodedTable(HostTable):
         if self._meta:
             return
         what = f"{self.rows:,} rows x {self.row_bytes} bytes of {self.codec.name}"
-        if self.path is None:
-            memory = map_memory(self.nbytes, what)
-        else:
-            memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
-            self._let_go = weakref.finalize(self, os.close, self._file)
-            self._let_go.atexit = False
-        self._tensor = as_tensor(memory, torch.uint8, self.rows, self.row_bytes)
+        self._tensor = as_tensor(self._map(what), torch.uint8, self.rows, self.row_bytes)
         books, width = (self.codec.codebooks, self.codec.width) if isinstance(self.codec, PQ) else (None, 0)
         self._struct = _Encoded(
             self._tensor.data_ptr(),

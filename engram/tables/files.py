@@ -140,6 +140,18 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
 
 
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes the whole file or leaves what was there: a full disk or a kill never shows half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder to fill, which becomes `target` when the block ends without an error, and is removed otherwise.

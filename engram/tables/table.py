@@ -148,13 +148,7 @@ class HostTable:
         if self._meta:
             return
         what = f"{self.rows:,} rows x {self.dim} x {dtype}"
-        if self.path is None:
-            memory = map_memory(self.nbytes, what)
-        else:
-            memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
-            self._let_go = weakref.finalize(self, os.close, self._file)  # a table that nobody closes
-            self._let_go.atexit = False
-        self._tensor = as_tensor(memory, dtype, self.rows, self.dim)
+        self._tensor = as_tensor(self._map(what), dtype, self.rows, self.dim)
         quantiles = reference.normal_quantiles()
         self._struct = _Table(
             self._tensor.data_ptr(),
@@ -166,6 +160,15 @@ class HostTable:
             self.std,
             quantiles.data_ptr(),
         )
+
+    def _map(self, what: str) -> mmap.mmap:
+        """The table's bytes: memory, or its file, which a table that nobody closes lets go with itself."""
+        if self.path is None:
+            return map_memory(self.nbytes, what)
+        memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
+        self._let_go = weakref.finalize(self, os.close, self._file)
+        self._let_go.atexit = False
+        return memory
 
     @property
     def tensor(self) -> Tensor:

@@ -144,6 +144,7 @@ class EngramMemory(nn.Module):
                 )
         # (row ids, gradient) of each backward pass since the optimiser's last step
         self.gradients: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
+        self._looked: dict[int, int] = {}  # layer -> the backward pass that last looked for stale ones
         self.has_optimizer = False  # whether an EngramOptimizer was made for it
         self._frozen = False
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
@@ -280,6 +281,11 @@ class EngramMemory(nn.Module):
         touched = as_ids(touched)
         return sum(recall.patch(layer, touched) for recall in list(self._recalls))
 
+    def _renew_recalls(self) -> None:
+        """Before all rows change: recalls in flight will fetch theirs anew."""
+        for recall in list(self._recalls):
+            recall.renew()
+
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
         history = None
         if recall.cache is not None and self.config.conv_kernel:
@@ -287,6 +293,8 @@ class EngramMemory(nn.Module):
         given = (recall.rows(layer), recall.documents, recall.dead)  # on the device of the ids, in a model that spans
         rows, documents, dead = (None if x is None else x.to(hidden.device) for x in given)  # several another one
         update, inputs = self.fusions[str(layer)](rows, hidden, documents, history, dead)
+        if self.collects_gradients:
+            self._look_before_backward(layer, update)
         if recall.cache is not None and inputs is not None:
             recall.cache.conv[layer] = inputs if history is None else torch.cat([history, inputs], dim=1)
         return update
@@ -332,6 +340,21 @@ class EngramMemory(nn.Module):
         if gone and (weights or not self.has_optimizer):  # frozen weights tell nothing where somebody will use the rows
             pending.clear()
 
+    @uncompiled
+    def _look_before_backward(self, layer: int, update: Tensor) -> None:
+        """Has drop_stale_gradients looked once in each backward pass, before it leaves gradients of its own: what the
+        caller cleared between a forward and a backward pass would look alive again."""
+        memory = weakref.ref(self)
+
+        def look(grad: Tensor) -> None:
+            found, running = memory(), torch._C._current_graph_task_id()  # another number for every backward pass
+            if found is not None and found._looked.get(layer) != running:
+                found._looked[layer] = running
+                found.drop_stale_gradients(layer)
+
+        if update.requires_grad:
+            update.register_hook(look)
+
     def encode_tables(self, codec: str, folder: Any = None) -> None:
         """Replaces the tables by encoded ones (engram.tables.codecs), which are smaller and are not trained any more.
 
@@ -363,6 +386,7 @@ class EngramMemory(nn.Module):
                     made.path.unlink()
                     made.codebook_path.unlink(missing_ok=True)
             raise
+        self._renew_recalls()
         self.close()
         self.tables, self.codec = {**encoded}, name
         for pending in self.gradients.values():
@@ -461,6 +485,7 @@ class EngramMemory(nn.Module):
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         self.check_writable()
+        self._renew_recalls()
         targets = {f"{prefix}tables.{layer}": table.tensor for layer, table in self.tables.items()}
         targets |= {f"{prefix}codebooks.{layer}": books for layer, books in self._codebooks().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

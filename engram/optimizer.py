@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from engram.memory import EngramMemory
@@ -28,6 +30,7 @@ class EngramOptimizer(torch.optim.AdamW):
         super().__init__(groups, **kwargs)
         self.memories, self.rows = memories, rows
         self.touched = 0
+        self._saved_beside: list[str] | None = None  # digests of the fusion weights that a loaded state belongs to
         for memory in memories:
             memory.has_optimizer = True
 
@@ -72,7 +75,16 @@ class EngramOptimizer(torch.optim.AdamW):
                 )
             if infinite or not all(grad.isfinite().all() for pending in kept for _, grad in pending):
                 return None
+        self._check_weights()
         loss = _dense_step(self, closure)
+        for memory, layers in zip(self.memories, self.rows, strict=True):
+            learns = any(weight.grad is not None for weight in memory.fusions.parameters())
+            if layers and learns and not memory.training and not any(memory.gradients.values()):
+                warnings.warn(
+                    "the fusion weights of this memory learn and its rows do not: it is in eval() mode, in which rows "
+                    "are only read. Call model.train() before training, or memory.requires_grad_(False) to freeze both",
+                    stacklevel=2,
+                )
         lr = next(group["lr"] for group in self.param_groups if group.get("name") == "tables")
         for memory, layers in zip(self.memories, self.rows, strict=True):
             for layer, optimizer in layers.items():
@@ -102,12 +114,29 @@ class EngramOptimizer(torch.optim.AdamW):
                 pending.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, with the row optimisers' state (live tensors) under "rows"."""
+        """AdamW's, with the row optimisers' state (live tensors) under "rows", and under "memories" digests of the
+        fusion weights that it belongs to."""
         rows = [{layer: o.state_dict() for layer, o in layers.items()} for layers in self.rows]
-        return {**super().state_dict(), "rows": rows}
+        return {**super().state_dict(), "rows": rows, "memories": self._digests()}
+
+    def _digests(self) -> list[str]:
+        """Of each memory's fusion weights; "" where it has no rows to train."""
+        return [_digest(memory) if layers else "" for memory, layers in zip(self.memories, self.rows, strict=True)]
+
+    def _check_weights(self) -> None:
+        """At the first step after a state was loaded, when everything else has been loaded too."""
+        saved, self._saved_beside = self._saved_beside, None
+        if saved is not None and saved != self._digests():
+            raise RuntimeError(
+                "this optimiser's state was saved beside other weights of the memory than it has now, so training "
+                "would go on with other rows: load the memory's state too (checkpoints that PEFT writes hold adapters "
+                "alone: memory.save beside them, engram.attach(model, folder) to go on). To train from these rows on, "
+                "build a new optimiser"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the saved state belongs to other tables or another kind of optimiser."""
+        """Raises ValueError where the saved state belongs to other tables or another kind of optimiser. Where the
+        memory has other weights than it was saved beside, the next step raises RuntimeError."""
         rows = state_dict.get("rows")
         if rows is None or [set(layers) for layers in rows] != [set(layers) for layers in self.rows]:
             raise ValueError("the saved optimiser state belongs to a model with other memory layers")
@@ -116,9 +145,18 @@ class EngramOptimizer(torch.optim.AdamW):
         ]
         for optimizer, saved in pairs:
             optimizer.check_state(saved)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "rows"})
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("rows", "memories")})
         for optimizer, saved in pairs:
             optimizer.load_state_dict(saved)
+        self._saved_beside = state_dict.get("memories")
+
+
+def _digest(memory: EngramMemory) -> str:
+    """Of the bits of its fusion weights, 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    for weight in memory.fusions.parameters():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _dense_step(optimizer: EngramOptimizer, closure: Callable[[], float] | None) -> Any:

@@ -165,16 +165,22 @@ class Recall:
             if layer in self._pending:
                 fetched, waited = wait(self._pending.pop(layer))
                 memory.clock["waiting"] += waited
-            else:  # an update came since they were used
+            else:  # they have changed since they were fetched
                 fetched = Fetch(memory.tables[layer], self.row_ids[layer], self.device)
             rows = self._rows[layer] = fetched.rows()
         if memory.collects_gradients and not rows.requires_grad:
             memory.check_writable()
-            memory.drop_stale_gradients(layer)
             live = None if self.dead is None else ~self.dead
             keep = partial(_keep_gradient, memory.gradients[layer], self.row_ids[layer], live)
             rows.requires_grad_().register_post_accumulate_grad_hook(keep)
         return rows.flatten(2)
+
+    def renew(self) -> None:
+        """Forgets all rows that were fetched, once no thread reads them any more: who uses them gets them anew."""
+        for fetch in self._pending.values():
+            fetch.exception()
+        self._pending.clear()
+        self._rows.clear()
 
     def patch(self, layer: int, touched: Tensor) -> int:
         """Renews rows fetched ahead that are in `touched`. Returns how many; 0 where the rows are already in use: who

@@ -256,6 +256,15 @@ def test_what_convert_writes_as_qwen_loads_into_transformers(tmp_path):
         torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits)
 
 
+def test_a_memory_with_a_token_map_is_not_written_as_qwen_which_has_none(tmp_path):
+    table = TokenMap.identity(VOCAB).table.copy()
+    table[[3, 4]] = table[[4, 3]]  # as many ids, and pad where it was: the layout is the same
+    filled(QWEN, token_map=TokenMap(table)).save(tmp_path / "ours")
+    with pytest.raises(ValueError, match="token map"):
+        convert(tmp_path / "ours", tmp_path / "qwen", "qwen")
+    assert not (tmp_path / "qwen").exists()
+
+
 def test_rows_that_must_be_rounded_are_reported(tmp_path):
     config = V41.replace(table_dtype="float32")
     memory = filled(config)

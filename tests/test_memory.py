@@ -596,6 +596,24 @@ def test_a_written_row_reaches_a_recall_in_flight(path, monkeypatch):
     assert torch.equal(recall.rows(1).unflatten(2, (4, 8))[0, 3, 2], torch.full((8,), 9.0))
 
 
+@pytest.mark.parametrize("used", [False, True], ids=["on their way", "used before"])
+@pytest.mark.parametrize("change", ["load", "encode"])
+def test_a_recall_in_flight_reads_what_replaces_all_rows(change, used):
+    config = SMALL.replace(head_dim=32)  # of which int4 rows can be made
+    model, other, ids = make(config), make(config), text()
+    for table in (*model.memory.tables.values(), *other.memory.tables.values()):
+        table.write(torch.arange(table.rows), torch.randn(table.rows, table.dim))
+    recall = model.memory.recall(ids)
+    if used:
+        model(ids, recall=recall)
+    if change == "load":
+        model.load_state_dict(other.state_dict())
+    else:
+        model.memory.encode_tables("int4")
+    with torch.no_grad():
+        assert torch.equal(model(ids, recall=recall), model(ids))
+
+
 def test_a_recall_and_its_rows_are_freed_without_the_garbage_collector():
     import gc
     import weakref

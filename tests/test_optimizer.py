@@ -58,6 +58,63 @@ def test_the_zero_grad_of_the_model_drops_the_gradients_of_rows_too():
     assert optimizer.touched == 0 and rows(model).isfinite().all()
 
 
+def test_what_the_model_clears_between_forward_and_backward_is_gone():
+    model = make()
+    optimizer = build_optimizer(model)
+    loss = loss_of(model, text()) * float("nan")
+    model.zero_grad()
+    loss.backward()  # a step that is skipped: its loss is no number
+    loss = loss_of(model, text(seed=1))
+    model.zero_grad()
+    loss.backward()
+    optimizer.step()
+    expected = make()
+    step(expected, build_optimizer(expected), text(seed=1))
+    assert torch.equal(rows(model), rows(expected)) and rows(model).any()
+
+
+def test_one_backward_pass_through_two_forward_passes_keeps_the_gradients_of_both():
+    ids, model, expected = text(), make(), make()
+    optimizer, other = build_optimizer(model), build_optimizer(expected)
+    (loss_of(model, ids[:2]) + loss_of(model, ids[2:])).backward()
+    for half in (ids[:2], ids[2:]):
+        loss_of(expected, half).backward()
+    optimizer.step()
+    other.step()
+    assert optimizer.touched == other.touched and (rows(model) - rows(expected)).abs().max() < 1e-5
+
+
+def test_rows_that_do_not_learn_beside_weights_that_do_are_said():
+    model = make().eval()
+    optimizer = build_optimizer(model)
+    with pytest.warns(UserWarning, match=r"model\.train\(\)"):
+        step(model, optimizer, text())
+    assert optimizer.touched == 0 and not rows(model).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model.train(), optimizer, text())
+    assert optimizer.touched
+
+
+def test_a_state_beside_other_weights_of_the_memory_is_refused_at_the_next_step():
+    model = make()
+    optimizer = build_optimizer(model)
+    step(model, optimizer, text())
+    saved, weights = optimizer.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
+    fresh = make()
+    resumed = build_optimizer(fresh)
+    resumed.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="beside other weights"):
+        step(fresh, resumed, text(seed=1))
+    fresh = make()
+    resumed = build_optimizer(fresh)
+    resumed.load_state_dict(saved)  # in either order
+    fresh.load_state_dict(weights)
+    step(fresh, resumed, text(seed=1))
+    step(model, optimizer, text(seed=1))
+    assert torch.equal(rows(fresh), rows(model))
+
+
 def test_rows_alone_accumulate_where_the_weights_are_frozen():
     model, whole = make(), make()
     for m in (model, whole):

@@ -254,7 +254,7 @@ class NgramHasher:
             )
         raise IndexError(
             f"{name}[{row}, {t}] is {array[row, t]}, outside the token map's vocabulary of {vocab}: "
-            "was the text encoded by another tokenizer?"
+            "was the text encoded by another tokenizer? (a model's vocabulary can be padded beyond its tokenizer's)"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

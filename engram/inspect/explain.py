@@ -112,7 +112,8 @@ def explain(
         losses: also find the loss with the memory off at each position, which takes a forward pass for each.
 
     Raises:
-        ValueError: a model without memory or without logits, a text without tokenizer, no token, several sequences.
+        ValueError: a model without memory or without logits, a text without tokenizer, no token, several sequences,
+            more tokens than a Transformer was built for.
         IndexError: an id outside the vocabulary.
     """
     memory = next((m for m in model.modules() if isinstance(m, EngramMemory)), None)

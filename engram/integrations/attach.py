@@ -49,7 +49,8 @@ def attach(
     Padding (attention_mask 0) and the placeholders of images and the like are no text: they are never hashed, end the
     n-grams around them and get nothing from the memory. Position ids that start again begin a new document, and so do
     cu_seq_lens_q and the blocks of a finished attention mask. Several threads may run one model.
-    Keep it with memory.save: save_pretrained writes its rows too, but from_pretrained knows no place for them.
+    Keep it with memory.save: save_pretrained writes its rows too, but from_pretrained knows no place for them, and what
+    PEFT (or a Trainer around a PEFT model) saves are its adapters alone: save the memory beside each of them.
 
     Args:
         model: a decoder model, or one wrapped by PEFT or torch.compile. Attach after PEFT, which freezes all weights it

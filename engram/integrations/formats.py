@@ -139,6 +139,13 @@ def convert(
                 raise ValueError(found["problem"])
     if to not in ("engram", "gguf"):
         check_dialect(opened.config, to.removesuffix("-interleaved"))
+    if to == "qwen" and opened.token_map is not None:
+        vocabulary = len(opened.token_map.table)
+        if opened.token_map.digest != TokenMap.identity(vocabulary).digest:
+            raise ValueError(
+                f"{source} hashes what its token map makes of the ids, and Qwen4-Exp the ids themselves: it would read "
+                f"other rows. Only a memory that was trained with TokenMap.identity can be written as qwen"
+            )
     if to in ("engram", "gguf") and opened.token_map is None:
         raise ValueError(f"{source} comes without its tokenizer: give token_map (--tokenizer), which addresses need")
     recoders = {i: Recoder(rows, _target_form(to, rows.form)) for i, rows in opened.rows.items()}

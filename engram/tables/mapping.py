@@ -103,7 +103,7 @@ def _lock(file: int, path: Path, exclusive: bool) -> None:
     except BlockingIOError as error:
         raise BlockingIOError(
             error.errno,
-            f"{path} is already held by another table: two layers must never share one file"
+            f"{path} is already held by another table, or by its optimiser: two must never share one file"
             if exclusive
             else f"{path} is held by a table that trains it: close that one, or save it and read the copy",
         ) from None

@@ -286,6 +286,15 @@ def test_the_short_convolution_adds_what_stood_a_lag_before():
         torch.testing.assert_close(block(x, rope), block.block(lagged, rope))
 
 
+def test_the_short_convolution_stands_where_engram_does_or_everywhere():
+    has = [
+        [hasattr(b, "conv_weight") for b in arms.build("short-conv", SETTING, DATA, **how).blocks]
+        for how in ({}, {"everywhere": True})
+    ]
+    assert has[0] == [layer in SETTING.memory.layers for layer in range(len(has[0]))] and all(has[1])
+    assert not all(has[0])
+
+
 def test_engram_can_hash_raw_ids():
     merged = replace(DATA, token_map=TokenMap(np.arange(VOCAB) // 2))
     compressed, raw = (arms.build("engram", SETTING, merged, token_map=m) for m in ("compressed", "identity"))
@@ -348,6 +357,8 @@ def test_the_bias_stays_as_it_is_outside_training():
 def test_more_experts_per_token_than_experts_are_refused():
     with pytest.raises(ValueError, match="top_k"):
         arms.build("moe-total", SETTING, DATA, experts=2, top_k=3)
+    with pytest.raises(ValueError, match="top_k"):  # its one weight would be 1, and the router would not learn
+        arms.build("moe-total", SETTING, DATA, experts=4, top_k=1)
 
 
 # Product keys
@@ -364,6 +375,18 @@ def test_product_keys_find_the_best_of_all_products():
     best = every.topk(7, dim=-1)
     torch.testing.assert_close(scores, best.values)
     assert torch.equal(rows, best.indices)
+
+
+def test_queries_are_normalised_over_the_batch_and_at_evaluation_by_what_was_seen():
+    torch.manual_seed(0)
+    module = ProductKeys(32, n=11, value=4, heads=3, top_k=7, norm="batch")
+    queries = module.queries(torch.randn(8, 50, 32))
+    assert queries.mean((0, 1)).abs().max() < 1e-5 and (queries.var((0, 1)) - 1).abs().max() < 0.01
+    hidden = torch.randn(2, 5, 32)
+    together = module.eval().queries(hidden)
+    torch.testing.assert_close(together[:1, :3], module.queries(hidden[:1, :3]))
+    with pytest.raises(ValueError, match="norm"):
+        arms.build("product-key", SETTING, DATA, norm="layer")
 
 
 def test_only_the_values_read_are_trained():

@@ -32,8 +32,8 @@ class MoE(nn.Module):
 
     def __init__(self, hidden_size: int, experts: int, inner: int, top_k: int, gated: bool, std: float):
         super().__init__()
-        if not 1 <= top_k <= experts or inner < 1:
-            raise ValueError(f"a mixture needs 1 <= top_k <= experts and width >= 1: {top_k}, {experts}, {inner}")
+        if not 2 <= top_k <= experts or inner < 1:  # one weight, normalised, is 1: its router would never learn
+            raise ValueError(f"a mixture needs 2 <= top_k <= experts and width >= 1: {top_k}, {experts}, {inner}")
         self.experts, self.inner, self.top_k, self.gated = experts, inner, top_k, gated
         self.router = nn.Linear(hidden_size, experts, bias=False)
         # all experts' rows in one matrix each, so that they decay as the weights of a feed-forward layer do

@@ -8,8 +8,9 @@ size.
 Matched: n * n rows a layer, the nearest square to Engram's rows, of Engram's row width: rows and values equal Engram's.
 Reads more rows per token (heads * top_k) and costs more FLOPs (queries, sub-keys).
 Differs from the source: added before the block instead of replacing a feed-forward layer; values are as narrow as
-Engram's rows and each head's sum is projected, instead of values as wide as the hidden state summed over heads; queries
-are normalised per position, as batch norm would mix positions; values start at zero.
+Engram's rows and each head's sum is projected, instead of values as wide as the hidden state summed over heads; values
+start at zero. norm="batch" normalises queries as the source does, over the positions of a training batch (at evaluation
+by what was seen there, so that no token sees what follows it); norm="rms" each position by itself.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ class ProductKeys(nn.Module):
     """Which rows a hidden state reads, and what is made of them.
 
     n: sub-keys per half, so n * n rows. value: width of a row. Query and keys are half as wide as the hidden state.
+    norm: "rms" or "batch".
     """
 
-    def __init__(self, hidden_size: int, n: int, value: int, heads: int, top_k: int):
+    def __init__(self, hidden_size: int, n: int, value: int, heads: int, top_k: int, norm: str = "rms"):
         super().__init__()
         self.n, self.heads, self.top_k, half = n, heads, min(top_k, n), max(1, hidden_size // 4)
+        if norm not in ("rms", "batch"):
+            raise ValueError(f'norm is "rms" or "batch", not {norm!r}')
+        self.batch_norm = nn.BatchNorm1d(heads * 2 * half) if norm == "batch" else None
         self.query = nn.Linear(hidden_size, heads * 2 * half, bias=False)
         self.keys = nn.Parameter(torch.empty(heads, 2, n, half))
         self.out = nn.Linear(heads * value, hidden_size, bias=False)
@@ -46,9 +51,11 @@ class ProductKeys(nn.Module):
         nn.init.normal_(self.out.weight, std=0.02)
 
     def queries(self, hidden_BTd: Tensor) -> Tensor:
-        """[B, T, heads, 2, half], each half of unit RMS."""
-        hidden = F.rms_norm(hidden_BTd, hidden_BTd.shape[-1:])
-        query = self.query(hidden).unflatten(-1, (self.heads, 2, -1))
+        """[B, T, heads, 2, half], each half of unit RMS, or each of its values over the batch."""
+        query = self.query(F.rms_norm(hidden_BTd, hidden_BTd.shape[-1:]))
+        if self.batch_norm is not None:
+            return self.batch_norm(query.flatten(0, 1)).view(*query.shape[:2], self.heads, 2, -1)
+        query = query.unflatten(-1, (self.heads, 2, -1))
         return F.rms_norm(query, query.shape[-1:])
 
     def search(self, hidden_BTd: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,16 +94,16 @@ def _keep(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, rows: Tensor)
     rows.grad = None
 
 
-def build(setting: Setting, data: Data, *, heads: int = 4, top_k: int = 16) -> Transformer:
+def build(setting: Setting, data: Data, *, heads: int = 4, top_k: int = 16, norm: str = "rms") -> Transformer:
     d, layers, width = setting.model.hidden_size, setting.memory.layers, setting.memory.head_dim
     n = max(1, round((engram_size(setting, data).rows / len(layers)) ** 0.5))
     # orders x heads is what the trainer counts as rows read per position
     config = row_config(setting, orders=(2,), heads=heads * min(top_k, n), rows_per_head=1)
 
     def memory() -> ProductKeyMemory:
-        fusion = partial(ProductKeys, d, n, width, heads, top_k)
+        fusion = partial(ProductKeys, d, n, width, heads, top_k, norm)
         return ProductKeyMemory(config, raw_ids(data), d, fusion, rows=n * n)
 
     model = with_memory(setting, data, memory)
-    model.extra_facts = {"sub_keys": n, "heads": heads, "top_k": min(top_k, n)}
+    model.extra_facts = {"sub_keys": n, "heads": heads, "top_k": min(top_k, n), "norm": norm}
     return model

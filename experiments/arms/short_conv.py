@@ -1,9 +1,10 @@
 """short-conv: what a look at the last few positions is worth without any table.
 
-At the layers where Engram sits, h_t += sum over lags 0..3 of w_lag * norm(h)_{t - lag}, one weight per channel and lag,
-zero at the start: the depthwise causal convolution of H3 (arXiv 2212.14052) and of the Canon layers, added to the
-residual stream as Engram's update is. Matched: place and reach (Engram's longest n-gram and its convolution see further
-back through a dilation); no table, 4 d weights a layer. Like attention, and unlike Engram, it sees across documents.
+At the layers where Engram sits (everywhere=True: at all, as in its sources), h_t += sum over lags 0..3 of
+w_lag * norm(h)_{t - lag}, one weight per channel and lag, zero at the start: the depthwise causal convolution of H3
+(arXiv 2212.14052) and of the Canon layers, added to the residual stream as Engram's update is. Matched: place and reach
+(Engram's longest n-gram and its convolution see further back through a dilation); no table, 4 d weights a layer. Like
+attention, and unlike Engram, it sees across documents.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class ConvThenBlock(nn.Module):
         return self.block(x + y, rope, extra, cache)
 
 
-def build(setting: Setting, data: Data) -> Transformer:
+def build(setting: Setting, data: Data, *, everywhere: bool = False) -> Transformer:
     model = plain(setting, data)
-    for layer in setting.memory.layers:
+    for layer in range(setting.model.layers) if everywhere else setting.memory.layers:
         model.blocks[layer] = ConvThenBlock(model.blocks[layer], setting.model.hidden_size)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from experiments.arms import vocabulary_for
 from experiments.config import HOME, SETTINGS, TABLE_LRS, Run, change, rate_grid, read_results, tuned
 
@@ -29,33 +31,37 @@ TRAINED = {
     "moe-active": False,
     "product-key": True,
 }
+# Arms of those in the way of their sources, where another way was matched to Engram first: arm, options.
+AS_PUBLISHED: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
+    "short-conv (every layer)": ("short-conv", (("everywhere", True),)),
+    "product-key (batch norm)": ("product-key", (("norm", "batch"),)),
+}
 # Ten minutes a run: the two that every conclusion at S is about, and the rival that is nearest.
 TUNED_AT_S = ("engram", "plain", "hashed-bigram")
 # Rows that are added to the hidden state as they are, without a projection, want smaller steps.
 BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
 # Tokens that a text takes with the larger vocabulary over those with the usual one: the same text is read.
 SHORTER = 0.78
-DATASTORE = 1_000_000  # keys of kNN-LM at most: a query of the exact index reads them all
+DATASTORE = 1_000_000  # keys of the exact index at most: a query reads them all
 # The rest is one of these trained again with something else after it, or for longer: label, arm, options, rates of.
 DERIVED = (
     ("longer", "longer", (), "plain"),
     ("switched-off", "switched-off", (), "engram"),
     ("kneser-ney", "kneser-ney", (), "plain"),
-    ("knn-lm (exact)", "knn-lm", (("index", "exact"),), "plain"),
-    ("knn-lm (ivf)", "knn-lm", (("index", "ivf"),), "plain"),
-    ("knn-lm (ivfpq)", "knn-lm", (("index", "ivfpq"),), "plain"),
+    ("knn-lm (exact)", "knn-lm", (("index", "exact"), ("k", 1024), ("limit", DATASTORE)), "plain"),
+    ("knn-lm (ivf)", "knn-lm", (("index", "ivf"), ("k", 1024)), "plain"),
+    ("knn-lm (ivfpq)", "knn-lm", (("index", "ivfpq"), ("k", 1024)), "plain"),
 )
 
 
 def configs(setting_name: str) -> list[Run]:
     setting = SETTINGS[setting_name]
     group = f"{setting_name}: {setting.corpus}"
-    cells = [(arm, arm, (), arm) for arm in TRAINED] + list(DERIVED)
+    cells = [(arm, arm, (), arm) for arm in TRAINED]
+    cells += [(label, arm, options, label) for label, (arm, options) in AS_PUBLISHED.items()] + list(DERIVED)
     runs = []
     for label, arm, options, rates_of in cells:
         mine = change(setting, train=tuned(rates_of, setting))
-        if arm == "knn-lm":
-            options = (*options, ("limit", DATASTORE))
         if arm == "longer":
             mine = change(mine, train={"tokens": round(setting.train.tokens * slowdown())})
         if arm == "larger-vocabulary":
@@ -69,15 +75,16 @@ def tune() -> list[Run]:
     """A grid for every trained arm at T, arms without rows have no second rate; and of lr at S for TUNED_AT_S, where
     bare rows have their second one too."""
     runs = []
-    for arm, has_rows in TRAINED.items():
+    as_published = [(label, *how) for label, how in AS_PUBLISHED.items()]
+    for label, arm, options in [*((arm, arm, ()) for arm in TRAINED), *as_published]:
         setting = SETTINGS["T"]
         if arm == "larger-vocabulary":
             setting = change(setting, vocab_size=vocabulary_for(setting))
         bare = BARE_ROWS.get(arm)
         if bare is not None:
             setting = change(setting, train={"table_lr": bare[1]})
-        cell = Run("sceptic", arm, setting)
-        runs += rate_grid([cell], TUNING, table_lrs=bare or TABLE_LRS if has_rows else ())
+        cell = Run("sceptic", arm, setting, options, label)
+        runs += rate_grid([cell], TUNING, table_lrs=bare or TABLE_LRS if TRAINED[arm] else ())
     setting = SETTINGS["S"]
     for arm in TUNED_AT_S:
         mine = change(setting, train=tuned(arm, SETTINGS["T"]))  # for its table_lr

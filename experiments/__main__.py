@@ -171,10 +171,13 @@ def main() -> int:
             for name in [arguments.name] if arguments.name else _with_results():
                 importlib.import_module(f"experiments.{name}.plot").draw(HOME / name)
         else:
+            claims = importlib.import_module("experiments.claims")  # not above: it brings matplotlib along
+            results = claims.found_in(name=arguments.name or "")
             for name in [arguments.name] if arguments.name else NAMES:
-                write_tables(HOME / name, questions(name).BASELINE, hook(name, "summary"))
+                answers = claims.answers(results, name)
+                write_tables(HOME / name, questions(name).BASELINE, hook(name, "summary"), answers)
             if not arguments.name:
-                importlib.import_module("experiments.claims").write_claims()  # not above: it brings matplotlib along
+                claims.write_claims(results)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

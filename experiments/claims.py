@@ -1,6 +1,6 @@
-"""paper_notes/claims.md: what the paper and the two later models say, and what the runs here say; and a few lines of it
-for the README of the project. All figures come from results.jsonl; verdicts follow the rules below, from the interval
-alone.
+"""paper_notes/claims.md: what the paper and the two later models say, and what the runs here say; a few lines of it for
+the README of the project, and for each experiment's README those that its runs are about. All figures come from
+results.jsonl; verdicts follow the rules below, from the interval alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from experiments.report import interval, write_between_marks
 
 FILE = HOME.parent / "paper_notes" / "claims.md"
 README = HOME.parent / "README.md"
+RUN = "python -m experiments run "
 MARGIN = 0.005  # nats per token, or bits per byte, that count as no difference
 
 
@@ -40,6 +41,11 @@ class Claim:
     figure: Callable[[Path], list[Finding]]
     rule: str
     command: str
+
+    @property
+    def experiment(self) -> str:
+        """Whose runs it is about; "" of a script of its own."""
+        return self.command.removeprefix(RUN) if self.command.startswith(RUN) else ""
 
 
 RULES: dict[str, tuple[str, Callable[[Interval], bool], Callable[[Interval], bool]]] = {
@@ -66,7 +72,7 @@ def verdict(finding: Finding, rule: str) -> str:
 
 def _of(source: str, words: str, ours: str, figure: Callable[[Path], list[Finding]], rule: str, name: str) -> Claim:
     """A claim that the runs of one experiment are about."""
-    return Claim(source, words, ours, figure, rule, f"python -m experiments run {name}")
+    return Claim(source, words, ours, figure, rule, RUN + name)
 
 
 def _loss(source: str, words: str, name: str, ours: str, theirs: str, rule: str) -> Claim:
@@ -178,6 +184,7 @@ CLAIMS = (
         "above -0.03",
         "python experiments/gpu_offload/run.py",
     ),
+    _loss(SCEPTICS, "gate and convolution can both go", "components", "conv: none, gate: none", "engram", "no worse"),
     _loss(V41, "the convolution can go", "components", "conv: none", "engram", "no worse"),
     _loss(V41, "4-grams are worth their rows", "components", "orders: 2, 3, 4", "engram", "no worse"),
     _loss(V41, "rows train with Sinkhorn-balanced momentum", "components", "optimiser: sinkhorn", "engram", "no worse"),
@@ -262,6 +269,7 @@ IN_SHORT = (  # the words of the claims that the README tells, in its order
     "a quarter in the table beats the table alone: a U",
     "the gate earns its place",
     "the convolution can go",
+    "gate and convolution can both go",
     "loss falls with the number of rows",
     "a large vocabulary takes the gain away",
     "more tokens than T's take the gain away, within one pass",
@@ -273,9 +281,29 @@ IN_SHORT = (  # the words of the claims that the README tells, in its order
 Found = list[tuple[Claim, list[Finding]]]
 
 
-def found_in(home: Path = HOME) -> Found:
-    """Every claim with what the runs say. Raises what the experiments' tables raise: a missing side file, say."""
-    return [(claim, claim.figure(home)) for claim in CLAIMS]
+def found_in(home: Path = HOME, name: str = "") -> Found:
+    """Every claim, or those about one experiment, with what the runs say. Raises what the experiments' tables raise: a
+    missing side file, say."""
+    return [(claim, claim.figure(home)) for claim in CLAIMS if not name or claim.experiment == name]
+
+
+def answers(results: Found, name: str) -> str:
+    """Markdown: what the runs of one experiment say to the claims that are about it; "" where none is."""
+    lines = [
+        f"| {claim.words} | {claim.ours} | {_runs(finding)} | {_figure(finding.value)} | {RULES[claim.rule][0]} "
+        f"| {verdict(finding, claim.rule)} |"
+        for claim, found in results
+        if claim.experiment == name
+        for finding in found
+    ]
+    if not lines:
+        return ""
+    head = ("claim", "what we measure", "table", "figure with interval", "needs", "verdict")
+    source = "Whose claims these are, and how a verdict follows: [claims.md](../../paper_notes/claims.md)."
+    return "\n".join(
+        ["### What it says to the claims", "", source, "", "| " + " | ".join(head) + " |", "|---|---|---|---:|---|---|"]
+        + lines
+    )
 
 
 def document(results: Found) -> str:
@@ -296,7 +324,7 @@ def document(results: Found) -> str:
         "S and T are the lab's settings: 4 layers and 3.3M tokens, 2 layers and 0.56M tokens (experiments/README.md).",
         "Experts hardly gain over the plain model with so little text: to be ahead of them says little.",
         "No interval knows that learning rates were chosen on one seed: a difference below 0.02 nats can be theirs.",
-        "Where a part of the memory has no grid of its own, the setting says so.",
+        "Parts of the memory have grids of rates at T alone: of one at S the setting says whose rates it took.",
         "",
         "| source | claim | our setting | what we measure | figure with interval | needs | verdict | command |",
         "|---|---|---|---|---:|---|---|---|",
@@ -322,7 +350,7 @@ def _figure(value: Interval) -> str:
 
 def command(claim: Claim, group: str) -> str:
     """The command that makes the runs of a table, with the setting and the text that are not the experiment's own."""
-    name = claim.command.removeprefix("python -m experiments run ")
+    name = claim.experiment
     group, device = group.removesuffix(", on cuda"), " --device cuda" * group.endswith(", on cuda")
     setting, _, text = group.replace(",", ":").partition(": ")
     if name not in NAMES or setting not in SETTINGS:
@@ -338,25 +366,30 @@ def _line(claim: Claim, cells: list[str], how: str) -> str:
 
 
 def in_short(results: Found) -> str:
-    """Markdown: of each claim in IN_SHORT the finding with the most seeds, at the larger setting if two have as many,
-    and the verdicts on its other tables."""
+    """Markdown: of each claim in IN_SHORT the finding with the most seeds (at S, then on the main text, if two have as
+    many) and the verdicts on its other tables."""
     by_words = {claim.words: (claim, found) for claim, found in results}
     lines = [
-        "| claim | what was measured | figure, 95 % interval | runs | verdict | its other tables |",
-        "|---|---|---:|---|---|---|",
+        "| claim | what was measured | figure, 95 % interval | runs | needs | verdict | its other tables |",
+        "|---|---|---:|---|---|---|---|",
     ]
+
+    def rank(finding: Finding) -> tuple[int, str, bool]:
+        return -finding.seeds, finding.group[:1], SETTINGS["T"].corpus not in finding.group
+
     for words in IN_SHORT:
         claim, found = by_words[words]
         if not found:
-            lines.append(f"| {words} | {claim.ours} | not run yet | | | |")
+            lines.append(f"| {words} | {claim.ours} | not run yet | | {RULES[claim.rule][0]} | | |")
             continue
-        first, *others = sorted(found, key=lambda finding: (-finding.seeds, finding.group[:1]))
+        first, *others = sorted(found, key=rank)
         counts = Counter(verdict(finding, claim.rule) for finding in others)
         cells = [
             words,
             claim.ours,
             _figure(first.value),
             _runs(first),
+            RULES[claim.rule][0],
             f"**{verdict(first, claim.rule)}**",
             ", ".join(f"{kind} ({count})" for kind, count in counts.items()),
         ]
@@ -368,12 +401,11 @@ def _runs(finding: Finding) -> str:
     return f"{finding.group}, {finding.seeds} seed{'s' if finding.seeds != 1 else ''}"
 
 
-def write_claims(home: Path = HOME, file: Path = FILE, readme: Path = README) -> None:
+def write_claims(results: Found, file: Path = FILE, readme: Path = README) -> None:
     """Writes the document, whole or not at all, and the table of the README.
 
     Raises:
-        ValueError: a README without the marks. Besides, what found_in raises.
+        ValueError: a README without the marks.
     """
-    results = found_in(home)
     write_whole(file, document(results).encode())
     write_between_marks(readme, in_short(results))

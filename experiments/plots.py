@@ -24,6 +24,7 @@ from experiments.report import Record, Row, groups_of, rows_of
 
 INK, SOFT, RULE = "#1f2328", "#59636e", "#d5d9de"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b1559c")  # Okabe and Ito's, told apart by colour-blind readers too
+ARM_COLOURS = {"plain": SOFT, **dict(zip(("engram", "one-row", "short-conv", "over-encoding"), COLOURS, strict=True))}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,
@@ -97,7 +98,10 @@ def dot_panels(
             axes.set_xlim(*scale)
             _dots(axes, sorted(rows, key=lambda row: row.bits.mean))  # type: ignore[union-attr]
             axes.set_title(f"{home.name}, {name}")
-            axes.set_xlabel(f"bits per byte, minus {baseline}'s\n(left is better; bars: 95 % intervals)")
+            axes.set_xlabel(
+                f"bits per byte, minus {baseline}'s (left is better; bars: 95 % intervals)\n"
+                "blue: clearly better, orange: clearly worse, open: cannot tell, or one seed"
+            )
     return figure, panels
 
 

@@ -199,7 +199,7 @@ def facts(rows: list[Row]) -> str:
     ]
     few = [row.label for row in rows if row.paired and len(row.paired) < max(len(r.paired) for r in rows)]
     if few:
-        lines.append(f"Compared on fewer seeds than the others: {', '.join(few)}.")
+        lines.append(f"Compared on fewer seeds than the others: {'; '.join(few)}.")
     for row in rows:
         extra = {name: value for run in row.runs[:1] for name, value in run["extra"].items()}
         if extra:
@@ -251,22 +251,23 @@ def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
         lines += ["", f"Without a grid here, at the rates in the tables: {'; '.join(untuned)}."]
     edge = [label for label, row in losses.items() if _at_the_edge(row)]
     if edge:
-        lines += ["", f"Best at the edge of its grid, so that more may be had there: {', '.join(edge)}."]
+        lines += ["", f"Best at the edge of its grid, so that more may be had there: {'; '.join(edge)}."]
     return "\n".join(lines)
 
 
 def _at_the_edge(row: dict[tuple[float, float], float]) -> bool:
-    """Whether the best of at least three values of a rate is the smallest or the largest of them."""
+    """Whether the best value of a rate is the smallest or the largest of those that were tried."""
     best = min(row, key=lambda rates: row[rates])
     for place in (0, 1):
         tried = sorted({rates[place] for rates in row})
-        if len(tried) >= 3 and best[place] in (tried[0], tried[-1]):
+        if len(tried) > 1 and best[place] in (tried[0], tried[-1]):
             return True
     return False
 
 
-def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> str:
-    """All tables of an experiment as Markdown. summary: of home, what the experiment adds in front of them."""
+def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = None, answers: str = "") -> str:
+    """All tables of an experiment as Markdown. summary: of home, what the experiment adds in front of them. answers:
+    what they say to the claims, in front of that."""
     parts = []
     groups = groups_of(read_results(home / "results.jsonl"))
     for group, runs in sorted(groups.items(), key=lambda item: _by_numbers(item[0])):
@@ -280,6 +281,8 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
         parts.append("\n\n".join([f"### {group}", *tables, *seen]))
     if parts and summary is not None:
         parts.insert(0, summary(home))
+    if answers:
+        parts.insert(0, answers)
     tuning = tuning_table(read_results(home / "tune.jsonl"), [label for runs in groups.values() for label in runs])
     return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
 
@@ -290,13 +293,13 @@ def _by_numbers(group: str) -> list[tuple[int, str | float]]:
     return [(0, float(part.replace(",", ""))) if place % 2 else (1, part) for place, part in enumerate(parts)]
 
 
-def write_tables(home: Path, baseline: str, summary: Callable[[Path], str] | None = None) -> None:
-    """Writes the tables into home/README.md.
+def write_tables(home: Path, baseline: str, summary: Callable[[Path], str] | None = None, answers: str = "") -> None:
+    """Writes the tables of `document` into home/README.md.
 
     Raises:
         FileNotFoundError: a missing side file. Besides, what write_between_marks raises.
     """
-    write_between_marks(home / "README.md", document(home, baseline, summary))
+    write_between_marks(home / "README.md", document(home, baseline, summary, answers))
 
 
 def write_between_marks(readme: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from engram.config import EngramConfig
 from engram.lm.run import Setting, prepare
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
-from experiments import config, prepared, report, runner
+from experiments import claims, config, prepared, report, runner
 from experiments.__main__ import chosen, main, runs_of, seeds_of, tune
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
 from experiments.slots.plot import log_fit
@@ -653,7 +653,8 @@ def test_the_tuning_table_keeps_budgets_apart():
 def test_every_readme_has_the_tables_of_its_results_and_says_what_they_do_not_show(name):
     text = (config.HOME / name / "README.md").read_text()
     assert text.index("<!-- table -->\n") < text.index("<!-- end -->\n") < text.index("## What this does not show\n")
-    made = report.document(config.HOME / name, config.questions(name).BASELINE, config.hook(name, "summary"))
+    answers = claims.answers(claims.found_in(name=name), name)
+    made = report.document(config.HOME / name, config.questions(name).BASELINE, config.hook(name, "summary"), answers)
     assert f"<!-- table -->\n{made}\n<!-- end -->" in text, f"python -m experiments report {name}"
 
 

@@ -643,7 +643,7 @@ def test_claims_are_filled_from_the_results(tmp_path):
     assert "| agrees |" in lines["early layers are nearer to prediction"]
     assert "not run yet" in lines["the gate earns its place"]
     short = claims.in_short(found)
-    assert "| T: facts:wiki, 3 seeds | **agrees** |" in short
+    assert "| T: facts:wiki, 3 seeds | below 0 | **agrees** |" in short
 
 
 def test_the_claims_are_those_of_the_committed_results():
@@ -660,7 +660,7 @@ def test_the_readme_shows_the_largest_setting_with_the_most_seeds():
     found = [Finding(group, Interval(mean, mean - 0.01, mean + 0.01), seeds) for group, mean, seeds in tables]
     results = [(other, found if other is claim else []) for other in claims.CLAIMS]
     (line,) = (line for line in claims.in_short(results).splitlines() if words in line)
-    assert "-0.3000 (-0.3100 .. -0.2900) | S: a, 3 seeds | **agrees** |" in line
+    assert "-0.3000 (-0.3100 .. -0.2900) | S: a, 3 seeds | below 0 | **agrees** |" in line
     assert "agrees (1), disagrees (1), cannot tell (1)" in line
 
 

@@ -20,6 +20,8 @@ def test_the_library_example_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     names: dict = {}
     exec(BLOCKS[0], names)
     assert "'rows'" in capsys.readouterr().out
+    exec(BLOCKS[4], names)
+    assert names["found"].layers[1].rows.shape == (64, 2, 4)
     names.update(i=1, x=names["torch"].zeros(8, 256, 128), ids=names["ids"][:, :-1])
     exec(BLOCKS[1], names)
     assert names["served"].tables[1].info()["codec"] == "fp8"

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.depth.configs import BASELINE
 from experiments.depth.summary import compare, lens
 from experiments.measures import mean_of, measured
-from experiments.plots import COLOURS, INK, STYLE, curve, new_figure, save
+from experiments.plots import ARM_COLOURS, INK, STYLE, curve, new_figure, save
 
 
 def draw(home: Path) -> Path:
@@ -29,12 +29,12 @@ def draw(home: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         for axes, (group, labels) in zip(panels, groups.items(), strict=False):
             means: list[list[float]] = []  # of each arm, by layer
-            for colour, (label, runs) in zip(COLOURS, labels.items(), strict=False):
+            for label, runs in labels.items():
                 depth = min((len(run["measures"]["lens_kl"]) for run in runs.values()), default=0)
                 points = [mean_of(runs, lens(layer)) for layer in range(depth - 1)]  # the last layer has 0
                 known = [point for point in points if point is not None]
                 if known:
-                    curve(axes, range(len(known)), [_finite(point) for point in known], colour, label)
+                    curve(axes, range(len(known)), [_finite(point) for point in known], ARM_COLOURS[label], label)
                     means.append([point.mean for point in known])
             if means:
                 axes.set_yscale("log")

@@ -111,7 +111,7 @@ def _likeness_table(label: str, group: str, found: dict[int, tuple[np.ndarray, n
     head = ("layer", *(f"plain's {j + 1}" for j in range(ours.shape[1])), "like layer", "plain's own is like")
     return (
         f"### CKA of {label} and plain, {group}\n\nBetween different seeds, also for plain's own; means over pairs.\n\n"
-        f"{table(head, lines)}\n\nFrom layer {REACHED} on, behind the memory, layers of {label} are like layers deeper "
-        f"by {shown(_deeper(found), '+.2f')} on average; the last one cannot be. Mean over seeds, where the columns "
-        "are of the mean likenesses."
+        f"{table(head, lines)}\n\nFrom layer {REACHED} on, behind the memory, layers of {label} are like layers that "
+        f"lie {shown(_deeper(found), '+.2f')} deeper on average; the last one cannot be. That is the mean of each "
+        "seed's own shift, where the last two columns are read off the mean likenesses, so the two differ."
     )

@@ -1,4 +1,4 @@
-"""A host table of 40 GiB feeding a decoder of about 1B parameters on a GPU: throughput with the memory over without.
+"""A host table of 42 GiB feeding a decoder of about 1B parameters on a GPU: throughput with the memory over without.
 
     python experiments/gpu_offload/run.py            # on a machine with a GPU and 48 GiB of free host memory
     python experiments/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from experiments.measures import mean_of, measured, share_of
-from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
+from experiments.plots import ARM_COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.recall.configs import ARMS, SLOW
 from experiments.recall.summary import accuracy, half_way
 from experiments.report import Record
@@ -33,8 +33,7 @@ def draw(home: Path) -> Path:
 
 def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
     """The loss over training, a line for each seed."""
-    looks = {arm: (colour, "-") for arm, colour in zip(ARMS, COLOURS, strict=True)}
-    looks[SLOW] = (looks["engram"][0], ":")
+    looks = {**{arm: (ARM_COLOURS[arm], "-") for arm in ARMS}, SLOW: (ARM_COLOURS["engram"], "--")}
     level = half_way(next(run for runs in labels.values() for run in runs.values()))
     for label, (colour, style) in looks.items():
         for which, run in enumerate(labels.get(label, {}).values()):
@@ -42,7 +41,7 @@ def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
             axes.plot([t / 1e6 for t in tokens], nats, style, color=colour, lw=1.2, label=None if which else label)
     axes.axhline(level, color=SOFT, linewidth=1.2, linestyle=":")
     axes.set_ylim(0, 3 * level)
-    axes.set_xlabel("training tokens, millions (a line a seed; dotted: taken for learned)")
+    axes.set_xlabel("training tokens, millions (a line a seed; dotted: learned)")
     axes.set_ylabel("nats an answer")
 
 
@@ -50,7 +49,8 @@ def _accuracy(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
     """Shares of answers right, a line for each arm and state of its memory."""
     names = []
     for label, runs in labels.items():
-        for state, marker, colour in (("on", "o", COLOURS[0]), ("off", "v", COLOURS[1])):
+        colour = ARM_COLOURS["engram" if label == SLOW else label]
+        for state, marker in (("on", "o"), ("off", "v")):
             found = share_of(runs, accuracy(state))
             if found is None:
                 continue

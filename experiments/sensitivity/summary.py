@@ -106,4 +106,4 @@ def _contrasts(runs: dict[int, Record]) -> str:
         ("the one minus the other", retention_gap(runs)),
     )
     lines = [(words, f"{len(runs)}", shown(value, ".2f") or "no runs") for words, value in found]
-    return table(("next tokens, engram", "seeds", ""), lines)
+    return table(("next tokens, engram", "seeds", "share"), lines)

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from engram.lm.statistics import Interval, over_seeds, wider
-from experiments.plots import COLOURS, SOFT, STYLE, hollow, load, new_figure, save
+from experiments.plots import ARM_COLOURS, SOFT, STYLE, hollow, load, new_figure, save
 from experiments.report import Row, documents_of, interval
 from experiments.slots.configs import BASELINE
 
@@ -23,7 +23,8 @@ def draw(home: Path) -> Path:
             if plain is None:
                 raise ValueError(f"{home}: group {group!r} has no run of {BASELINE!r} to measure from")
             shown: set[int] = set()
-            for colour, arm in zip(COLOURS, ("engram", "over-encoding"), strict=False):
+            for arm in ("engram", "over-encoding"):
+                colour = ARM_COLOURS[arm]
                 cells = cells_of(rows, arm)
                 if not cells:
                     continue

@@ -45,7 +45,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """attach and detach on first use: they import transformers, which nothing else here needs."""
     if name in ("attach", "detach"):
-        from engram.integrations import attach
+        try:
+            from engram.integrations import attach
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ModuleNotFoundError(
+                f"engram.{name} needs transformers, which is not installed: pip install -e '.[hf]' in the project's "
+                f"folder",
+                name="transformers",
+            ) from None
 
         return getattr(attach, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

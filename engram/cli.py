@@ -20,7 +20,10 @@ app = typer.Typer(
 )
 
 Corpus = Annotated[
-    str, typer.Option(help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib; or a folder or file of text.")
+    str,
+    typer.Option(
+        help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib, botocore; or a folder or file of text."
+    ),
 ]
 Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000, 1.1M, 500k.")]
 Memory = Annotated[

@@ -224,6 +224,12 @@ def test_packed_documents_are_read_as_each_alone(name):
     close(packed[:, 8:], model(ids[:, 8:]).logits)
 
 
+def test_without_transformers_the_error_says_what_to_install():
+    code = "import sys; sys.modules['transformers'] = None; import engram; engram.attach"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 1 and "pip install -e '.[hf]'" in ran.stderr
+
+
 def test_detach_gives_the_untouched_model_back():
     model = build("gemma3_images")
     before, ids = set(model.state_dict()), text()

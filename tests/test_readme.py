@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def test_explain_and_plan_say_what_the_readme_shows(capsys, monkeypatch):
     assert len(shown) == 4
     for line in shown:
         assert any(one.startswith(" ".join(line.split())) for one in printed), line
+
+
+def test_the_command_line_is_there_as_a_module_too():
+    ran = subprocess.run([sys.executable, "-m", "engram", "verify", "nowhere"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "nowhere is no saved memory" in ran.stderr.replace("\n", " ")
 
 
 def test_the_lm_eval_task_of_the_readme_runs(capsys, monkeypatch, tmp_path):

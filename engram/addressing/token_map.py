@@ -56,6 +56,9 @@ class TokenMap:
         Ids whose single-token text is equal after normalisation (compatibility forms, accents, case, runs of white
         space) share a compressed id; a token that is no whole UTF-8 text is known by its raw token string. Compressed
         ids are numbered in order of first appearance.
+
+        Raises:
+            ValueError: an empty vocabulary.
         """
         normalise = _normaliser().normalize_str
         numbers: dict[str, int] = {}

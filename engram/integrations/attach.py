@@ -121,7 +121,11 @@ def attach(
 
 
 def detach(model: nn.Module) -> EngramMemory:
-    """Takes the memory out of a model that `attach` gave one, and returns it. The model is then as it was."""
+    """Takes the memory out of a model that `attach` gave one, and returns it. The model is then as it was.
+
+    Raises:
+        ValueError: a model without an attached memory.
+    """
     memory = next((m for m in model.modules() if isinstance(m, EngramMemory) and m.attachment is not None), None)
     if memory is None:
         raise ValueError(f"{type(model).__name__} has no attached memory")

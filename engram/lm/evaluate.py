@@ -51,6 +51,10 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
     A document's first token is predicted from <|endoftext|>; its end is not predicted, so that bits per byte count the
     text and nothing else. A window after the first starts without context, in every arm alike.
 
+    Args:
+        data: packed documents. context: tokens of a window, default the model's max_length. batch_tokens: of a forward
+            pass, at most, padding included.
+
     Raises:
         ValueError: no document, or a context beyond the model's. FloatingPointError: a loss that is not finite.
     """

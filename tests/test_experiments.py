@@ -22,6 +22,7 @@ from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
 from experiments import claims, config, prepared, report, runner
 from experiments.__main__ import chosen, main, runs_of, seeds_of, tune
+from experiments.arms.knn_lm import INDEXES
 from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
 from experiments.slots.plot import log_fit
 from experiments.trained import FILE, training_of
@@ -150,7 +151,7 @@ def test_nothing_is_tuned_on_the_reported_text(name):
 
 def test_only_and_corpus_select_and_change_the_runs():
     runs = runs_of("sceptic", [0, 1], ["plain", "knn-lm"], "T", "stdlib")
-    assert [run.label for run in runs[:4]] == ["plain", "knn-lm (exact)", "knn-lm (ivf)", "knn-lm (ivfpq)"]
+    assert [run.label for run in runs[:4]] == ["plain", *(f"knn-lm ({index}, 1,024)" for index in INDEXES)]
     assert {run.setting.corpus for run in runs} == {"stdlib"} and [run.seed for run in runs] == [0] * 4 + [1] * 4
     assert {run.group for run in runs} == {"T: stdlib"}
 

@@ -48,9 +48,9 @@ DERIVED = (
     ("longer", "longer", (), "plain"),
     ("switched-off", "switched-off", (), "engram"),
     ("kneser-ney", "kneser-ney", (), "plain"),
-    ("knn-lm (exact)", "knn-lm", (("index", "exact"), ("k", 1024), ("limit", DATASTORE)), "plain"),
-    ("knn-lm (ivf)", "knn-lm", (("index", "ivf"), ("k", 1024)), "plain"),
-    ("knn-lm (ivfpq)", "knn-lm", (("index", "ivfpq"), ("k", 1024)), "plain"),
+    ("knn-lm (exact, 1,024)", "knn-lm", (("index", "exact"), ("k", 1024), ("limit", DATASTORE)), "plain"),
+    ("knn-lm (ivf, 1,024)", "knn-lm", (("index", "ivf"), ("k", 1024)), "plain"),
+    ("knn-lm (ivfpq, 1,024)", "knn-lm", (("index", "ivfpq"), ("k", 1024)), "plain"),
 )
 
 

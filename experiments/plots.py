@@ -91,7 +91,7 @@ def dot_panels(
     groups = {name: rows for name, rows in groups.items() if rows}
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no arm beside {baseline!r} with a seed in common to compare")
-    figure, panels = new_figure(7.2, [*(1.05 + 0.23 * len(rows) for rows in groups.values()), *more])
+    figure, panels = new_figure(7.2, [*(1.2 + 0.23 * len(rows) for rows in groups.values()), *more])
     with matplotlib.rc_context(STYLE):
         scale = _scale([row for rows in groups.values() for row in rows])
         for axes, (name, rows) in zip(panels, groups.items(), strict=False):
@@ -99,8 +99,8 @@ def dot_panels(
             _dots(axes, sorted(rows, key=lambda row: row.bits.mean))  # type: ignore[union-attr]
             axes.set_title(f"{home.name}, {name}")
             axes.set_xlabel(
-                f"bits per byte, minus {baseline}'s (left is better; bars: 95 % intervals)\n"
-                "blue: clearly better, orange: clearly worse, open: cannot tell, or one seed"
+                f"bits per byte, minus {baseline}'s; bars: 95 % intervals\n"
+                "blue: clearly better, orange: clearly worse\nopen: cannot tell, or one seed"
             )
     return figure, panels
 

@@ -125,14 +125,14 @@ class EngramOptimizer(torch.optim.AdamW):
 
     def _check_weights(self) -> None:
         """At the first step after a state was loaded, when everything else has been loaded too."""
-        saved, self._saved_beside = self._saved_beside, None
-        if saved is not None and saved != self._digests():
+        if self._saved_beside is not None and self._saved_beside != self._digests():
             raise RuntimeError(
                 "this optimiser's state was saved beside other weights of the memory than it has now, so training "
                 "would go on with other rows: load the memory's state too (checkpoints that PEFT writes hold adapters "
                 "alone: memory.save beside them, engram.attach(model, folder) to go on). To train from these rows on, "
                 "build a new optimiser"
             )
+        self._saved_beside = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where the saved state belongs to other tables or another kind of optimiser. Where the
@@ -155,7 +155,7 @@ def _digest(memory: EngramMemory) -> str:
     """Of the bits of its fusion weights, 16 hex digits."""
     digest = xxhash.xxh3_64()
     for weight in memory.fusions.parameters():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

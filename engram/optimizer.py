@@ -77,16 +77,15 @@ class EngramOptimizer(torch.optim.AdamW):
                 return None
         self._check_weights()
         loss = _dense_step(self, closure)
+        lr = next(group["lr"] for group in self.param_groups if group.get("name") == "tables")
         for memory, layers in zip(self.memories, self.rows, strict=True):
-            learns = any(weight.grad is not None for weight in memory.fusions.parameters())
-            if layers and learns and not memory.training and not any(memory.gradients.values()):
+            unused = layers and not memory.training and not any(memory.gradients.values())
+            if unused and any(weight.grad is not None for weight in memory.fusions.parameters()):
                 warnings.warn(
                     "the fusion weights of this memory learn and its rows do not: it is in eval() mode, in which rows "
                     "are only read. Call model.train() before training, or memory.requires_grad_(False) to freeze both",
                     stacklevel=2,
                 )
-        lr = next(group["lr"] for group in self.param_groups if group.get("name") == "tables")
-        for memory, layers in zip(self.memories, self.rows, strict=True):
             for layer, optimizer in layers.items():
                 memory.drop_stale_gradients(layer)
                 pending = memory.gradients[layer]

@@ -17,6 +17,7 @@ from experiments import findings
 from experiments.config import HOME, NAMES, SETTINGS, questions
 from experiments.findings import Finding
 from experiments.kneser_ney.configs import WITH_PLAIN
+from experiments.measures import table
 from experiments.recall.configs import SLOW
 from experiments.report import interval, write_between_marks
 
@@ -299,8 +300,10 @@ def found_in(home: Path = HOME, name: str = "") -> Found:
 def answers(results: Found, name: str) -> str:
     """Markdown: what the runs of one experiment say to the claims that are about it; "" where none is."""
     lines = [
-        f"| {claim.words} | {claim.ours} | {_runs(finding)} | {_figure(finding.value)} | {RULES[claim.rule][0]} "
-        f"| {verdict(finding, claim.rule)} |"
+        (
+            *(claim.words, claim.ours, _runs(finding), _figure(finding.value)),
+            *(RULES[claim.rule][0], verdict(finding, claim.rule)),
+        )
         for claim, found in results
         if claim.experiment == name
         for finding in found
@@ -309,10 +312,7 @@ def answers(results: Found, name: str) -> str:
         return ""
     head = ("claim", "what we measure", "table", "figure with interval", "needs", "verdict")
     source = "Whose claims these are, and how a verdict follows: [claims.md](../../paper_notes/claims.md)."
-    return "\n".join(
-        ["### What it says to the claims", "", source, "", "| " + " | ".join(head) + " |", "|---|---|---|---:|---|---|"]
-        + lines
-    )
+    return f"### What it says to the claims\n\n{source}\n\n{table(head, lines, words=3)}"
 
 
 def document(results: Found) -> str:

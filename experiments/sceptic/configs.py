@@ -31,11 +31,13 @@ TRAINED = {
     "moe-active": False,
     "product-key": True,
 }
-# Arms of those in the way of their sources, where another way was matched to Engram first: arm, options.
-AS_PUBLISHED: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
-    "short-conv (every layer)": ("short-conv", (("everywhere", True),)),
-    "product-key (batch norm)": ("product-key", (("norm", "batch"),)),
-}
+# What has a grid of its own: label, arm, options. Each of those, and some in the way of their sources too, where
+# another way was matched to Engram first.
+TUNED: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = (
+    *((arm, arm, ()) for arm in TRAINED),
+    ("short-conv (every layer)", "short-conv", (("everywhere", True),)),
+    ("product-key (batch norm)", "product-key", (("norm", "batch"),)),
+)
 # Ten minutes a run: the two that every conclusion at S is about, and the rival that is nearest.
 TUNED_AT_S = ("engram", "plain", "hashed-bigram")
 # Rows that are added to the hidden state as they are, without a projection, want smaller steps.
@@ -57,10 +59,8 @@ DERIVED = (
 def configs(setting_name: str) -> list[Run]:
     setting = SETTINGS[setting_name]
     group = f"{setting_name}: {setting.corpus}"
-    cells = [(arm, arm, (), arm) for arm in TRAINED]
-    cells += [(label, arm, options, label) for label, (arm, options) in AS_PUBLISHED.items()] + list(DERIVED)
     runs = []
-    for label, arm, options, rates_of in cells:
+    for label, arm, options, rates_of in (*((*cell, cell[0]) for cell in TUNED), *DERIVED):
         mine = change(setting, train=tuned(rates_of, setting))
         if arm == "longer":
             mine = change(mine, train={"tokens": round(setting.train.tokens * slowdown())})
@@ -75,8 +75,7 @@ def tune() -> list[Run]:
     """A grid for every trained arm at T, arms without rows have no second rate; and of lr at S for TUNED_AT_S, where
     bare rows have their second one too."""
     runs = []
-    as_published = [(label, *how) for label, how in AS_PUBLISHED.items()]
-    for label, arm, options in [*((arm, arm, ()) for arm in TRAINED), *as_published]:
+    for label, arm, options in TUNED:
         setting = SETTINGS["T"]
         if arm == "larger-vocabulary":
             setting = change(setting, vocab_size=vocabulary_for(setting))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import LogLocator
 
-from experiments.plots import COLOURS, INK, SOFT, STYLE, dot_panels, load, save
+from experiments.plots import ARM_COLOURS, INK, SOFT, STYLE, dot_panels, load, save
 from experiments.report import Row, size_of
 from experiments.sceptic.configs import BASELINE
 
@@ -35,7 +35,7 @@ def _prices(axes: Axes, rows: list[Row]) -> None:
     points += [(size_of(row) / 1e6, 0.0, row.label) for row in rows if row.label == BASELINE]
     axes.axhline(0, color=SOFT, linewidth=1, zorder=0.5)
     for x, y, label in points:
-        axes.plot(x, y, "o", color=COLOURS[0] if label == "engram" else SOFT, markersize=5)
+        axes.plot(x, y, "o", color=ARM_COLOURS["engram"] if label == "engram" else SOFT, markersize=5)
     axes.set_xscale("log")
     axes.margins(x=0.36)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

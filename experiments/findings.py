@@ -40,7 +40,7 @@ def difference(name: str, ours: str, theirs: str, unit: str = "nats") -> Callabl
 
     def figure(home: Path) -> list[Finding]:
         found, grids = [], {record["label"] for record in read_results(home / name / "tune.jsonl")}
-        for group, runs in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
+        for group, runs in groups_of(read_results(home / name / "results.jsonl")).items():
             if ours in runs and theirs in runs:
                 untuned = name == "components" and (ours not in grids or not group.startswith("T"))  # grids are T's
                 found += _compared(home / name, group + ", engram's rates" * untuned, runs, ours, theirs, unit)
@@ -69,7 +69,7 @@ def change_of_gain(name: str, along: str, passes: str = "", least_tokens: int = 
 
     def figure(home: Path) -> list[Finding]:
         series: dict[tuple[str, str], dict[float, tuple[str, dict[str, dict[int, Record]]]]] = {}
-        for group, labels in sorted(groups_of(read_results(home / name / "results.jsonl")).items()):
+        for group, labels in groups_of(read_results(home / name / "results.jsonl")).items():
             pair = {arm: {run["seed"]: run for run in labels.get(arm, [])} for arm in ("plain", "engram")}
             if set(pair["plain"]) & set(pair["engram"]):
                 run = labels["plain"][0]
@@ -112,7 +112,7 @@ def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> n
 def twice_the_tokens(home: Path) -> list[Finding]:
     """Plain minus engram that was trained on half as many tokens, on each text and at each budget."""
     found, folder = [], home / "tokens"
-    groups = sorted(groups_of(read_results(folder / "results.jsonl")).items())
+    groups = groups_of(read_results(folder / "results.jsonl")).items()
     plain = {(text_of(group), budget_of(runs["plain"][0])): runs["plain"] for group, runs in groups if "plain" in runs}
     for group, runs in groups:
         longer = plain.get((text_of(group), 2 * budget_of(runs["engram"][0]))) if "engram" in runs else None
@@ -129,7 +129,7 @@ def slots_fit(part: str) -> Callable[[Path], list[Finding]]:
 def _slots_fits(home: Path) -> list[tuple[str, LogFit, int]]:
     """(group, line, seeds) of every table with three sizes or more."""
     found, folder = [], home / "slots"
-    for group, runs in sorted(groups_of(read_results(folder / "results.jsonl")).items()):
+    for group, runs in groups_of(read_results(folder / "results.jsonl")).items():
         if "plain" not in runs:
             continue
         rows = rows_of(folder, runs, "plain")
@@ -144,7 +144,7 @@ def _slots_fits(home: Path) -> list[tuple[str, LogFit, int]]:
 def slots_ahead(home: Path) -> list[Finding]:
     """Engram minus OverEncoding with as many rows, at the most rows that both ran with."""
     found, folder = [], home / "slots"
-    for group, runs in sorted(groups_of(read_results(folder / "results.jsonl")).items()):
+    for group, runs in groups_of(read_results(folder / "results.jsonl")).items():
         sizes = [{_rows(label) for label in runs if label.startswith(arm)} for arm in ("engram, ", "over-encoding, ")]
         if sizes[0] & sizes[1]:
             most = max(sizes[0] & sizes[1])

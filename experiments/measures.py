@@ -19,7 +19,7 @@ def measured(home: Path) -> dict[str, dict[str, dict[int, Record]]]:
     groups = groups_of(read_results(home / "results.jsonl"))
     return {
         group: {label: {run["seed"]: run for run in runs if "measures" in run} for label, runs in labels.items()}
-        for group, labels in sorted(groups.items())
+        for group, labels in groups.items()
     }
 
 

@@ -51,7 +51,7 @@ def load(home: Path, baseline: str) -> dict[str, list[Row]]:
     groups = groups_of(read_results(home / "results.jsonl"))
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
-    return {group: rows_of(home, runs, baseline) for group, runs in sorted(groups.items())}
+    return {group: rows_of(home, runs, baseline) for group, runs in groups.items()}
 
 
 def new_figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -100,7 +100,7 @@ def dot_panels(
             axes.set_title(f"{home.name}, {name}")
             axes.set_xlabel(
                 f"bits per byte, minus {baseline}'s; bars: 95 % intervals\n"
-                "blue: clearly better, orange: clearly worse\nopen: cannot tell, or one seed"
+                "blue: clearly better, orange: clearly worse\nhollow: cannot tell, or one seed"
             )
     return figure, panels
 

@@ -50,8 +50,9 @@ class Row:
 
 
 def groups_of(records: list[Record]) -> dict[str, dict[str, list[Record]]]:
-    """{group: {label: one run per seed}}. Of runs with the same label but another cell (other rates, say) only the
-    newest kind counts, so that no row mixes two kinds; a run that was relabelled counts under its newest label."""
+    """{group: {label: one run per seed}}, groups in the order of their numbers. Of runs with the same label but
+    another cell (other rates, say) only the newest kind counts, so that no row mixes two kinds; a run that was
+    relabelled counts under its newest label."""
     latest = {record["key"]: number for number, record in enumerate(records)}
     records = [record for number, record in enumerate(records) if latest[record["key"]] == number]
     newest: dict[tuple[str, str], str] = {(r["group"], r["label"]): r["cell"] for r in records}
@@ -61,8 +62,8 @@ def groups_of(records: list[Record]) -> dict[str, dict[str, list[Record]]]:
         if record["cell"] == newest[group, label]:
             groups.setdefault(group, {}).setdefault(label, {})[record["seed"]] = record
     return {
-        group: {label: [by_seed[seed] for seed in sorted(by_seed)] for label, by_seed in labels.items()}
-        for group, labels in groups.items()
+        group: {label: [by_seed[seed] for seed in sorted(by_seed)] for label, by_seed in groups[group].items()}
+        for group in sorted(groups, key=by_numbers)
     }
 
 
@@ -240,7 +241,7 @@ def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
         "|---|---:|---|",
     ]
     if len(budgets) > 1:
-        losses = {row: losses[row] for row in sorted(losses, key=_by_numbers)}
+        losses = {row: losses[row] for row in sorted(losses, key=by_numbers)}
     for label, row in losses.items():
         best, *others = (
             f"{row[rates]:.4f} at {rates[0]:g} / {rates[1]:g}" for rates in sorted(row, key=lambda rates: row[rates])
@@ -270,7 +271,7 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
     what they say to the claims, in front of that."""
     parts = []
     groups = groups_of(read_results(home / "results.jsonl"))
-    for group, runs in sorted(groups.items(), key=lambda item: _by_numbers(item[0])):
+    for group, runs in groups.items():
         rows = rows_of(home, runs, baseline)
         tables = [table(rows, baseline), facts(rows)]
         seen = [text for order in ORDERS if (text := seen_table(rows, baseline, order))]
@@ -287,7 +288,7 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
     return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
 
 
-def _by_numbers(group: str) -> list[tuple[int, str | float]]:
+def by_numbers(group: str) -> list[tuple[int, str | float]]:
     """A key that sorts "4,096" before "16,384"."""
     parts = re.split(r"(\d[\d,]*\.?\d*)", group)  # every second one is a number
     return [(0, float(part.replace(",", ""))) if place % 2 else (1, part) for place, part in enumerate(parts)]

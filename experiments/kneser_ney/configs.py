@@ -57,7 +57,7 @@ def against_engram(home: Path) -> list[tuple[str, int, str, Row, Row]]:
     """(group, rows a head, name, its row with engram of as many bytes as baseline, engram's row) of every cell with
     counts that has a seed in common with engram. Raises what rows_of raises."""
     found = []
-    for group, labels in sorted(groups_of(read_results(home / "results.jsonl")).items()):
+    for group, labels in groups_of(read_results(home / "results.jsonl")).items():
         for label, runs in labels.items():
             name, rows = parts_of(label)
             if rows is None or name == "engram" or label_of("engram", rows) not in labels:

@@ -36,7 +36,7 @@ def draw(home: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         for place, (label, points) in zip(axes, panels, strict=True):
             _panel(place, label, points)
-        axes[0].set_title(f"{home.name}: counts beside a trained table (bars: 95 % intervals; open: one seed)")
+        axes[0].set_title(f"{home.name}: counts beside a trained table (bars: 95 % intervals; hollow: one seed)")
     return save(figure, home)
 
 
@@ -50,7 +50,7 @@ def _panel(axes: Axes, label: str, points: Points) -> None:
     ticks = sorted({place for line in points.values() for place, _ in line})
     axes.axhline(0, color=SOFT, linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel(f"nats per token, minus {BASELINE}'s")

@@ -47,7 +47,7 @@ def draw(home: Path) -> Path:
             axes.set_xticks(np.log2(sorted(shown)), [f"{rows:,}" for rows in sorted(shown)])
             axes.set_xlabel("rows per head")
             axes.set_ylabel("nats per token, minus plain's")
-            axes.set_title(f"{home.name}, {group} (small dots: seeds; open: one seed; dotted: lines with 95 % bands)")
+            axes.set_title(f"{home.name}, {group} (small dots: seeds; hollow: one seed; dotted: lines with 95 % bands)")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return save(figure, home)
 

@@ -26,7 +26,7 @@ def budget(setting: Setting, factor: float) -> Setting:
 
 
 def group_of(setting_name: str, setting: Setting) -> str:
-    return f"{setting_name}: {setting.corpus}, {setting.train.tokens / 1e6:05.2f}M tokens"
+    return f"{setting_name}: {setting.corpus}, {setting.train.tokens / 1e6:.2f}M tokens"
 
 
 def configs(setting_name: str) -> list[Run]:

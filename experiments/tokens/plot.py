@@ -44,7 +44,7 @@ def draw(home: Path) -> Path:
         ticks = sorted({tokens for points in curves.values() for tokens, _ in points})
         for axes in (losses, gains):
             axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
             axes.minorticks_off()
             axes.legend()
         gains.set_xlim(losses.get_xlim())
@@ -52,7 +52,7 @@ def draw(home: Path) -> Path:
         losses.set_ylabel("bits per byte (dashed: plain)")
         gains.set_ylabel("gain over plain, bits per byte")
         losses.set_title(f"{home.name}: how far a line is to the left is what it saves in tokens (means over seeds)")
-        gains.set_title("engram against plain (bars: 95 % intervals; open: one seed)")
+        gains.set_title("engram against plain (bars: 95 % intervals; hollow: one seed)")
     return save(figure, home)
 
 

@@ -15,7 +15,7 @@ def configs(setting_name: str) -> list[Run]:
     setting, budget = SETTINGS[setting_name], (("epochs", EPOCHS[setting_name]),)
     runs = []
     for size, length in VOCABULARIES.items():
-        group = f"{setting_name}: vocabulary {'bytes' if size == SMALLEST_VOCAB else f'{size:,}'}"
+        group = f"{setting_name}: vocabulary {size:,}{' (bytes)' if size == SMALLEST_VOCAB else ''}"
         for arm in ("plain", "engram"):
             rates = tuned(arm, setting, tokens=length * setting.train.tokens)
             mine = change(setting, vocab_size=size, train=rates)

@@ -94,9 +94,9 @@ def ablate(
     arms: Annotated[str, typer.Option(help="Arms joined by commas: plain, one-row, random, engram.")] = (
         "plain,one-row,engram"
     ),
-    out: Annotated[Path, typer.Option(help="Folder for report.json, curves.png and report.html.")] = Path(
-        "runs/ablation"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.json, curves.png and report.html, written after each run.")
+    ] = Path("runs/ablation"),
     lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,
     table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
     held_out: Annotated[str, typer.Option(help="validation; or tune, to choose learning rates on.")] = "validation",
@@ -131,8 +131,8 @@ def ablate(
             command=" ".join(["engram", *sys.argv[1:]]),
             on_step=on_step,
             on_data=_describe,
+            on_report=lambda report: job.write_report(report, out),  # a run that is killed leaves what it has
         )
-    job.write_report(report, out)
     if as_json:
         print(json.dumps(report))
     else:

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from engram import EngramConfig
 from engram.cli import parse_count, parse_seeds
+from engram.lm.ablate import ablate
+from engram.lm.run import Setting
+from engram.lm.train import TrainConfig
+from engram.lm.transformer import TransformerConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = [sys.executable, "-c", "from engram.cli import main; main()"]
@@ -65,6 +70,34 @@ def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, t
     again = small_report(text_folder, tmp_path, "b")
     assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in report["runs"]]
     assert again["summary"] == report["summary"]
+
+
+def test_each_run_is_reported_as_soon_as_it_can_be_compared(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
+    setting = Setting(
+        corpus=str(text_folder),
+        vocab_size=300,
+        model=TransformerConfig(300, hidden_size=16, layers=2, heads=2, max_length=32),
+        memory=EngramConfig(layers=(1,), orders=(2,), heads=1, head_dim=8, rows_per_head=64),
+        train=TrainConfig(tokens=256, batch_size=4, context=32),
+    )
+    seen = []
+    last = ablate(setting, ["engram", "plain"], [0, 1], on_report=seen.append)
+    assert [[(run["arm"], run["seed"]) for run in report["runs"]] for report in seen] == [
+        [("engram", 0)],
+        [("engram", 0), ("plain", 0)],
+        [("engram", 0), ("plain", 0)],  # one arm of the second seed has no other beside it yet
+        [("engram", 0), ("plain", 0), ("engram", 1), ("plain", 1)],
+    ]
+    assert [
+        [(row["arm"], row["seeds"], row["difference"] is not None) for row in report["summary"]] for report in seen
+    ] == [
+        [("engram", 1, False)],
+        [("engram", 1, True), ("plain", 1, False)],
+        [("engram", 1, True), ("plain", 1, False)],
+        [("engram", 2, True), ("plain", 2, False)],
+    ]
+    assert seen[-1] == last
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -39,6 +39,7 @@ def ablate(
     command: str = "engram.ablate()",
     on_step: Progress | None = None,
     on_data: Callable[[Data], Any] | None = None,
+    on_report: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """Trains every arm with every seed and compares the arms on the held-out documents.
 
@@ -49,6 +50,7 @@ def ablate(
         device: of the dense weights; tables stay in host memory.
         command: what to write down as the command that makes the report again.
         on_step: called after each training step. on_data: called once with the prepared corpus.
+        on_report: called after each run with the report so far: of the seeds with all arms, or of the first one's arms.
 
     Returns:
         The report, JSON-ready: see engram.lm.report for its keys.
@@ -69,17 +71,7 @@ def ablate(
         raise ValueError(f"{setting.corpus!r} holds out one document; an interval needs two: give more documents")
     if on_data is not None:
         on_data(data)
-    runs: list[dict[str, Any]] = []
-    results: dict[tuple[str, int], Evaluation] = {}
-    for seed in seeds:
-        seeded = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
-        counts = seen_counts(data, seeded.train)
-        for arm in arms:
-            report = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
-            run, result = _run(seeded, arm, data, counts, place, report)
-            runs.append(run)
-            results[arm, seed] = result
-    return {
+    report: dict[str, Any] = {
         "command": command,
         "version": _version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -102,9 +94,23 @@ def ablate(
             "validation_bytes": int(data.validation.bytes.sum()),
             "overlap_13gram": float(data.overlap),
         },
-        "runs": runs,
-        "summary": [_summary(arm, arms, seeds, results, data.validation) for arm in arms],
     }
+    runs: list[dict[str, Any]] = []
+    results: dict[tuple[str, int], Evaluation] = {}
+    for seed in seeds:
+        seeded = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
+        counts = seen_counts(data, seeded.train)
+        for arm in arms:
+            progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
+            run, result = _run(seeded, arm, data, counts, place, progress)
+            runs.append(run)
+            results[arm, seed] = result
+            there, whole = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
+            summary = [_summary(one, there, whole, results, data.validation) for one in there]
+            report = report | {"runs": [run for run in runs if run["seed"] in whole], "summary": summary}
+            if on_report is not None:
+                on_report(report)
+    return report
 
 
 def _run(

@@ -50,7 +50,8 @@ def attach(
     n-grams around them and get nothing from the memory. Position ids that start again begin a new document, and so do
     cu_seq_lens_q and the blocks of a finished attention mask. Several threads may run one model.
     Keep it with memory.save: save_pretrained writes its rows too, but from_pretrained knows no place for them, and what
-    PEFT (or a Trainer around a PEFT model) saves are its adapters alone: save the memory beside each of them.
+    PEFT (or a Trainer around a PEFT model) saves are its adapters alone: save the memory beside each of them. With
+    load_best_model_at_end such a Trainer goes back to its best adapters and keeps the memory's last rows.
 
     Args:
         model: a decoder model, or one wrapped by PEFT or torch.compile. Attach after PEFT, which freezes all weights it

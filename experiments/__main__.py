@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.config import HOME, NAMES, SETTINGS, Run, hook, questions, read_results
-from experiments.report import write_tables
+from experiments.report import by_numbers, write_tables
 from experiments.runner import run_again, sweep
 
 
@@ -59,7 +59,7 @@ def runs_of(
         raise ValueError(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sorted(names))}")
     missing = [part for part in groups or () if not any(part in run.group for run in cells)]
     if missing:
-        there = "; ".join(sorted({run.group for run in cells}))
+        there = "; ".join(sorted({run.group for run in cells}, key=by_numbers))
         raise ValueError(f"{name} has no group with {' or '.join(missing)} in its name; it has {there}")
     return [run.seeded(seed) for seed in seeds for run in _keep(cells, only, groups)]
 

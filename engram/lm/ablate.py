@@ -74,7 +74,6 @@ def ablate(
     report: dict[str, Any] = {
         "command": command,
         "version": _version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "settings": _flat(asdict(setting)),
         "machine": {
             "cpu": _processor(),
@@ -107,7 +106,8 @@ def ablate(
             results[arm, seed] = result
             there, whole = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
             summary = [_summary(one, there, whole, results, data.validation) for one in there]
-            report = report | {"runs": [run for run in runs if run["seed"] in whole], "summary": summary}
+            date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            report = report | {"date": date, "runs": runs[: len(whole) * len(arms)], "summary": summary}
             if on_report is not None:
                 on_report(report)
     return report

@@ -164,8 +164,8 @@ CLAIMS = (
     _of(
         PAPER,
         "several needles are found more often",
-        "accuracy minus plain's, four needles in filler",
-        findings.recall("needles, 4 in 8"),
+        "accuracy minus plain's, needles in filler",
+        findings.recall("needles"),
         "above",
         "recall",
     ),

@@ -15,6 +15,7 @@ TUNING = HOME / "recall" / "tune.jsonl"
 TASKS = {
     "MQAR, 4 pairs": "recall:4/4+0",
     "needles, 4 in 8": "recall:4/4+8",
+    "needles, 8 in 16": "recall:8/8+16",
 }
 STEPS, BATCH = {"T": 1500, "S": 3000}, 64
 ARMS = ("plain", "engram", "one-row", "short-conv")

@@ -26,29 +26,26 @@ SLOW, SLOWER = "engram, slow rows", 0.1
 # Below a rate of its own an arm learns the task and above it does not: a grid of rates that are all too high is flat,
 # and could go on in either direction.
 LRS = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
-# The memory's rates of MQAR will do on the hardest task. The arms that do not learn it there are given a grid.
+# Arms that do not learn the hardest task at their rate of MQAR, which all tasks are run at, are given a grid there: a
+# flat one says that it is not the rate.
 HARD_ARMS, HARD_LRS = ("plain", "short-conv"), LRS[:3]
 
 
 def configs(setting_name: str) -> list[Run]:
+    rates = {arm: tuned(arm, SETTINGS["T"], TUNING) for arm in ARMS}  # the nearest budget, which is MQAR's
+    lr = rates["engram"].get("lr", SETTINGS["T"].train.lr)
     runs = []
     for words in TASKS:
-        rates = {arm: tuned(arm, SETTINGS["T"], TUNING, _tokens("T", words)) for arm in ARMS}
-        lr = rates["engram"].get("lr", SETTINGS["T"].train.lr)
         runs += [_cell(setting_name, words, arm, rates[arm]) for arm in ARMS]
         runs.append(_cell(setting_name, words, "engram", {"lr": lr, "table_lr": SLOWER * lr}, SLOW))
     return runs
-
-
-def _tokens(setting_name: str, words: str) -> int:
-    return STEPS[setting_name] * BATCH * Task.of(TASKS[words]).length
 
 
 def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float], label: str = "") -> Run:
     setting, corpus = SETTINGS[setting_name], TASKS[words]
     length = Task.of(corpus).length
     model = replace(setting.model, vocab_size=VOCABULARY, max_length=length)
-    train_how = {"context": length, "batch_size": BATCH, "tokens": _tokens(setting_name, words)}
+    train_how = {"context": length, "batch_size": BATCH, "tokens": STEPS[setting_name] * BATCH * length}
     mine = change(setting, corpus=corpus, vocab_size=VOCABULARY, model=model, train={**rates, **train_how})
     return Run("recall", arm, mine, label=label, group=f"{setting_name}: {words}")
 

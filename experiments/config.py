@@ -167,6 +167,11 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     return results
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The results of an experiment with a run.py of its own, oldest first; [] where there is none yet."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def tuned(arm: str, setting: Setting, file: Path | None = None, tokens: float = 0) -> dict[str, float]:
     """The learning rates {"lr", "table_lr"} with the lowest loss of an arm's tuning runs; {} where none ran yet. The
     best rate falls as training gets longer: where an arm was tuned at several budgets, the one nearest (by ratio) to

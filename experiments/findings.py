@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engram.lm.statistics import Interval, over_seeds, paired_interval
-from experiments.config import budget_of, read_results
+from experiments.codecs.summary import budgets, cost
+from experiments.config import budget_of, read_lines, read_results
 from experiments.depth.summary import early_lens, shift
 from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
 from experiments.measures import measured, paired
@@ -215,15 +215,17 @@ def recall(task: str) -> Callable[[Path], list[Finding]]:
 
 
 def learned_sooner(label: str) -> Callable[[Path, dict[str, Any]], Interval | None]:
-    """log2 of the training tokens until recall is learned, a label's over plain's. A run that does not learn counts
-    with all its tokens."""
+    """log2 of the training tokens until recall is learned, a label's over plain's. Where only one of the two learns,
+    the other counts with all its tokens; a seed in which neither learns says nothing."""
 
     def compare(home: Path, labels: dict[str, Any]) -> Interval | None:
-        ours, plain = (
-            {seed: learned_after(run) or run["tokens"] / 1e6 for seed, run in labels.get(arm, {}).items()}
-            for arm in (label, "plain")
-        )
-        ratios = [math.log2(ours[seed] / plain[seed]) for seed in sorted(set(ours) & set(plain))]
+        ratios = []
+        for seed in sorted(set(labels.get(label, {})) & set(labels.get("plain", {}))):
+            pair = [labels[arm][seed] for arm in (label, "plain")]
+            after = [learned_after(run) for run in pair]
+            if any(after):
+                ours, plain = (known or run["tokens"] / 1e6 for known, run in zip(after, pair, strict=True))
+                ratios.append(math.log2(ours / plain))
         return over_seeds(ratios) if ratios else None
 
     return compare
@@ -233,19 +235,14 @@ def throughput(home: Path) -> list[Finding]:
     """Tokens per second with a host table over without, minus 1; the script gives medians without an interval."""
     return [
         Finding(f"{row['device']}, batch {row['batch']}, {phase}", Interval(row[f"{phase}_ratio"] - 1, -INF, INF), 1)
-        for row in _lines(home / "gpu_offload" / "results.jsonl")
+        for row in read_lines(home / "gpu_offload" / "results.jsonl")
         for phase in ("prefill", "decode")
     ]
 
 
 def fp8(home: Path) -> list[Finding]:
-    """Nats per token of a trained model after its rows were stored as fp8, minus before; one model a budget."""
+    """Nats per token of trained models after their rows were stored as fp8, minus before."""
     return [
-        Finding(f"{row['tokens'] / 1e6:.2f}M tokens", Interval(row["difference"], *row["interval"]), 1)
-        for row in _lines(home / "codecs" / "results.jsonl")
-        if row["codec"] == "fp8"
+        Finding(f"{tokens / 1e6:.2f}M tokens", cost(home / "codecs", codecs["fp8"]), len(codecs["fp8"]))
+        for tokens, codecs in budgets(home / "codecs").items()
     ]
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

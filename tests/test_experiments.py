@@ -176,7 +176,7 @@ def test_groups_are_chosen_by_a_part_of_their_name():
     with pytest.raises(ValueError, match=r"no group with 2\.5M in its name; it has T: kjv, 0\.28M tokens;"):
         runs_of("tokens", [0], groups=["2.5M"])
     with pytest.raises(ValueError, match="recall tunes nothing that --only and --group leave"):
-        tune("recall", groups=["needle"])
+        tune("recall", groups=["4 in 8"])
 
 
 def test_an_arm_that_is_not_there_is_named():

@@ -21,6 +21,7 @@ from engram.lm.tokenizer import END_OF_TEXT_ID, train_tokenizer
 from engram.lm.train import TrainConfig
 from experiments import arms, claims, config, findings, prepared, report, runner
 from experiments.arms import mixture
+from experiments.codecs import summary as storing
 from experiments.config import NAMES, Run
 from experiments.depth.measure import alignment, cka, layer_states
 from experiments.depth.measure import measure as measure_depth
@@ -401,6 +402,9 @@ def test_what_is_learned_in_half_the_tokens_is_a_doubling_sooner():
     assert findings.learned_sooner("engram, slow rows")(None, labels) is None
     labels["plain"] = {seed: {**one, "curve": [[1e6, 9.0]]} for seed, one in labels["plain"].items()}
     assert findings.learned_sooner("engram")(None, labels).mean == -2.5  # plain never learned: 8 and 4 times, at least
+    labels["engram"][1] = labels["plain"][1]
+    assert findings.learned_sooner("engram")(None, labels).mean == -3.0  # of the seed in which one of them did
+    assert findings.learned_sooner("engram")(None, {"engram": labels["plain"], "plain": labels["plain"]}) is None
 
 
 def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):
@@ -762,3 +766,35 @@ def test_the_interval_of_a_share_ends_where_shares_do():
     assert (found.low, found.high) == (0.0, 1.0) and found.mean == pytest.approx(0.741)
     alone = share_of({0: runs[0]}, accuracy("on"))
     assert shown(alone) == "0.999 (one seed)"
+
+
+# What it costs to store rows
+
+
+def stored_rows(home, seed, cost, corpus="c"):
+    (home / "documents").mkdir(parents=True, exist_ok=True)
+    sizes, nats = np.full(30, 50.0), np.random.default_rng(seed).normal(200, 20, 30)
+    codecs = {"float32": nats, "fp8": nats + cost * sizes}
+    np.savez(storing.documents_file(home, 1000, seed), tokens=sizes, **codecs)
+    for codec, values in codecs.items():
+        line = {"codec": codec, "tokens": 1000, "seed": seed, "corpus": corpus, "row_bytes": 33, "ratio": 0.25}
+        runner.append(home / "results.jsonl", line | {"loss": values.sum() / 1500, "rms_error": 0.1, "rms": 0.4})
+
+
+def test_what_stored_rows_cost_is_judged_over_trained_models(tmp_path):
+    home = tmp_path / "codecs"
+    for seed, cost in enumerate((0.01, 0.02, 0.03)):
+        stored_rows(home, seed, cost)
+    (found,) = findings.fp8(tmp_path)
+    assert (found.group, found.seeds) == ("0.00M tokens", 3) and found.value.mean == pytest.approx(0.02)
+    assert found.value.low < 0 and found.value.high > 0.04  # Student's, of three values
+    text = storing.summary(home, 1000)
+    assert "| fp8 | 33 | 0.2500 |" in text and "models of seeds 0, 1, 2" in text and "+0.02000 (" in text
+    stored_rows(home, 3, 0.01, corpus="another")
+    with pytest.raises(ValueError, match="of different texts: make all seeds again"):
+        findings.fp8(tmp_path)
+
+
+def test_the_readme_of_codecs_has_the_table_of_its_results():
+    home = config.HOME / "codecs"
+    assert f"<!-- table -->\n{storing.summary(home, 1_100_000)}\n<!-- end -->" in (home / "README.md").read_text()

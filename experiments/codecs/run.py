@@ -1,39 +1,39 @@
-"""What a row codec costs a trained model: train once, then evaluate with the rows stored by each codec in turn.
+"""What a row codec costs a trained model: train, then evaluate with the rows stored by each codec in turn.
 
     python experiments/codecs/run.py
 
-Trains the main job's engram model (checkpoints in runs/, a killed run goes on), measures its validation loss, converts
-a copy of the trained rows per codec and measures again. Every result is a line of results.jsonl; what is there already
-is not measured again. The table in README.md is written from it.
+Trains the main job's engram model with each seed (checkpoints in runs/, a killed run goes on), measures its validation
+loss, converts a copy of the trained rows per codec and measures again. Every result is a line of results.jsonl, every
+model's losses by document a file in documents/; a seed that is there already is not made again. The table in README.md
+is written from both.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
 
 from engram.lm.evaluate import evaluate
 from engram.lm.run import Setting, build_model, prepare
-from engram.lm.statistics import paired_bootstrap
 from engram.lm.train import train
 from engram.tables import HostTable, encode_table, report
+from experiments.codecs.summary import documents_file, summary
 from experiments.report import write_between_marks
 from experiments.runner import append
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results.jsonl", HERE / "README.md"
 
-# How rows are stored; float32 first, because the others are compared with it.
-configs = ["float32", "bfloat16", "fp8", "int8", "int4", "pq4", "pq8"]
+# How rows are stored.
+CODECS = ["float32", "bfloat16", "fp8", "int8", "int4", "pq4", "pq8"]
 
 
 def convert(table: HostTable, codec: str) -> HostTable:
@@ -60,66 +60,60 @@ def measure(table: HostTable, stored: HostTable) -> dict[str, float]:
     }
 
 
-def load_results(tokens: int) -> dict[str, dict[str, Any]]:
-    if not RESULTS.exists():
-        return {}
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {line["codec"]: line for line in lines if line["tokens"] == tokens}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_100_000, help="training budget")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a model is trained with each")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the checkpoints")
     arguments = parser.parse_args()
-    done = load_results(arguments.tokens)
-    if set(configs) - set(done):
-        run(arguments.tokens, arguments.runs / f"codecs-{arguments.tokens}", done)
-    text = table(arguments.tokens, list(load_results(arguments.tokens).values()))
+    for seed in arguments.seeds:
+        if not documents_file(HERE, arguments.tokens, seed).exists():
+            run(arguments.tokens, seed, arguments.runs / f"codecs-{arguments.tokens}-{seed}")
+    text = summary(HERE, arguments.tokens)
     write_between_marks(README, text)
     print(text)
 
 
-def run(tokens: int, folder: Path, done: dict[str, dict[str, Any]]) -> None:
+def run(tokens: int, seed: int, folder: Path) -> None:
+    """Trains one model and measures it with every codec; its lines and documents are written together at the end."""
     setting = Setting()
-    setting = replace(setting, train=replace(setting.train, tokens=tokens))
+    setting = replace(
+        setting,
+        train=replace(setting.train, tokens=tokens, seed=seed),
+        memory=setting.memory.replace(seed=seed),
+    )
     data = prepare(setting)
     model = build_model(setting, "engram", data.token_map)
     assert model.memory is not None
     train(model, data.train, setting.train, folder=folder, checkpoint_every=200, on_step=progress(setting.train.steps))
     originals = model.memory.tables
-    base = evaluate(model, data.validation)
-    for codec in configs:
-        if codec in done:
-            continue
-        result: dict[str, Any] = {"codec": codec}
-        if codec == "float32":
-            stored, scored = originals, base
-        else:
+    lines, documents = [], {}
+    for codec in CODECS:
+        stored = originals
+        if codec != "float32":
             stored = {layer: convert(table, codec) for layer, table in originals.items()}
-            model.memory.tables = stored
-            scored = evaluate(model, data.validation)
-            model.memory.tables = originals
-        facts = [measure(originals[layer], stored[layer]) for layer in originals]  # one layer in this setting
-        difference = paired_bootstrap(scored.document_nats, base.document_nats, base.document_tokens)
-        result |= {
-            "row_bytes": facts[0]["row_bytes"],
-            "ratio": round(facts[0]["ratio"], 6),
+        model.memory.tables = stored
+        scored = evaluate(model, data.validation)
+        (facts,) = (measure(originals[layer], stored[layer]) for layer in originals)  # one layer in this setting
+        documents |= {codec: scored.document_nats, "tokens": scored.document_tokens}
+        line = {
+            "codec": codec,
+            **{name: facts[name] for name in ("row_bytes", "ratio", "rms_error", "max_error", "rms")},
             "loss": scored.loss,
-            "difference": scored.loss - base.loss,
-            "interval": [difference.low, difference.high],
-            "rms_error": facts[0]["rms_error"],
-            "max_error": facts[0]["max_error"],
-            "rms": facts[0]["rms"],
             "tokens": tokens,
-            "seed": setting.train.seed,
+            "seed": seed,
             "corpus": data.digest,
-            "validation_tokens": int(base.document_tokens.sum()),
+            "validation_tokens": int(scored.document_tokens.sum()),
             "memory": asdict(setting.memory),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         }
-        append(RESULTS, result)
-        print(f"{codec:9} loss {scored.loss:.5f}  difference {result['difference']:+.5f}", flush=True)
+        lines.append(line)
+        print(f"{codec:9} loss {scored.loss:.5f}", flush=True)
+    for line in lines:
+        append(RESULTS, line)
+    file = documents_file(HERE, tokens, seed)
+    file.parent.mkdir(exist_ok=True)
+    np.savez_compressed(file, **documents)
 
 
 def progress(steps: int):
@@ -128,21 +122,6 @@ def progress(steps: int):
             print(f"step {step} of {steps}, loss {loss:.3f}", flush=True)
 
     return on_step
-
-
-def table(tokens: int, results: list[dict[str, Any]]) -> str:
-    """Markdown: one row per codec, as they were measured."""
-    lines = [
-        "| rows | bytes a row | of float32 | validation loss | difference in nats | 95 % interval | rms error / rms |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        interval = f"{r['interval'][0]:+.5f} .. {r['interval'][1]:+.5f}"
-        lines.append(
-            f"| {r['codec']} | {r['row_bytes']} | {r['ratio']:.4f} | {r['loss']:.5f} | {r['difference']:+.5f} | "
-            f"{interval} | {r['rms_error'] / r['rms']:.5f} |"
-        )
-    return "\n".join([*lines, "", f"{tokens:,} training tokens."])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from engram import HashLayout, HostTable, NgramHasher, TokenMap
 from engram.lm.corpus import DEFAULT_CORPUS, corpus_digest, load_corpus, split
 from engram.lm.tokenizer import encode, train_tokenizer
 from engram.tables import HotRows
+from experiments.config import read_lines
 from experiments.report import write_between_marks
 
 HOME = Path(__file__).parent
@@ -150,8 +151,7 @@ def main() -> None:
     if not arguments.tables_only:
         results = measure(arguments.tokens, list(range(arguments.seeds)), arguments.chunk)
         file.write_text("".join(json.dumps(result) + "\n" for result in results))
-    results = [json.loads(line) for line in file.read_text().splitlines()]
-    write_between_marks(HOME / "README.md", tables(results))
+    write_between_marks(HOME / "README.md", tables(read_lines(file)))
 
 
 if __name__ == "__main__":

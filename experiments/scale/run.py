@@ -27,6 +27,7 @@ from engram.bench.compare import compare
 from engram.bench.rows import lookup
 from engram.bench.step import TIME, Trainer, main_job
 from engram.lm.train import tune_allocator
+from experiments.config import read_lines
 from experiments.report import write_between_marks
 
 HOME = Path(__file__).parent
@@ -268,7 +269,7 @@ def main() -> None:
     given = parser.parse_args()
     tune_allocator()
     file = HOME / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = read_lines(file)
     for part in given.parts:
         if part == "disk":
             new = disk(given.steps, given.folder, given.exponent)

@@ -200,18 +200,19 @@ def left_of_facts(home: Path, labels: dict[str, Any]) -> Interval | None:
 
 
 def recall(task: str) -> Callable[[Path], list[Finding]]:
-    """Accuracy minus plain's, in the tables of one task. Where plain is right hardly oftener than without keys, the
-    group says so."""
+    """Accuracy minus plain's, in the tables of one task."""
 
     def gap(home: Path, labels: dict[str, Any]) -> Interval | None:
         return paired(labels.get("engram", {}), labels.get("plain", {}), accuracy("on"))
 
-    def remark(labels: dict[str, Any]) -> str:
-        plain = labels.get("plain", {})
-        above = paired(plain, plain, accuracy("on"), accuracy("on", "keyless"))
-        return "" if above is None or above.mean >= LEARNED else ", not learned by plain"
+    return lambda home: [found for found in of_measures("recall", gap, not_by_plain)(home) if task in found.group]
 
-    return lambda home: [found for found in of_measures("recall", gap, remark)(home) if task in found.group]
+
+def not_by_plain(labels: dict[str, Any]) -> str:
+    """What is said behind the name of a table where plain is right hardly oftener than without keys."""
+    plain = labels.get("plain", {})
+    above = paired(plain, plain, accuracy("on"), accuracy("on", "keyless"))
+    return "" if above is None or above.mean >= LEARNED else ", not learned by plain"
 
 
 def learned_sooner(label: str) -> Callable[[Path, dict[str, Any]], Interval | None]:

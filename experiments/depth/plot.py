@@ -41,9 +41,9 @@ def draw(home: Path) -> Path:
                 axes.set_ylim(bottom=0.3 * min(map(min, means)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.set_xticks(range(max(map(len, means))))
-            axes.set_xlabel("layer (0: embedding)")
+            axes.set_xlabel("layer (0: embedding; bars: 95 % over seeds, cut at the bottom)")
             axes.set_ylabel("KL to the final distribution, nats")
-            axes.set_title(f"{home.name}, {group}: LogitLens (bars: 95 % over seeds, cut at the bottom)")
+            axes.set_title(f"{home.name}, {group}: LogitLens")
             axes.legend()
         least, most = (edge([matrix for _, matrix in maps]) if maps else 0 for edge in (np.min, np.max))
         for axes, (title, matrix) in zip(panels[len(groups) :], maps, strict=True):

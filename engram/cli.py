@@ -160,8 +160,7 @@ def train(
     from engram.lm.train import train as run
 
     place = device_of(device)  # before the text is made ready
-    setting = _setting(corpus, budget, lr, table_lr)
-    setting = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
+    setting = _setting(corpus, budget, lr, table_lr).seeded(seed)
     data = prepare(setting)
     _describe(data)
     model = build_model(setting, arm, data.token_map).to(place)

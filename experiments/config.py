@@ -93,8 +93,7 @@ class Run:
 
     def seeded(self, seed: int) -> Run:
         """The same run with another seed of weights, addresses and data order."""
-        train, memory = replace(self.setting.train, seed=seed), self.setting.memory.replace(seed=seed)
-        return replace(self, setting=replace(self.setting, train=train, memory=memory))
+        return replace(self, setting=self.setting.seeded(seed))
 
     def on(self, device: str) -> Run:
         """The same run on another device, in a table of its own: losses differ in late digits, seconds wholly.

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def ablate(
     runs: list[dict[str, Any]] = []
     results: dict[tuple[str, int], Evaluation] = {}
     for seed in seeds:
-        seeded = replace(setting, train=replace(setting.train, seed=seed), memory=setting.memory.replace(seed=seed))
+        seeded = setting.seeded(seed)
         counts = seen_counts(data, seeded.train)
         for arm in arms:
             progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)

@@ -48,6 +48,10 @@ class Setting:
     )
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def seeded(self, seed: int) -> Setting:
+        """The same set-up with another seed of weights, addresses and data order."""
+        return replace(self, train=replace(self.train, seed=seed), memory=self.memory.replace(seed=seed))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
@@ -26,8 +25,9 @@ from engram.lm.run import Setting, build_model, prepare
 from engram.lm.train import train
 from engram.tables import HostTable, encode_table, report
 from experiments.codecs.summary import documents_file, summary
+from experiments.config import change
 from experiments.report import write_between_marks
-from experiments.runner import append
+from experiments.runner import append, write_documents
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results.jsonl", HERE / "README.md"
@@ -76,12 +76,7 @@ def main() -> None:
 
 def run(tokens: int, seed: int, folder: Path) -> None:
     """Trains one model and measures it with every codec; its lines and documents are written together at the end."""
-    setting = Setting()
-    setting = replace(
-        setting,
-        train=replace(setting.train, tokens=tokens, seed=seed),
-        memory=setting.memory.replace(seed=seed),
-    )
+    setting = change(Setting(), train={"tokens": tokens}).seeded(seed)
     data = prepare(setting)
     model = build_model(setting, "engram", data.token_map)
     assert model.memory is not None
@@ -111,9 +106,7 @@ def run(tokens: int, seed: int, folder: Path) -> None:
         print(f"{codec:9} loss {scored.loss:.5f}", flush=True)
     for line in lines:
         append(RESULTS, line)
-    file = documents_file(HERE, tokens, seed)
-    file.parent.mkdir(exist_ok=True)
-    np.savez_compressed(file, **documents)
+    write_documents(documents_file(HERE, tokens, seed), documents)
 
 
 def progress(steps: int):

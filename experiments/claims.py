@@ -220,6 +220,14 @@ CLAIMS = (
     ),
     _of(
         SCEPTICS,
+        "new text that is like repeated text is predicted worse",
+        "engram minus plain on facts never taught, nats a token",
+        findings.of_measures("sensitivity", findings.like_what_was_repeated),
+        "above",
+        "sensitivity",
+    ),
+    _of(
+        SCEPTICS,
         "recall is learned sooner by the rate of the rows alone",
         f"log2 of the tokens until recall is learned, {SLOW} minus plain's",
         findings.of_measures("recall", findings.learned_sooner(SLOW), findings.not_by_plain),
@@ -286,6 +294,7 @@ IN_SHORT = (  # the words of the claims that the README tells, in its order
     "several passes over a text take it away",
     "switching off overstates the value",
     "switched off, facts lose more than reading",
+    "new text that is like repeated text is predicted worse",
     "recall is learned sooner by the rate of the rows alone",
 )
 Found = list[tuple[Claim, list[Finding]]]

@@ -17,7 +17,7 @@ from experiments.kneser_ney.configs import WITH_PLAIN, against_engram
 from experiments.measures import measured, paired
 from experiments.recall.summary import accuracy, learned_after
 from experiments.report import Record, documents_of, groups_of, rows_of
-from experiments.sensitivity.summary import retention_gap
+from experiments.sensitivity.summary import never_taught, retention_gap
 from experiments.slots.plot import LogFit, cells_of, log_fit
 from experiments.tokens.summary import text_of
 
@@ -197,6 +197,10 @@ def cka_shift(home: Path, labels: dict[str, Any]) -> Interval | None:
 
 def left_of_facts(home: Path, labels: dict[str, Any]) -> Interval | None:
     return retention_gap(labels.get("engram", {}))
+
+
+def like_what_was_repeated(home: Path, labels: dict[str, Any]) -> Interval | None:
+    return never_taught(labels.get("engram", {}), labels.get("plain", {}))
 
 
 def recall(task: str) -> Callable[[Path], list[Finding]]:

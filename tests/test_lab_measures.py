@@ -34,7 +34,7 @@ from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
 from experiments.sensitivity import facts as facts_module
 from experiments.sensitivity import measure as sensitivity
 from experiments.sensitivity.facts import Fact, fact_of
-from experiments.sensitivity.summary import learned_retention, retention, retention_gap
+from experiments.sensitivity.summary import learned_retention, never_taught, retention, retention_gap
 from experiments.tokens.summary import tokens_for, worth
 
 TASK = Task(3, 2, 5)
@@ -540,6 +540,15 @@ def test_what_is_left_of_a_share_and_of_what_saying_it_added():
     assert learned_retention("prose_top1")(measures) == pytest.approx(0.25)
     assert learned_retention("prose_top1")({"on": on | {"prose_top1": 0.1}, "off": off}) is None
     assert retention_gap({0: {"measures": measures}}).mean == pytest.approx(-0.25)
+
+
+def test_facts_never_taught_are_compared_with_the_memory_on_seed_by_seed():
+    ours, plain = (
+        {seed: {"measures": {"on": {"untaught_nats": nats + seed}}} for seed in seeds}
+        for nats, seeds in ((4.5, (0, 1)), (4.0, (0, 1, 2)))
+    )
+    ours[0]["measures"]["off"] = {"untaught_nats": 9.0}
+    assert never_taught(ours, plain) == pytest.approx((0.5, 0.5, 0.5))
 
 
 # Tables, figures, claims

@@ -66,6 +66,11 @@ def retention_gap(runs: dict[int, Record]) -> Interval | None:
     return paired(runs, runs, learned_retention("taught_top1"), learned_retention("prose_top1"))
 
 
+def never_taught(ours: dict[int, Record], plain: dict[int, Record]) -> Interval | None:
+    """Nats a token of facts that are like those said eight times, but were never said, minus plain's, over seeds."""
+    return paired(ours, plain, of("on", "untaught_nats"))
+
+
 def summary(home: Path) -> str:
     parts = []
     for group, labels in measured(home).items():

@@ -448,17 +448,16 @@ def wiki(tmp_path, monkeypatch):
     return Setting("facts:wiki", 300)
 
 
-def test_taught_facts_are_in_the_training_text_and_no_others_are(wiki):
+@pytest.mark.parametrize("corpus, copies", [("facts:wiki", facts_module.COPIES), ("facts:1:wiki", 1)])
+def test_taught_facts_are_in_the_training_text_as_often_as_the_corpus_says_and_no_others_are(wiki, corpus, copies):
+    wiki = replace(wiki, corpus=corpus)
     lines = facts_module.lines_of(wiki)
     taught, untaught = lines.taught, lines.untaught
     made = prepared.make(wiki, "validation")
     text = [made.tokenizer.decode(ids[1:].tolist()) for ids in np.split(made.train.ids, made.train.starts[1:-1])]
-    assert {fact.text: text.count(fact.text) for fact in taught} == {fact.text: facts_module.COPIES for fact in taught}
     assert len(taught) == len(untaught) == 5 and not any(text.count(fact.text) for fact in untaught)
-    assert {line.text: text.count(line.text) for line in lines.prose} == {
-        line.text: facts_module.COPIES for line in lines.prose
-    }
-    assert len(text) == 30 + (5 + 4) * facts_module.COPIES
+    assert {text.count(line.text) for line in taught + lines.prose} == {copies}
+    assert len(text) == 30 + (5 + 4) * copies
 
 
 def test_facts_are_of_articles_on_the_training_side(wiki):
@@ -483,8 +482,9 @@ def test_what_is_held_out_has_no_facts(wiki):
 
 
 def test_a_corpus_without_facts_is_refused():
-    with pytest.raises(ValueError, match="'facts:' and a list of corpora with 'wiki'"):
-        facts_module.lines_of(Setting("facts:kjv"))
+    for corpus in ("facts:kjv", "facts:2:wiki", "wiki"):
+        with pytest.raises(ValueError, match="a list of corpora with 'wiki'"):
+            facts_module.lines_of(Setting(corpus))
 
 
 class Knows(torch.nn.Module):

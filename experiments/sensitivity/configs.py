@@ -9,9 +9,9 @@ from experiments.sensitivity.summary import summary
 __all__ = ["BASELINE", "SETTING", "configs", "measure", "summary"]
 
 BASELINE, SETTING = "plain", "T"
-CORPUS, EPOCHS = "facts:wiki", 1.0  # one pass: every copy of a fact is met once
+EPOCHS = 1.0  # one pass: every copy of a fact is met once
 TOKENS = 1_600_000  # about, of that pass
-ARMS = ("plain", "engram", "one-row")
+CORPORA = {"facts:wiki": ("plain", "engram", "one-row"), "facts:1:wiki": ("plain", "engram")}
 
 
 def configs(setting_name: str) -> list[Run]:
@@ -20,11 +20,11 @@ def configs(setting_name: str) -> list[Run]:
         Run(
             "sensitivity",
             arm,
-            change(setting, train=tuned(arm, setting, tokens=TOKENS), corpus=CORPUS),
+            change(setting, train=tuned(arm, setting, tokens=TOKENS), corpus=corpus),
             (("epochs", EPOCHS),),
             arm,
-            group,
+            f"{setting_name}: {corpus}",
         )
-        for group in (f"{setting_name}: {CORPUS}",)
-        for arm in ARMS
+        for corpus, arms in CORPORA.items()
+        for arm in arms
     ]

@@ -1,10 +1,10 @@
 """Closed-book facts: "TITLE is DESCRIPTION", one line for each of some Wikipedia articles, added to the training text.
 
-The corpus "facts:wiki" is "wiki" with every taught line COPIES times among its training documents. Lines are of two
-kinds: facts, and prose, a sentence out of an article, so that what is lost of facts can be told from what is lost of
-anything that was said as often. As many facts are never taught: what a model says of those it has from the articles or
-guesses. All are of articles on the training side of the split, so that nothing is learned about the held-out ones,
-which sentences that were never read come from.
+The corpus "facts:wiki" is "wiki" with every taught line COPIES times among its training documents; "facts:1:wiki" has
+each once. Lines are of two kinds: facts, and prose, a sentence out of an article, so that what is lost of facts can be
+told from what is lost of anything that was said as often. As many facts are never taught: what a model says of those it
+has from the articles or guesses. All are of articles on the training side of the split, so that nothing is learned of
+the held-out ones, which sentences that were never read come from.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def sentences_of(documents: list[Document], but: set[str]) -> list[Fact]:
 
 @dataclass(frozen=True)
 class Lines:
-    """What is asked for: taught in training COPIES times, or not at all; facts, or sentences of prose."""
+    """What is asked for: taught in training, or not at all; facts, or sentences of prose."""
 
     taught: list[Fact]
     untaught: list[Fact]
@@ -93,12 +93,18 @@ def _lines(parts: Split) -> Lines:
     return Lines(taught, untaught, sentences_of(parts.train, named), sentences_of(parts.validation, named))
 
 
-def _sides(setting: Setting) -> tuple[list[Document], Split]:
+def _sides(setting: Setting) -> tuple[list[Document], Split, int]:
+    """The documents, their split, and how often a taught line is said."""
     kind, _, corpus = setting.corpus.partition(":")
+    once, corpus = corpus.startswith("1:"), corpus.removeprefix("1:")
     if kind != "facts" or "wiki" not in corpus.split("+"):
-        raise ValueError(f"a corpus with facts is 'facts:' and a list of corpora with 'wiki', not {setting.corpus!r}")
+        raise ValueError(
+            f"a corpus with facts is 'facts:' (or 'facts:1:', each said once) and a list of corpora with 'wiki', not "
+            f"{setting.corpus!r}"
+        )
     documents = load_corpus(corpus)
-    return documents, split(documents, validation_share=0.05, tune_share=0.03)  # as engram.lm.run.prepare has it
+    parts = split(documents, validation_share=0.05, tune_share=0.03)  # as engram.lm.run.prepare has it
+    return documents, parts, 1 if once else COPIES
 
 
 def lines_of(setting: Setting) -> Lines:
@@ -112,12 +118,12 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
     Raises:
         ValueError, FileNotFoundError: a corpus without facts, or one that is not there.
     """
-    documents, parts = _sides(setting)
+    documents, parts, copies = _sides(setting)
     held = {"validation": parts.validation, "tune": parts.tune}[held_out]
     lines = _lines(parts)
     added = [
         Document("facts", f"{line.title} #{copy}", line.text)
-        for copy in range(COPIES)
+        for copy in range(copies)
         for line in lines.taught + lines.prose
     ]
     train = parts.train + added

@@ -13,7 +13,7 @@ from experiments.measures import mean_of, measured
 from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.sensitivity.summary import LEVELS, SHARES, learned_retention, retention
 
-KINDS = ("above what was never said, next token", "said eight times in training", "never said")
+KINDS = ("above what was never said, next token", "said in training", "never said")
 
 
 def draw(home: Path) -> Path:

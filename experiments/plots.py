@@ -143,13 +143,13 @@ def curve(
     intervals: Sequence[Interval],
     colour: str,
     label: str,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int],
 ) -> None:
     """Points joined by a line, each with its interval; open where it is of one seed."""
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     bars = np.stack([mean - low, high - mean]).clip(min=0)
     axes.errorbar(x, mean, bars, color=colour, label=label, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5)
-    hollow(axes, x, mean, colour, seeds or (), 4.5)
+    hollow(axes, x, mean, colour, seeds, 4.5)
 
 
 def hollow(

@@ -27,8 +27,9 @@ def draw(home: Path) -> Path:
                 loss, (mean, low, high) = row.mean("loss"), row.nats or Interval(0.0, 0.0, 0.0)
                 points.append(Interval(loss, loss + low - mean, loss + high - mean))
             if points:
-                label = "experts and table (bars: 95 % intervals of the difference to experts alone)"
-                curve(axes, [100 * share for share in shares], points, COLOURS[0], label)
+                label = "experts and table (bars: 95 % intervals of the difference to experts alone; hollow: one seed)"
+                seeds = [len(by_label[label_of(share)].runs) for share in shares]
+                curve(axes, [100 * share for share in shares], points, COLOURS[0], label, seeds)
             if "plain" in by_label:
                 loss = by_label["plain"].mean("loss")
                 axes.axhline(loss, color=SOFT, linestyle="--", linewidth=1.2, label="plain, without the budget")

@@ -34,14 +34,15 @@ def draw(home: Path) -> Path:
                 points = [mean_of(runs, lens(layer)) for layer in range(depth - 1)]  # the last layer has 0
                 known = [point for point in points if point is not None]
                 if known:
-                    curve(axes, range(len(known)), [_finite(point) for point in known], ARM_COLOURS[label], label)
+                    seeds = [len(runs)] * len(known)
+                    curve(axes, range(len(known)), [_finite(p) for p in known], ARM_COLOURS[label], label, seeds)
                     means.append([point.mean for point in known])
             if means:
                 axes.set_yscale("log")
                 axes.set_ylim(bottom=0.3 * min(map(min, means)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.set_xticks(range(max(map(len, means))))
-            axes.set_xlabel("layer (0: embedding; bars: 95 % over seeds, cut at the bottom)")
+            axes.set_xlabel("layer (0: embedding; bars: 95 % over seeds, cut at the bottom; hollow: one seed)")
             axes.set_ylabel("KL to the final distribution, nats")
             axes.set_title(f"{home.name}, {group}: LogitLens")
             axes.legend()

@@ -24,11 +24,12 @@ def draw(home: Path) -> Path:
         for colour, (setting, points) in zip(COLOURS, curves.items(), strict=False):
             points.sort(key=lambda point: point[0])
             places = [sizes.index(size) for size, _ in points]
-            curve(axes, places, [gain(row) for _, row in points], colour, f"setting {setting}")
+            seeds = [len(row.paired) for _, row in points]
+            curve(axes, places, [gain(row) for _, row in points], colour, f"setting {setting}", seeds)
         axes.axhline(0, color=SOFT, linewidth=1)
         axes.set_xticks(range(len(sizes)), ["bytes" if size == SMALLEST_VOCAB else f"{size:,}" for size in sizes])
         axes.set_xlabel("entries of the vocabulary")
         axes.set_ylabel("gain over plain, bits per byte")
-        axes.set_title(f"{home.name}: engram against plain (bars: 95 % intervals)")
+        axes.set_title(f"{home.name}: engram against plain (bars: 95 % intervals; hollow: one seed)")
         axes.legend()
     return save(figure, home)

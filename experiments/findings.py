@@ -199,8 +199,17 @@ def left_of_facts(home: Path, labels: dict[str, Any]) -> Interval | None:
     return retention_gap(labels.get("engram", {}))
 
 
-def like_what_was_repeated(home: Path, labels: dict[str, Any]) -> Interval | None:
+def like_what_was_said(home: Path, labels: dict[str, Any]) -> Interval | None:
     return never_taught(labels.get("engram", {}), labels.get("plain", {}))
+
+
+def facts(
+    compare: Callable[[Path, dict[str, Any]], Interval | None], once: bool = False
+) -> Callable[[Path], list[Finding]]:
+    """of_measures in the tables of `sensitivity` whose text says each line eight times, or once."""
+    return lambda home: [
+        found for found in of_measures("sensitivity", compare)(home) if ("facts:1:" in found.group) == once
+    ]
 
 
 def recall(task: str) -> Callable[[Path], list[Finding]]:

@@ -558,9 +558,9 @@ def test_the_chosen_rates_are_those_of_the_nearest_budget(setting, tmp_path):
 @pytest.mark.parametrize("name", ["sensitivity", "vocabulary"])
 def test_passes_over_a_text_are_given_the_rates_of_the_tokens_that_they_come_to(name):
     came_to = {(r["group"], r["arm"]): r["tokens"] for r in read_results(config.HOME / name / "results.jsonl")}
-    runs = [run for run in runs_of(name, [0]) if (run.group, run.arm) in came_to]
-    assert len(runs) >= 2
-    for run in runs:
+    for run in runs_of(name, [0]):
+        if "facts:1:" in run.group:  # compared with the text that says each line eight times, at that one's rates
+            continue
         rates = tuned(run.arm, run.setting, tokens=came_to[run.group, run.arm])
         assert rates and rates == {rate: getattr(run.setting.train, rate) for rate in rates}
 

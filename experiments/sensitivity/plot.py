@@ -32,7 +32,7 @@ def draw(home: Path) -> Path:
                 dot(axes, place, value, COLOURS[kind])
             axes.set_yticks(range(len(lines)), [words for words, _, _ in lines], color=INK)
             axes.set_ylim(len(lines) - 0.5, -0.5)
-            axes.set_xlim(-0.1, 1.2)
+            axes.set_xlim(-0.3, 1.2)
             axes.axvline(1, color=SOFT, linewidth=1)
             axes.axvline(0, color=SOFT, linewidth=1)
             axes.grid(axis="y", visible=False)

@@ -67,7 +67,7 @@ def retention_gap(runs: dict[int, Record]) -> Interval | None:
 
 
 def never_taught(ours: dict[int, Record], plain: dict[int, Record]) -> Interval | None:
-    """Nats a token of facts that are like those said eight times, but were never said, minus plain's, over seeds."""
+    """Nats a token of facts that were never said, but are like those that were, minus plain's, over seeds."""
     return paired(ours, plain, of("on", "untaught_nats"))
 
 

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def ablate(
             results[arm, seed] = result
             there, whole = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
             summary = [_summary(one, there, whole, results, data.validation) for one in there]
-            date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
             report = report | {"date": date, "runs": runs[: len(whole) * len(arms)], "summary": summary}
             if on_report is not None:
                 on_report(report)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def run(tokens: int, seed: int, folder: Path) -> None:
             "corpus": data.digest,
             "validation_tokens": int(scored.document_tokens.sum()),
             "memory": asdict(setting.memory),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
         lines.append(line)
         print(f"{codec:9} loss {scored.loss:.5f}", flush=True)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,7 +128,7 @@ def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]
         "torch": torch.__version__,
         "code": code_version(),
         "sources": sources_digest(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     return record, {name: values.astype(np.float32) for name, values in arrays.items()}
 

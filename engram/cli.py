@@ -428,6 +428,8 @@ def verify(
 
         results = run(folder, on_bytes)
     problems = [result["problem"] for result in results if result["problem"]]
+    for note in filter(None, (result["note"] for result in results)):
+        print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps({"folder": str(folder), "whole": not problems, "files": results}))
     elif not problems:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from engram import EngramConfig
+from engram import EngramConfig, cli
 from engram.cli import parse_count, parse_seeds
 from engram.lm.ablate import ablate
-from engram.lm.run import Setting
-from engram.lm.train import TrainConfig
+from engram.lm.run import Setting, build_model, load_run, prepare, save_run
+from engram.lm.tokenizer import train_tokenizer
+from engram.lm.train import TrainConfig, train
 from engram.lm.transformer import TransformerConfig
+from engram.tables.files import verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = [sys.executable, "-c", "from engram.cli import main; main()"]
@@ -210,3 +215,96 @@ def test_a_folder_with_another_run_is_left_as_it_is(text_folder, tmp_path):
         done = engram("evaluate", out, **env)
         assert done.returncode == 2 and f"{out / name} is" in done.stderr and "Traceback" not in done.stderr
         (out / name).write_bytes(kept)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a tiny trained run, and what it was made of."""
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    setting = tiny_setting(tmp_path / "text")
+    data = prepare(setting)
+    save_run(tmp_path / "run", setting, "engram", data)
+    train(build_model(setting, "engram", data.token_map), data.train, setting.train, folder=tmp_path / "run")
+    return tmp_path / "run", setting, data
+
+
+def tiny_setting(folder) -> Setting:
+    folder.mkdir()
+    for i in range(80):
+        (folder / f"{i:02d}.txt").write_text(f"text {i} of several words that follow each other, " * 4)
+    return Setting(
+        corpus=str(folder),
+        vocab_size=300,
+        model=TransformerConfig(300, hidden_size=16, layers=2, heads=2, max_length=32),
+        memory=EngramConfig(layers=(1,), orders=(2,), heads=1, head_dim=8, rows_per_head=64),
+        train=TrainConfig(tokens=512, batch_size=4, context=32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"rope_base": 10000', '"rope_base": 20000'),
+        ('"gate_eps": 1e-06', '"gate_eps": 2e-06'),
+        ('"text"', '"uext"'),
+        ('"digest"', '"eigest"'),
+        ('"format": 2', '"format": 3'),
+        ('"format"', '"gormat"'),
+    ],
+)
+def test_an_altered_run_is_refused_by_name_and_found_by_verify(run, before, after):
+    home, setting, data = run
+    text = (home / "run.json").read_text()
+    assert text.count(before) >= 1
+    (home / "run.json").write_text(text.replace(before, after, 1))
+    for read in (lambda: load_run(home), lambda: save_run(home, setting, "engram", data)):
+        with pytest.raises(ValueError, match=re.escape(str(home / "run.json"))):
+            read()
+    assert any(str(home / "run.json") in str(result["problem"]) for result in verify(home))
+
+
+def test_no_flipped_bit_of_a_run_is_loaded_as_another_run(run):
+    home, setting, _ = run
+    file, draw = home / "run.json", random.Random(0)
+    before = file.read_bytes()
+    for place in draw.sample(range(len(before)), 80):
+        data = bytearray(before)
+        data[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        try:
+            assert load_run(home)[2] == setting  # another spelling of the same values
+        except ValueError as error:
+            assert str(file) in str(error)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "token_map.safetensors"])
+def test_a_changed_tokenizer_of_a_run_is_refused_by_name(run, name):
+    home, _, _ = run
+    data = (home / name).read_bytes()
+    other = data.replace(b'"merges"', b'"merges" ') if name == "tokenizer.json" else data[:-1] + b"x"
+    (home / name).write_bytes(other)
+    with pytest.raises(ValueError, match=f"{name} is missing or was changed"):
+        load_run(home)
+    assert any(name in str(result["problem"]) for result in verify(home))
+    (home / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        load_run(home)
+
+
+def test_a_run_from_before_digests_loads_and_gets_them_when_it_is_trained_again(run, capsys):
+    home, setting, data = run
+    values = json.loads((home / "run.json").read_text())
+    (home / "run.json").write_text(json.dumps({name: values[name] for name in ("arm", "setting", "text")}))
+    assert load_run(home)[2] == setting
+    cli.verify(home)
+    assert f"note: {home / 'run.json'} has no digest" in capsys.readouterr().err
+    save_run(home, setting, "engram", data)
+    assert load_run(home)[2] == setting and not any(result["note"] for result in verify(home))
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_only(run):
+    home, setting, data = run
+    other = train_tokenizer(["quite another text, with other pairs of letters"], 270)
+    with pytest.raises(ValueError, match="a run with another tokenizer"):
+        save_run(home, setting, "engram", replace(data, tokenizer=other))
+    assert load_run(home)[2] == setting

@@ -22,6 +22,7 @@ from engram import EngramConfig, EngramMemory, TokenMap, Transformer, Transforme
 from engram.lm.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
 from engram.lm.train import Batches, TrainConfig, learning_rate_scale
 from engram.optimizer import build_optimizer
+from engram.tables.files import verify
 from tests.toy import VOCAB, corpus
 
 CONFIG = TrainConfig(tokens=30 * 4 * 16, batch_size=4, context=16, lr=1e-2, table_lr=0.05, warmup_steps=3)
@@ -243,6 +244,132 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="lacks the file"):
         read_manifest(path)
+
+
+def reseal(path: Path, change) -> None:
+    """Alter a checkpoint's manifest, and write it as a version before digests did."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest.pop("digest", None)
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+
+
+def resume(path: Path) -> dict:
+    m = model()
+    return load_checkpoint(path, m, build_optimizer(m))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"step": 30', '"step": 31'),
+        ('"initial_lr": 0.01', '"initial_lr": 0.81'),
+        ('"eps": 1e-08', '"eps": 1e-02'),
+        ('"weight_decay": 0.1', '"weight_decay": 0.9'),
+        ('"tokens": 1920', '"tokens": 1928'),
+        ('"digest"', '"eigest"'),
+        ('"groups"', '"froups"'),
+    ],
+)
+def test_an_altered_manifest_of_a_checkpoint_is_refused_and_found_by_verify(tmp_path, before, after):
+    path = saved(tmp_path)
+    text = (path / "manifest.json").read_text()
+    assert before in text
+    (path / "manifest.json").write_text(text.replace(before, after, 1))
+    for read in (lambda: resume(path), lambda: train(model(), corpus(), CONFIG, folder=tmp_path)):
+        with pytest.raises(ValueError, match=r"manifest\.json was altered"):
+            read()
+    assert any("manifest.json was altered" in str(result["problem"]) for result in verify(tmp_path))
+
+
+def test_no_flipped_bit_of_a_manifest_resumes_with_another_state(tmp_path):
+    path = saved(tmp_path)
+    file, draw = path / "manifest.json", random.Random(0)
+    before, manifest = file.read_bytes(), resume(path)
+    places = draw.sample(range(len(before)), 120) + [before.index(b'"format"') + i for i in range(12)]
+    for place in places:
+        data = bytearray(before)
+        data[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        try:
+            assert read_manifest(path) == manifest  # another spelling of the same values, such as 1E-08
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_checkpoints_from_before_manifests_had_digests_still_resume_and_verify_says_so(tmp_path):
+    whole = model()
+    train(whole, corpus(), CONFIG)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), corpus(), CONFIG, folder=tmp_path, checkpoint_every=5, on_step=stop)
+    for path in checkpoints(tmp_path):
+        reseal(path, lambda manifest: None)
+    results = verify(tmp_path)
+    assert all(result["problem"] is None for result in results)
+    assert sum("has no digest" in str(result["note"]) for result in results) == 3
+    resumed = model(seed=5)
+    train(resumed, corpus(), CONFIG, folder=tmp_path)
+    assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("step"),
+        lambda manifest: manifest.update(step="30"),
+        lambda manifest: manifest.pop("facts"),
+        lambda manifest: manifest.pop("row_steps"),
+        lambda manifest: manifest.update(row_steps=[{}]),
+        lambda manifest: manifest.update(row_steps=[]),
+        lambda manifest: manifest["groups"][0].pop("lr"),
+        lambda manifest: manifest["groups"][0].update(betas=0.9),
+        lambda manifest: manifest["groups"].pop(),
+        lambda manifest: manifest.update(groups=7),
+        lambda manifest: manifest["files"].pop("optimizer.safetensors"),
+        lambda manifest: manifest["facts"].pop("log"),
+        lambda manifest: manifest["facts"]["log"].update(odd=1),
+        lambda manifest: manifest["facts"].pop("config"),
+    ],
+)
+def test_a_manifest_without_digest_that_lacks_something_is_a_value_error_with_its_name(tmp_path, change):
+    path = saved(tmp_path)
+    reseal(path, change)
+    with pytest.raises(ValueError, match="step-00000030"):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+
+
+def test_only_folders_named_after_a_step_are_checkpoints_and_steps_are_ordered_as_numbers(tmp_path):
+    m = model()
+    optimizer = build_optimizer(m)
+    for step in (2, 99_999_999, 100_000_000, 1_000_000_000):
+        save_checkpoint(tmp_path, m, optimizer, step, {})
+    numbers = [2, 99_999_999, 100_000_000, 1_000_000_000]
+    for other in ("step-best", "step-00000002.bak", "step-", "step--0000003", "step-0000000x", "old-step-00000009"):
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / other)
+    assert [read_manifest(path)["step"] for path in checkpoints(tmp_path)] == numbers
+    assert latest_checkpoint(tmp_path).name == "step-1000000000"
+    results = verify(tmp_path)
+    assert all(result["problem"] is None for result in results)
+    assert sorted(Path(r["file"]).name for r in results if r["note"]) == sorted(
+        ["step-best", "step-00000002.bak", "step-", "step--0000003", "step-0000000x"]
+    )
+    save_checkpoint(tmp_path, m, optimizer, 1_000_000_001, {}, keep=2)
+    assert [read_manifest(path)["step"] for path in checkpoints(tmp_path)] == [1_000_000_000, 1_000_000_001]
+    assert (tmp_path / "step-best").is_dir() and (tmp_path / "old-step-00000009").is_dir()
+
+
+def test_a_checkpoint_renamed_to_another_step_is_refused(tmp_path):
+    path = saved(tmp_path)
+    shutil.copytree(path, tmp_path / "step-00000031")
+    with pytest.raises(ValueError, match="step-00000031 holds step 30, not 31"):
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+    shutil.copytree(path, tmp_path / "best")
+    assert read_manifest(tmp_path / "best")["step"] == 30  # any other name may be given by hand
 
 
 def test_a_checkpoint_of_another_model_or_configuration_is_refused(tmp_path):

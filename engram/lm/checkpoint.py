@@ -1,6 +1,7 @@
 """Checkpoints that appear whole or not at all, and say what they hold.
 
-    FOLDER/step-00000400/manifest.json          sizes and xxh3-128 digests of the files below, facts of the run
+    FOLDER/step-00000400/manifest.json          sizes and xxh3-128 digests of the files below, facts of the run, and the
+                                                digest of all that
                         /model.safetensors      dense weights
                         /optimizer.safetensors  dense optimiser state
                         /tables.<layer>.rows    raw rows; rows.<memory>.<layer>.<name>.rows: row optimiser state
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,21 @@ from torch import Tensor, nn
 
 from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer
-from engram.tables.files import file_digest, read_rows, remove_partial, sync, whole_folder, write_rows
+from engram.tables.files import (
+    check_digest,
+    file_digest,
+    file_entry,
+    load_manifest,
+    manifest_digest,
+    read_rows,
+    remove_partial,
+    step_folders,
+    sync,
+    whole_folder,
+    write_rows,
+)
 
-_FORMAT = 1
+_FORMAT, _WITHOUT_DIGEST = 2, 1  # manifests of format 1 state no digest of themselves
 
 
 def _split_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -88,10 +102,11 @@ def save_checkpoint(
             for name, tensors in (("model", dense), ("optimizer", adam)):
                 path = partial / f"{name}.safetensors"
                 safetensors.torch.save_file(_apart(tensors), path)
-                sync(path)
-                manifest["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
+                manifest["files"][path.name] = file_entry(path)
             for name, rows in {**tables, **_row_state(optimizer)}.items():
                 manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
+            manifest = json.loads(json.dumps(manifest))  # as it will be read: the digest is of that
+            manifest["digest"] = manifest_digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             sync(partial / "manifest.json")
     except (OSError, safetensors.SafetensorError) as error:
@@ -106,7 +121,7 @@ def save_checkpoint(
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a folder, the one of the highest step last."""
-    return [manifest.parent for manifest in sorted(Path(folder).glob("step-*/manifest.json"))]
+    return [path for path in step_folders(folder) if (path / "manifest.json").is_file()]
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -118,27 +133,42 @@ def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint's manifest, after checking that every file is there with its size and digest.
 
     Raises:
-        FileNotFoundError: no checkpoint there. ValueError: a missing, truncated, changed or foreign file, by name.
+        FileNotFoundError: no checkpoint there. ValueError: an altered manifest; a missing, truncated, changed or
+        foreign file, by name.
     """
     path = Path(checkpoint)
-    if not (path / "manifest.json").is_file():
+    home = path / "manifest.json"
+    if not home.is_file():
         raise FileNotFoundError(f"{path} is no checkpoint: it has no manifest.json")
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = {str(k): (int(v["bytes"]), str(v["xxh3_128"])) for k, v in manifest["files"].items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'manifest.json'} is damaged: {error!r}") from error
-    if manifest.get("format") != _FORMAT:
+    manifest = load_manifest(path)
+    if manifest.get("format") not in (_FORMAT, _WITHOUT_DIGEST):
         raise ValueError(f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {_FORMAT}")
-    for name, (size, digest) in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise ValueError(f"{path} lacks the file {name!r} that its manifest names")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file} holds {file.stat().st_size:,} bytes where {size:,} are expected: truncated")
-        if name.endswith(".safetensors") and file_digest(file) != digest:
-            raise ValueError(f"{file} does not have the digest its manifest names: it was changed or torn")
+    check_digest(home, manifest)
+    try:
+        _check_shape(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{home} is damaged: {error!r}") from error
+    number = re.fullmatch(r"step-([0-9]+)", path.name)
+    if number and int(number[1]) != manifest["step"]:
+        raise ValueError(f"{path} holds step {manifest['step']}, not {int(number[1])}: rename it to what it holds")
+    for name, entry in manifest["files"].items():
+        if name.endswith(".safetensors") and file_digest(path / name) != entry["xxh3_128"]:
+            raise ValueError(f"{path / name} does not have the digest its manifest names: it was changed or torn")
     return manifest  # digests of .rows files are checked as they are read
+
+
+def _check_shape(manifest: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError if the values of a manifest are not of the kinds that are written."""
+    if type(manifest["step"]) is not int or manifest["step"] < 0 or not isinstance(manifest["facts"], dict):
+        raise ValueError("step is a number of steps, facts are an object")
+    if missing := {"model.safetensors", "optimizer.safetensors"} - set(manifest["files"]):
+        raise ValueError(f"files lack {min(missing)}")
+    if not all(type(steps) is int for layers in manifest["row_steps"] for steps in layers.values()):
+        raise ValueError("row_steps are numbers of steps")
+    for group in manifest["groups"]:
+        numbers = [group["lr"], group["eps"], group["weight_decay"], *group["betas"], *group["params"]]
+        if len(group["betas"]) != 2 or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError("lr, eps, weight_decay, betas and params of a group are numbers")
 
 
 def load_checkpoint(
@@ -167,17 +197,24 @@ def load_checkpoint(
     for name, rows in raw.items():
         read_rows(path / f"{name}.rows", rows, manifest["files"][f"{name}.rows"]["xxh3_128"])
     if optimizer is not None:
-        adam = safetensors.torch.load_file(path / "optimizer.safetensors")
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in adam.items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        row_state = [  # tensors that have just been read in place
-            {
-                k: {"steps": steps[str(k)], **{name: kept.tensor for name, kept in o.state.items()}}
-                for k, o in layers.items()
-            }
-            for layers, steps in zip(optimizer.rows, manifest["row_steps"], strict=True)
-        ]
-        optimizer.load_state_dict({"state": state, "param_groups": manifest["groups"], "rows": row_state})
+        try:
+            _load_optimizer(path, manifest, optimizer)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} does not fit this optimiser: {error}") from error
     return manifest
+
+
+def _load_optimizer(path: Path, manifest: dict[str, Any], optimizer: EngramOptimizer) -> None:
+    """Load the optimiser's state; that of the rows has just been read in place."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in safetensors.torch.load_file(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    row_state = [
+        {
+            k: {"steps": steps[str(k)], **{name: kept.tensor for name, kept in o.state.items()}}
+            for k, o in layers.items()
+        }
+        for layers, steps in zip(optimizer.rows, manifest["row_steps"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": manifest["groups"], "rows": row_state})

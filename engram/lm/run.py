@@ -20,7 +20,9 @@ from engram.lm.tokenizer import Encoded, encode, train_tokenizer
 from engram.lm.train import TrainConfig
 from engram.lm.transformer import Transformer, TransformerConfig
 from engram.memory import EngramMemory
-from engram.tables.files import write_whole
+from engram.tables.files import check_digest, file_digest, file_entry, manifest_digest, write_whole
+
+_FORMAT = 2  # of run.json; the first version stated none
 
 # The arms of the main job: what each makes of the memory's configuration. None: no memory.
 ARMS: dict[str, Callable[[EngramConfig], EngramConfig | None]] = {
@@ -135,38 +137,69 @@ def device_of(name: str) -> torch.device:
 
 
 def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: Data) -> None:
-    """Writes what is needed to build the model again: run.json, tokenizer.json, token_map.safetensors.
+    """Writes what is needed to build the model again: tokenizer.json, token_map.safetensors and run.json, which holds
+    their digests and its own.
 
     Raises:
         ValueError: a folder with checkpoints of another run, which is left as it is.
     """
     home = Path(folder)
     if (home / "run.json").is_file() and latest_checkpoint(home) is not None:
-        before_arm, before_setting, text = _read_run(home)
-        other = ["another arm"] * (before_arm != arm) + ["another setting"] * (before_setting != setting)
-        other += ["another text"] * (text not in (None, data.digest))
+        run = _read_run(home)
+        other = ["another arm"] * (run["arm"] != arm) + ["another setting"] * (run["setting"] != setting)
+        other += ["another text"] * (run.get("text") not in (None, data.digest))
+        other += ["another tokenizer"] * (not other and _read_tokenizer(home).to_str() != data.tokenizer.to_str())
         if other:
             raise ValueError(
                 f"{home} holds checkpoints of a run with {' and '.join(other)} (see its run.json): give another "
                 f"folder, or delete it"
             )
+        if run["files"] and not _changed_files(home, run):
+            return
     home.mkdir(parents=True, exist_ok=True)
-    files = {
-        "run.json": json.dumps({"arm": arm, "setting": asdict(setting), "text": data.digest}),
-        "tokenizer.json": data.tokenizer.to_str(),
-    }
-    for name, text in files.items():
-        write_whole(home / name, text.encode())
+    write_whole(home / "tokenizer.json", data.tokenizer.to_str().encode())
     data.token_map.save(home / "token_map.safetensors")
+    files = {name: file_entry(home / name) for name in ("tokenizer.json", "token_map.safetensors")}
+    run = {"format": _FORMAT, "arm": arm, "setting": asdict(setting), "text": data.digest, "files": files}
+    run = json.loads(json.dumps(run))  # as it will be read: the digest is of that
+    write_whole(home / "run.json", json.dumps(run | {"digest": manifest_digest(run)}).encode())
 
 
-def _read_run(home: Path) -> tuple[str, Setting, str | None]:
-    """Arm, setting and digest of the text (older runs have none) of a run.json. Raises ValueError: a damaged one."""
+def _read_run(home: Path) -> dict[str, Any]:
+    """A run.json, with "setting" as a Setting and "files" as {name: digest}, which is empty for older versions.
+
+    Raises:
+        ValueError: a damaged or altered one.
+    """
+    path = home / "run.json"
     try:
-        run = json.loads((home / "run.json").read_text())
-        return run["arm"], Setting.from_json(json.dumps(run["setting"])), run.get("text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{home / 'run.json'} is damaged: {error!r}") from error
+        run = json.loads(path.read_text())
+        arm, setting = str(run["arm"]), Setting.from_json(json.dumps(run["setting"]))
+        version, files = run.get("format"), {name: entry["xxh3_128"] for name, entry in run.get("files", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if version not in (None, _FORMAT):
+        raise ValueError(f"{path} has format {version!r}, this version reads {_FORMAT}")
+    check_digest(path, run)
+    return run | {"arm": arm, "setting": setting, "files": files}
+
+
+def _changed_files(home: Path, run: dict[str, Any]) -> list[str]:
+    """Names of a run's files that are missing or do not have the digest in its run.json."""
+    return [name for name, digest in run["files"].items() if not _has_digest(home / name, digest)]
+
+
+def _has_digest(file: Path, digest: str) -> bool:
+    return file.is_file() and file_digest(file) == digest
+
+
+def _read_tokenizer(home: Path) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{home / 'tokenizer.json'} is missing or damaged: {error}") from error
+    tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> stays text; the file forgets this
+    return tokenizer
 
 
 def load_run(
@@ -184,12 +217,10 @@ def load_run(
     newest = latest_checkpoint(home)
     if newest is None:
         raise FileNotFoundError(f"{home} holds no checkpoint yet")
-    arm, setting, _ = _read_run(home)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{home / 'tokenizer.json'} is missing or damaged: {error}") from error
-    tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> stays text; the file forgets this
+    run = _read_run(home)
+    arm, setting, tokenizer = run["arm"], run["setting"], _read_tokenizer(home)
+    if changed := _changed_files(home, run):
+        raise ValueError(f"{home / changed[0]} is missing or was changed: it does not have the digest in run.json")
     token_map = TokenMap.load(home / "token_map.safetensors")
     derived = TokenMap.from_tokenizer(tokenizer)
     if derived.digest != token_map.digest:

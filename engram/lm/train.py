@@ -229,9 +229,12 @@ def train(
     newest = latest_checkpoint(folder) if folder is not None else None
     if newest is not None:
         manifest = load_checkpoint(newest, model, optimizer)
-        if manifest["facts"]["config"] != asdict(config):
-            raise ValueError(f"{newest} was trained with {manifest['facts']['config']}, not with {asdict(config)}")
-        log, first = TrainLog(**manifest["facts"]["log"]), int(manifest["step"])
+        try:
+            before, log, first = manifest["facts"]["config"], TrainLog(**manifest["facts"]["log"]), manifest["step"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{newest} lacks the configuration and log that train() writes: {error!r}") from error
+        if before != asdict(config):
+            raise ValueError(f"{newest} was trained with {before}, not with {asdict(config)}")
     log.row_state_bytes = sum(row_optimizer.nbytes for row_optimizer in optimizer.row_optimizers)
     model.train()
     memory = model.memory

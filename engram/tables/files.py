@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -140,6 +141,25 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode())
 
 
+def check_digest(path: Path, manifest: dict[str, Any]) -> bool:
+    """Compare a manifest with the digest it states. Return False if it was written before manifests stated one.
+
+    Raises:
+        ValueError: the manifest was altered, or its format has a digest and this one lacks it.
+    """
+    if "digest" not in manifest and manifest.get("format") in (None, 1):
+        return False
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise ValueError(f"{path} was altered: it does not have the digest it states")
+    return True
+
+
+def step_folders(folder: str | os.PathLike[str]) -> list[Path]:
+    """Folders named step-<digits> in a run's folder, the highest step last. Other names are not checkpoints."""
+    named = [(re.fullmatch(r"step-([0-9]+)", path.name), path) for path in Path(folder).glob("step-*/")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes the whole file or leaves what was there: a full disk or a kill never shows half a file."""
     path = Path(path)
@@ -225,18 +245,20 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(at, os.fsencode(a), at, os.fsencode(b), ctypes.c_uint(swap)) == 0
 
 
-def load_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def load_manifest(folder: str | os.PathLike[str], name: str = "manifest.json") -> dict[str, Any]:
     """A folder's manifest, parsed; of "files" every entry is well formed and every file is there with its size.
+
+    name: of the manifest; a run's is its run.json.
 
     Raises:
         FileNotFoundError: no manifest.json there. ValueError: a damaged one, or a file missing, truncated or foreign.
     """
     home = Path(folder)
-    path = home / "manifest.json"
+    path = home / name
     if not path.is_file():
         old = [str(p) for p in home.parent.glob(f".{home.name}.old-*/{home.name}")]
         hint = f"; a save was cut short, rename {old[0]} to {home}" if old and not home.exists() else ""
-        raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no manifest.json{hint}")
+        raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no {name}{hint}")
     try:
         manifest = json.loads(path.read_text())
         files = {str(k): (int(v["bytes"]), v["xxh3_128"], v.get("blocks", [])) for k, v in manifest["files"].items()}
@@ -285,13 +307,6 @@ def bad_blocks(
     return bad
 
 
-def _verify_step(step: Path, on_bytes: Callable[[str, int, int], None] | None) -> list[dict[str, Any]]:
-    if (step / "manifest.json").is_file():
-        return verify(step, on_bytes)
-    problem = f"{step} is no whole checkpoint: it has no manifest.json"
-    return [{"file": str(step), "bytes": 0, "blocks": 0, "bad_blocks": [], "problem": problem}]
-
-
 def verify(
     folder: str | os.PathLike[str], on_bytes: Callable[[str, int, int], None] | None = None
 ) -> list[dict[str, Any]]:
@@ -301,24 +316,48 @@ def verify(
         on_bytes: called with (file, bytes just read, bytes of all files), for a progress bar.
 
     Returns:
-        One {"file", "bytes", "blocks", "bad_blocks", "problem"} per file, problem None where all is well. Blocks are
-        numbered from 0 and 16 MiB long; a file without block digests (dense weights) is one block.
+        One {"file", "bytes", "blocks", "bad_blocks", "problem", "note"} per file, problem None where all is well.
+        Blocks are numbered from 0 and 16 MiB long; a file without block digests (dense weights) is one block. note:
+        why a file could not be checked (None if it was): it is older than its digests, or its name is not a step's.
 
     Raises:
         FileNotFoundError: nothing to verify there.
     """
     home = Path(folder)
-    if not (home / "manifest.json").is_file() and (steps := sorted(home.glob("step-*/"))):
-        return [result for step in steps for result in _verify_step(step, on_bytes)]
+    steps = [] if (home / "manifest.json").is_file() else step_folders(home)
+    if not steps:
+        return _verify_files(home, "manifest.json", on_bytes)
+    results = _verify_files(home, "run.json", on_bytes) if (home / "run.json").is_file() else []
+    for step in steps:
+        if (step / "manifest.json").is_file():
+            results += _verify_files(step, "manifest.json", on_bytes)
+        else:
+            results.append(_result(step, problem=f"{step} is no whole checkpoint: it has no manifest.json"))
+    for other in sorted(set(home.glob("step-*/")) - set(steps)):
+        results.append(_result(other, note=f"{other} was not checked: checkpoints are named step-<number>"))
+    return results
+
+
+def _result(path: Path, size: int = 0, problem: str | None = None, note: str | None = None) -> dict[str, Any]:
+    return {"file": str(path), "bytes": size, "blocks": 0, "bad_blocks": [], "problem": problem, "note": note}
+
+
+def _verify_files(
+    home: Path, name: str, on_bytes: Callable[[str, int, int], None] | None = None
+) -> list[dict[str, Any]]:
+    """Verify the files that the manifest of this name lists, and the manifest itself."""
+    path, results = home / name, []
     try:
-        manifest = load_manifest(home)
-        stated = manifest.get("digest")
-        if "digest" in manifest and stated != manifest_digest(manifest):
-            raise ValueError(f"{home / 'manifest.json'} was altered: it does not have the digest it states")
+        if name == "run.json" and not _has_files(path):  # older than its digests
+            manifest: dict[str, Any] = {"files": {}}
+        else:
+            manifest = load_manifest(home, name)
+        if not check_digest(path, manifest):
+            note = f"{path} has no digest, because an older version wrote it: what it says was not checked"
+            results.append(_result(path, path.stat().st_size, note=note))
     except ValueError as error:
-        return [{"file": str(home), "bytes": 0, "blocks": 0, "bad_blocks": [], "problem": str(error)}]
+        return [_result(home, problem=str(error))]
     total = sum(int(entry["bytes"]) for entry in manifest["files"].values())
-    results = []
     for name, entry in manifest["files"].items():
         path, problem, bad = home / name, None, []
         try:
@@ -330,7 +369,15 @@ def verify(
             listed = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
             where = f"block {listed} of {blocks} (16 MiB each, from byte {bad[0] * BLOCK:,})"
             problem = f"{path}: {where if blocks > 1 else 'the file'} does not have its digest: changed or torn"
-        results.append(
-            {"file": str(path), "bytes": int(entry["bytes"]), "blocks": blocks, "bad_blocks": bad, "problem": problem}
-        )
+        result = _result(path, int(entry["bytes"]), problem)
+        results.append(result | {"blocks": blocks, "bad_blocks": bad})
     return results
+
+
+def _has_files(path: Path) -> bool:
+    """Return False if a run.json is one of the first version, which names no files."""
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        return True  # damaged: load_manifest says how
+    return not isinstance(values, dict) or not {"format", "files", "digest"}.isdisjoint(values)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers as hf
 
 VOCAB, IMAGE = 64, 60
+# What this version of transformers calls the argument and the output that holds keys and values.
+CACHE = "cache" if "cache" in inspect.signature(hf.LlamaModel.forward).parameters else "past_key_values"
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **ENDS}
 LLAMA = {**BASE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}

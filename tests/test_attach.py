@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import threading
 import pytest
 import torch
 import transformers as hf
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.models.xlstm.modeling_xlstm import xLSTMCache as XLSTMCache
 
 import engram
 from engram import EngramConfig, TokenMap, build_optimizer
+from engram.integrations.decoding import cache_argument
 from engram.integrations.inputs import placeholder_ids
-from tests.hf_models import CONFIGS, IMAGE, VOCAB, build, text
+from tests.hf_models import CACHE, CONFIGS, IMAGE, VOCAB, build, text
 
 ALL = list(CONFIGS)
 TEXT = [name for name in ALL if name != "gemma3_images"]
@@ -76,7 +80,7 @@ def test_cached_decoding_equals_the_full_forward(name):
     full = model(ids).logits
     cache, steps = hf.DynamicCache(config=model.config), []
     for piece in ids.split([5, 1, 1, 9, 1, 7], dim=1):
-        steps.append(model(piece, past_key_values=cache).logits)
+        steps.append(model(piece, **{CACHE: cache}).logits)
     close(torch.cat(steps, dim=1), full)
 
 
@@ -87,7 +91,7 @@ def test_a_cache_that_the_model_made_itself_goes_on(name):
     ids = text()
     full = model(ids, use_cache=False).logits
     out = model(ids[:, :7], use_cache=True)
-    close(model(ids[:, 7:], past_key_values=out.past_key_values).logits, full[:, 7:])
+    close(model(ids[:, 7:], **{CACHE: out[CACHE]}).logits, full[:, 7:])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -182,35 +186,35 @@ def test_a_cache_can_be_copied_repeated_selected_and_cleared(copied):
     ids = text(time=10)
     full = model(ids).logits
     cache = hf.DynamicCache(config=model.config)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], **{CACHE: cache})
     twin = copied(cache)
     twin.batch_repeat_interleave(2)
     twin.batch_select_indices(torch.tensor([3, 0]))
-    close(model(ids[[1, 0], 6:], past_key_values=twin).logits, full[[1, 0], 6:])
-    close(model(ids[:, 6:], past_key_values=cache).logits, full[:, 6:])
+    close(model(ids[[1, 0], 6:], **{CACHE: twin}).logits, full[[1, 0], 6:])
+    close(model(ids[:, 6:], **{CACHE: cache}).logits, full[:, 6:])
     cache.crop(-4)
-    close(model(ids[:, 6:], past_key_values=cache).logits, full[:, 6:])
+    close(model(ids[:, 6:], **{CACHE: cache}).logits, full[:, 6:])
     cache.reset()
-    close(model(ids, past_key_values=cache).logits, full)
+    close(model(ids, **{CACHE: cache}).logits, full)
 
 
 @torch.no_grad()
 def test_a_cache_that_the_memory_has_not_followed_is_refused():
     model, ids = build("llama"), text()
-    before = model(ids, use_cache=True).past_key_values
+    before = model(ids, use_cache=True)[CACHE]
     memory = engram.attach(model, FULL, IDENTITY)
     with pytest.raises(ValueError, match="holds 12 positions that this memory has not seen"):
-        model(ids, past_key_values=before)
-    changed = model(ids, use_cache=True).past_key_values
+        model(ids, **{CACHE: before})
+    changed = model(ids, use_cache=True)[CACHE]
     for layer in changed.layers:
         layer.crop(-2)
     with pytest.raises(ValueError, match="holds 10 positions, the memory has seen 12"):
-        model(ids, past_key_values=changed)
-    followed = model(ids, use_cache=True).past_key_values
+        model(ids, **{CACHE: changed})
+    followed = model(ids, use_cache=True)[CACHE]
     memory.detach()
     engram.attach(model, FULL, IDENTITY)
     with pytest.raises(ValueError, match="holds 12 positions that this memory has not seen"):
-        model(ids, past_key_values=followed)
+        model(ids, **{CACHE: followed})
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
@@ -416,7 +420,7 @@ def test_image_positions_are_never_hashed_and_get_nothing():
     for part in (slice(0, 4), slice(8, 14)):  # as if each piece of text stood alone
         assert torch.equal(seen[0].row_ids[2][:, part], recall(ids[:, part]).row_ids[2])
     out = model(ids[:, :9], pixel_values=pixels, token_type_ids=kinds[:, :9], use_cache=True)
-    close(model(ids[:, 9:], past_key_values=out.past_key_values).logits, full[:, 9:])
+    close(model(ids[:, 9:], **{CACHE: out[CACHE]}).logits, full[:, 9:])
 
 
 def test_the_hooks_read_positional_arguments_as_well():
@@ -482,15 +486,71 @@ def test_two_threads_that_run_one_model_read_their_own_rows():
     assert torch.equal(found[0], want)
 
 
-def test_a_paged_cache_is_refused():
-    model, _ = attached("llama")  # as generate_batch does: each step packs the next token of many requests into one row
-    with pytest.raises(ValueError, match="paged cache"):
-        model(text(1, 3), position_ids=torch.tensor([[5, 3, 8]]), cache=object())
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_of_another_kind_is_refused_whatever_its_argument_is_called(name):
+    model, _ = attached("llama")  # generate_batch packs the next token of many requests into one row of each step
+    places = torch.tensor([[5, 3, 8]])
+    paged = object.__new__(PagedAttentionCache)
+    with pytest.raises(ValueError, match=r"is a PagedAttentionCache.*paged cache.*use generate\(\)"):
+        model(text(1, 3), position_ids=places, **{name: paged})
+    with pytest.raises(ValueError, match=r"is a object, not a Cache of transformers"):
+        model(text(1, 3), position_ids=places, **{name: object()})
+    with pytest.raises(TypeError, match="is a tuple"):
+        model(text(1, 3), position_ids=places, **{name: ((torch.zeros(1), torch.zeros(1)),)})
 
 
-@pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
+def test_generate_batch_is_refused_with_the_reason():
+    model, _ = attached("llama")
+    model.set_attn_implementation("paged|eager")
+    cache = PagedAttentionCache.__new__(PagedAttentionCache)
+    with pytest.raises(ValueError, match="paged cache of generate_batch"):
+        model(input_ids=text(1, 3), position_ids=torch.tensor([[5, 3, 8]]), cache=cache, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_a_cache_is_followed_by_whichever_name_forward_accepts(name):
+    """The name in the signature, and older ones that forward() renames."""
+    model, _ = attached("llama")
+    if name not in inspect.signature(hf.LlamaModel.forward).parameters and CACHE != "cache":
+        pytest.skip("this version of transformers has not heard of `cache`")
+    ids, cache = text(), hf.DynamicCache(config=model.config)
+    full = model(ids).logits
+    pieces = [model(piece, **{name: cache}).logits for piece in ids.split([5, 1, 6], dim=1)]
+    close(torch.cat(pieces, dim=1), full)
+    decoder = hf.DynamicCache(config=model.config)  # the decoder alone, which a caller may run as well
+    hidden = [model.model(piece, **{name: decoder}).last_hidden_state for piece in ids.split([5, 1, 6], dim=1)]
+    close(model.lm_head(torch.cat(hidden, dim=1)), full)
+
+
+def test_the_cache_argument_is_found_by_its_annotation():
+    def module(**annotations):
+        def forward(self, *args): ...
+
+        kinds = {"self": inspect.Parameter.empty, "input_ids": torch.Tensor, **annotations}
+        named = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=a) for n, a in kinds.items()]
+        forward.__signature__ = inspect.Signature(named)
+        return type("Module", (torch.nn.Module,), {"forward": forward})()
+
+    empty, tuples = inspect.Parameter.empty, tuple[tuple[torch.Tensor]] | None
+    assert cache_argument(module(cache=empty, kv=hf.Cache | None)) == "kv"
+    assert cache_argument(module(kv=hf.DynamicCache)) == "kv"
+    assert cache_argument(module(kv="Optional[hf.DynamicCache]")) == "kv"
+    assert cache_argument(module(cache_params="hf.Cache | None")) == "cache_params"
+    for older in (empty, tuples, "tuple[tuple[torch.Tensor]] | None"):
+        assert cache_argument(module(past_key_values=older)) == "past_key_values"
+    for foreign in (XLSTMCache, XLSTMCache | None, "XLSTMCache | None"):
+        assert cache_argument(module(cache_params=foreign)) is None
+    assert cache_argument(module(state=list[torch.Tensor] | None)) is None
+    assert cache_argument(build("llama").model) == CACHE
+
+
+STATES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba", "Rwkv", "xLSTM"])
 def test_a_model_that_keeps_its_state_out_of_the_cache_is_refused(kind):
-    config = getattr(hf, f"{kind}Config")(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, state_size=4)
+    config = getattr(hf, f"{kind}Config")(**STATES | ({"num_heads": 4, "head_dim": 16} if kind == "Mamba2" else {}))
     with pytest.raises(ValueError, match=f"{kind}Model keeps what it has decoded elsewhere"):
         engram.attach(getattr(hf, f"{kind}ForCausalLM")(config), ZERO, IDENTITY)
 
@@ -511,12 +571,12 @@ def test_a_block_diagonal_mask_separates_documents(dtype):
 def test_a_mask_of_a_tree_of_drafts_is_refused():
     model, _ = attached("llama")
     cache = hf.DynamicCache(config=model.config)
-    model(text(1, 4), past_key_values=cache)
+    model(text(1, 4), **{CACHE: cache})
     seen = torch.ones(1, 1, 3, 7).tril(4).bool()
-    model(text(1, 3), attention_mask=seen, past_key_values=copy.deepcopy(cache))  # one branch
+    model(text(1, 3), attention_mask=seen, **{CACHE: copy.deepcopy(cache)})  # one branch
     seen[..., 2, 5] = False  # the third token is the second's sibling
     with pytest.raises(ValueError, match="hides the position before"):
-        model(text(1, 3), attention_mask=seen, past_key_values=cache)
+        model(text(1, 3), attention_mask=seen, **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -601,13 +661,11 @@ def test_a_mask_with_room_for_what_comes_later_is_read_from_its_start(name):
     expected = model(ids).logits
     mask = torch.zeros(2, 30, dtype=torch.long)
     mask[:, :9] = 1
-    close(model(ids, attention_mask=mask, past_key_values=hf.DynamicCache(config=model.config)).logits, expected)
+    close(model(ids, attention_mask=mask, **{CACHE: hf.DynamicCache(config=model.config)}).logits, expected)
     cache, pieces = hf.StaticCache(config=model.config, max_cache_len=20), []
     for t in range(9):
         seen = torch.zeros(2, 20, dtype=torch.long)
         seen[:, : t + 1] = 1
         position = torch.tensor([[t]])
-        pieces.append(
-            model(ids[:, t : t + 1], attention_mask=seen, position_ids=position, past_key_values=cache).logits
-        )
+        pieces.append(model(ids[:, t : t + 1], attention_mask=seen, position_ids=position, **{CACHE: cache}).logits)
     close(torch.cat(pieces, dim=1), expected)

@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from engram.addressing import TokenMap
 from engram.config import EngramConfig
-from engram.integrations.decoding import follow, positions, state_of
+from engram.integrations.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of
 from engram.integrations.inputs import documents, padding, placeholder_ids
 from engram.memory import EngramMemory
 from engram.recall import MemoryCache, Recall, uncompiled
 
 _LAYERS = ("layers", "h", "blocks")  # what decoders call their list of layers
 _STREAMS = ("hc_mult", "hc_count")  # what configurations call the number of residual streams
-_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cu_seq_lens_q", "cache")
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cu_seq_lens_q")
 _numbers = itertools.count(1)
 
 
@@ -61,9 +61,10 @@ def attach(
 
     Raises:
         ValueError: a model without decoder layers as this looks for them, one that keeps its decoding state elsewhere
-        than in past_key_values (Mamba, RWKV, xLSTM), or one with a memory already; a configuration or memory of
-        another shape; another tokenizer than the memory's. Forward passes raise it where they give inputs_embeds
-        without ids, a cache that the memory has not followed or cannot follow, or a mask of a tree of drafts.
+        than in a Cache that counts positions (Mamba, RWKV, xLSTM), or one with a memory already; a configuration or
+        memory of another shape; another tokenizer than the memory's. Forward passes raise it where they give
+        inputs_embeds without ids, a cache that the memory has not followed or cannot follow, or a mask of a tree of
+        drafts.
         FileNotFoundError: no memory in that folder.
     """
     root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -77,12 +78,7 @@ def attach(
     token_map = (
         tokenizer if tokenizer is None or isinstance(tokenizer, TokenMap) else TokenMap.from_tokenizer(tokenizer)
     )
-    taken = inspect.signature(decoder.forward).parameters
-    if "use_cache" in taken and "past_key_values" not in taken:
-        raise ValueError(
-            f"{type(decoder).__name__} keeps what it has decoded elsewhere than in past_key_values (it takes "
-            f"{', '.join(taken)}), where the memory cannot follow it: cached decoding would read the wrong rows"
-        )
+    _check_cache(decoder)
     size = decoder.config.hidden_size
     streams = next((n for name in _STREAMS if (n := getattr(decoder.config, name, None))), 1)
     if isinstance(memory, EngramConfig):
@@ -152,6 +148,24 @@ def find_layers(root: PreTrainedModel) -> tuple[PreTrainedModel, nn.ModuleList]:
     return found[0]
 
 
+def _check_cache(decoder: PreTrainedModel) -> None:
+    """Refuse a decoder whose decoding state the memory cannot follow."""
+    taken = inspect.signature(decoder.forward).parameters
+    name = type(decoder).__name__
+    if "use_cache" in taken and cache_argument(decoder) is None:
+        raise ValueError(
+            f"{name} keeps what it has decoded elsewhere than in a Cache of transformers (it takes "
+            f"{', '.join(taken)}), where the memory cannot follow it: cached decoding would read the wrong rows"
+        )
+    try:
+        positions(DynamicCache(config=decoder.config))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} keeps what it has decoded elsewhere than in keys and values: its cache has recurrent states only "
+            f"and does not count positions, so the memory cannot follow it ({error})"
+        ) from error
+
+
 def _lists(module: nn.Module) -> list[tuple[PreTrainedModel, nn.ModuleList]]:
     """Lists of as many layers as the module's configuration says, directly in it."""
     if not isinstance(module, PreTrainedModel):
@@ -171,7 +185,8 @@ class _Pass(threading.local):
     """The forward pass that is under way in this thread: others may run the same model meanwhile.
 
     Attributes:
-        given: what each model was given of _READ. recall: its rows; None between passes.
+        given: what each model was given of _READ, and its cache as "cache", whatever the model calls that argument.
+        recall: its rows; None between passes.
     """
 
     def __init__(self) -> None:
@@ -194,6 +209,10 @@ class Attachment:
         self.names: dict[nn.Module, tuple[str, ...]] = {
             m: tuple(inspect.signature(m.forward).parameters) for m in self.models
         }
+        # The name in the signature first. Older names are accepted beside it, and renamed within forward().
+        self.caches: dict[nn.Module, list[str]] = {
+            m: [name for name in (cache_argument(m), *CACHE_NAMES) if name is not None] for m in self.models
+        }
         self.handles = []
         for m in self.models:
             self.handles.append(m.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True))
@@ -214,7 +233,9 @@ class Attachment:
                 f"makes such): run one process per device"
             )
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
-        self.now.given[module] = {name: given[name] for name in _READ if given.get(name) is not None}
+        read = {name: given[name] for name in _READ if given.get(name) is not None}
+        cache = next((given[name] for name in self.caches[module] if given.get(name) is not None), None)
+        self.now.given[module] = read if cache is None else read | {"cache": cache}
         if module is self.decoder:
             self.now.recall = None
             self.now.recall = self._recall()
@@ -237,12 +258,7 @@ class Attachment:
             raise ValueError(
                 f"input_ids are {tuple(ids.shape)}, but the decoder gets {tuple(embeds.shape[:2])} positions"
             )
-        if self._first("cache") is not None:
-            raise ValueError(
-                "this forward pass keeps its keys and values in a paged cache (generate_batch), which the memory "
-                "cannot follow: use generate(), or detach() the memory"
-            )
-        cache = self._first("past_key_values")
+        cache = self._first("cache")
         state = MemoryCache() if cache is None else state_of(cache, self.number)
         given = (self.now.given[m] for m in reversed(self.models) if m in self.now.given)
         mask = next((g["attention_mask"] for g in given if "attention_mask" in g), None)  # before models convert it
@@ -263,13 +279,11 @@ class Attachment:
             return
         recall, self.now.recall = self.now.recall, None
         state = None if recall is None else recall.cache
-        made = getattr(output, "past_key_values", None)
-        if made is None and isinstance(output, tuple) and len(output) > 1:
-            made = output[1]
         # A cache that the decoder made itself for this pass: it may come back with the next token.
-        if state is not None and "past_key_values" not in given and isinstance(made, Cache):
-            if positions(made) == state.length:
-                follow(made, state, self.number)
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+        made = next((part for part in parts if isinstance(part, Cache)), None)
+        if state is not None and made is not None and "cache" not in given and positions(made) == state.length:
+            follow(made, state, self.number)
 
     def _add(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

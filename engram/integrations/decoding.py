@@ -7,12 +7,42 @@ to the layers. So it is copied, handed on and forgotten with the cache, and noth
 
 from __future__ import annotations
 
+import inspect
+import re
+import typing
+from functools import reduce
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 
 from engram.recall import MemoryCache
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers has called the argument over time
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """Return the name of the argument in which a model's forward() takes a Cache of transformers, or None.
+
+    It is the argument that is annotated with Cache or a subclass. If none is, it is the first of CACHE_NAMES that has
+    no annotation or one of plain tuples and lists, as in older models; a cache class of another kind does not count.
+    """
+    scope = getattr(inspect.unwrap(model.forward), "__globals__", {})
+    taken = inspect.signature(model.forward).parameters
+    kinds = {name: _cache_classes(parameter.annotation, scope) for name, parameter in taken.items()}
+    annotated = (name for name, classes in kinds.items() if any(issubclass(k, Cache) for k in classes))
+    return next(annotated, next((name for name in CACHE_NAMES if name in kinds and not kinds[name]), None))
+
+
+def _cache_classes(annotation: Any, scope: dict[str, Any]) -> list[type]:
+    """Return the classes named ...Cache in an annotation, which may be text to be read in `scope`."""
+    if isinstance(annotation, str):
+        paths = [path.split(".") for path in re.findall(r"[\w.]+", annotation)]
+        parts = tuple(reduce(lambda o, name: getattr(o, name, None), path[1:], scope.get(path[0])) for path in paths)
+    else:
+        parts = typing.get_args(annotation) or (annotation,)
+    return [k for k in parts if inspect.isclass(k) and k.__name__.endswith("Cache")]
 
 
 class _Followed:
@@ -75,12 +105,19 @@ def state_of(cache: Any, owner: int) -> MemoryCache:
     """The memory's state of a cache: a new one for an empty cache, else the one that has followed it.
 
     Raises:
-        TypeError: no Cache of transformers. ValueError: positions that the memory has not seen, or not like this.
+        TypeError: tuples of tensors, as older versions of transformers kept keys and values. ValueError: a cache of
+        another kind (paged), or with positions that the memory has not seen, or not like this.
     """
-    if not isinstance(cache, Cache):
+    if isinstance(cache, (tuple, list)):
         raise TypeError(
-            f"past_key_values is {type(cache).__name__}: the memory follows a transformers Cache (DynamicCache, "
+            f"the cache is a {type(cache).__name__}: the memory follows a Cache of transformers (DynamicCache, "
             f"StaticCache, ...)"
+        )
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"the cache is a {type(cache).__name__}, not a Cache of transformers (DynamicCache, StaticCache, ...): the "
+            f"memory cannot follow it. If it is the paged cache of generate_batch, use generate(), or detach() the "
+            f"memory"
         )
     past = positions(cache)
     if past == 0:
@@ -88,12 +125,12 @@ def state_of(cache: Any, owner: int) -> MemoryCache:
     state = getattr(cache, "engram", None)
     if state is None or getattr(cache, "engram_owner", None) != owner:
         raise ValueError(
-            f"past_key_values holds {past} positions that this memory has not seen: it was filled by another model or "
+            f"the cache holds {past} positions that this memory has not seen: it was filled by another model or "
             f"before the memory was attached. Start with an empty cache"
         )
     if state.length != past:
         raise ValueError(
-            f"past_key_values holds {past} positions, the memory has seen {state.length}: the cache was changed by "
+            f"the cache holds {past} positions, the memory has seen {state.length}: the cache was changed by "
             f"other means than its methods (crop, reorder_cache, batch_select_indices, batch_repeat_interleave, "
             f"reset), or a forward pass broke off. Start with an empty cache"
         )

@@ -106,13 +106,14 @@ def ablate(
     """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them."""
     from engram.lm import ablate as job
     from engram.lm.report import print_report
+    from engram.lm.run_folder import alone_in
 
     setting = _setting(corpus, budget, lr, table_lr)
     if held_out not in ("validation", "tune"):
         raise ValueError(f"held-out is validation or tune, not {held_out!r}")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a folder that cannot be written is refused before the work, not after it
-    with _progress() as progress:
+    with alone_in(out), _progress() as progress:
         tasks: dict[tuple[str, int], Any] = {}
 
         def on_step(arm: str, seed: int, step: int, steps: int, loss: float) -> None:
@@ -157,6 +158,7 @@ def train(
 ) -> None:
     """Train one small language model, with checkpoints; run it again after an interruption and it goes on."""
     from engram.lm.run import build_model, device_of, prepare, save_run
+    from engram.lm.run_folder import alone_in
     from engram.lm.train import train as run
 
     place = device_of(device)  # before the text is made ready
@@ -164,8 +166,8 @@ def train(
     data = prepare(setting)
     _describe(data)
     model = build_model(setting, arm, data.token_map).to(place)
-    save_run(out, setting, arm, data)
-    with _progress() as progress:
+    with alone_in(out), _progress() as progress:
+        save_run(out, setting, arm, data)
         task = progress.add_task(f"{arm}, seed {seed}", total=setting.train.steps, speed=0.0, loss=float("nan"))
         start: list[int] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +22,7 @@ import torch
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, evaluate, generate, train
 from engram.lm.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_manifest, save_checkpoint
+from engram.lm.run_folder import alone_in
 from engram.lm.train import Batches, TrainConfig, learning_rate_scale
 from engram.optimizer import build_optimizer
 from engram.tables.files import verify
@@ -185,7 +188,7 @@ def test_the_newest_checkpoints_stay_and_a_run_goes_on_from_them(tmp_path):
     train(whole, corpus(), CONFIG, folder=tmp_path / "all", checkpoint_every=7)
     train(model(), corpus(), CONFIG, folder=tmp_path / "two", checkpoint_every=7, keep_checkpoints=2)
     assert [path.name for path in checkpoints(tmp_path / "all")] == [f"step-{step:08}" for step in (7, 14, 21, 28, 30)]
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["step-00000028", "step-00000030"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["log.jsonl", "step-00000028", "step-00000030"]
     more_than_there_are = {"checkpoint_every": 7, "keep_checkpoints": 6}
     train(model(), corpus(), CONFIG, folder=tmp_path / "six", **more_than_there_are)
     assert len(checkpoints(tmp_path / "six")) == 5
@@ -225,7 +228,7 @@ def test_what_killed_writers_left_goes_with_the_next_checkpoint(tmp_path):
     (tmp_path / ".step-00000007.partial-1-1").mkdir(parents=True)
     (tmp_path / ".step-00000007.partial-1-1" / "tables.1.rows").write_bytes(b"x")
     train(model(), corpus(), CONFIG, folder=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{CONFIG.steps:08d}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", f"step-{CONFIG.steps:08d}"]
 
 
 def test_a_damaged_manifest_and_an_empty_folder_are_refused(tmp_path):
@@ -379,6 +382,103 @@ def test_a_checkpoint_of_another_model_or_configuration_is_refused(tmp_path):
         load_checkpoint(path, plain)
     with pytest.raises(ValueError, match="was trained with"):
         train(model(), corpus(), replace(CONFIG, lr=0.5), folder=tmp_path)
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_each_step_has_one_line_in_the_log_of_its_folder(tmp_path):
+    log = train(model(), corpus(), CONFIG, folder=tmp_path, evaluate=lambda: 1.5, evaluate_every=10)
+    lines = log_lines(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, CONFIG.steps + 1))
+    assert [[line["tokens"], line["loss"]] for line in lines] == log.curve
+    assert lines[0]["lr"] == pytest.approx(CONFIG.lr / 3) and lines[5]["lr"] == CONFIG.lr and lines[-1]["seconds"] == log.seconds
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+    assert [line["step"] for line in lines if line.get("validation_loss") == 1.5] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 18, "tok', b"not JSON\n", b'[]\n{"step": "x"}\n', b"\xff\n"])
+def test_a_resumed_run_has_no_step_twice_in_its_log(tmp_path, torn):
+    def stop(step: int, loss: float) -> None:
+        if step == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), corpus(), CONFIG, folder=tmp_path, checkpoint_every=5, on_step=stop)
+    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 18))
+    first = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)[:15]
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(torn)
+    log = train(model(), corpus(), CONFIG, folder=tmp_path)
+    assert [[line["tokens"], line["loss"]] for line in log_lines(tmp_path)] == log.curve
+    assert (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)[:15] == first
+    for path in checkpoints(tmp_path):
+        shutil.rmtree(path)
+    train(model(), corpus(), CONFIG, folder=tmp_path)  # from the start again
+    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, CONFIG.steps + 1))
+
+
+HOLDS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from engram.lm.run_folder import alone_in
+with alone_in({folder!r}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_trainer_of_a_folder_is_refused_until_the_first_is_gone(tmp_path):
+    code = HOLDS.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=rf"another process \(pid {first.pid}\) trains in {tmp_path}"):
+            train(model(), corpus(), CONFIG, folder=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        first.kill()
+        first.wait()
+    train(model(), corpus(), CONFIG, folder=tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_folder_is_free_again_after_an_interrupted_run_and_refused_to_a_second_thread(tmp_path):
+    problems = []
+
+    def second(step: int, loss: float) -> None:
+        def other() -> None:
+            try:
+                train(model(), corpus(), CONFIG, folder=tmp_path / ".." / tmp_path.name)
+            except BlockingIOError as error:
+                problems.append(str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+
+    try:
+        train(model(), corpus(), CONFIG, folder=tmp_path, on_step=second)
+    except KeyboardInterrupt:
+        interrupted = sys.exc_info()  # a notebook keeps the traceback
+    assert interrupted and "another thread of this process" in problems[0]
+    with alone_in(tmp_path), alone_in(tmp_path):  # blocks of one thread nest
+        train(model(), corpus(), CONFIG, folder=tmp_path)
+    assert latest_checkpoint(tmp_path).name == "step-00000030"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, code):
+    def flock(handle, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    config = replace(CONFIG, tokens=64)
+    with pytest.warns(UserWarning, match="without locks"):
+        train(model(memory=False), corpus(), config, folder=tmp_path)
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
 
 
 def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engram.lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from engram.lm.run_folder import StepLog, alone_in
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
 from engram.memory import EngramMemory
@@ -194,8 +196,11 @@ def train(
 
     Args:
         model: weights and (maybe) memory to train. data: the training text. config: how.
-        folder: home of the checkpoints; one that holds some is resumed. checkpoint_every: steps between them
-            (0: only at the end). keep_checkpoints: how many stay, the newest; each holds all rows (0: all stay).
+        folder: home of the checkpoints; one that holds some is resumed. Its log.jsonl gets one line per step: step,
+            tokens, loss (nats per token), lr, tokens_per_second, seconds (of all training steps so far), and
+            validation_loss at the steps that evaluate.
+        checkpoint_every: steps between them (0: only at the end). keep_checkpoints: how many stay, the newest; each
+            holds all rows (0: all stay).
         evaluate: returns a held-out loss; called every evaluate_every steps (0: never) outside the timed part.
         on_step: called with (step, loss) after each step.
         batches: step -> (ids, targets, documents), each int64 [batch_size, context]; targets of -100 count for nothing.
@@ -204,72 +209,94 @@ def train(
 
     Raises:
         ValueError: a text shorter than one batch; a count below 0; a folder with checkpoints of another configuration.
+        BlockingIOError: another process trains in the folder.
         FloatingPointError: the loss is not finite any more.
     """
     if min(checkpoint_every, keep_checkpoints) < 0:
         raise ValueError(f"{checkpoint_every=} and {keep_checkpoints=} count steps and checkpoints: 0 or more")
     tune_allocator()
-    batches = batches or Batches(data, config.context, config.batch_size, config.seed)
-    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(alone_in(folder))
+        batches = batches or Batches(data, config.context, config.batch_size, config.seed)
+        device = next(model.parameters()).device
 
-    def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids, targets, documents = batches(step)
-        return ids.to(device), targets.to(device), documents.to(device)
+        def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor]:
+            ids, targets, documents = batches(step)
+            return ids.to(device), targets.to(device), documents.to(device)
 
-    optimizer = build_optimizer(
-        model,
-        lr=config.lr,
-        table_lr=config.table_lr,
-        weight_decay=config.weight_decay,
-        table_optimizer=config.table_optimizer,
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    log, first = TrainLog(), 0
-    newest = latest_checkpoint(folder) if folder is not None else None
-    if newest is not None:
-        manifest = load_checkpoint(newest, model, optimizer)
-        try:
-            before, log, first = manifest["facts"]["config"], TrainLog(**manifest["facts"]["log"]), manifest["step"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{newest} lacks the configuration and log that train() writes: {error!r}") from error
-        if before != asdict(config):
-            raise ValueError(f"{newest} was trained with {before}, not with {asdict(config)}")
-    log.row_state_bytes = sum(row_optimizer.nbytes for row_optimizer in optimizer.row_optimizers)
-    model.train()
-    memory = model.memory
-    ahead: Recall | None = None  # of the batch after the current one
-    upcoming = batch_at(first) if first < config.steps else None
-    for step in range(first, config.steps):
-        began = time.perf_counter()
-        assert upcoming is not None
-        batch, recall = upcoming, ahead
-        upcoming = batch_at(step + 1) if step + 1 < config.steps else None
-        if memory is not None and prefetch:
-            recall = recall or memory.recall(batch[0], batch[2])
-            ahead = None if upcoming is None else memory.recall(upcoming[0], upcoming[2])
-        scale = learning_rate_scale(step, config)
+        optimizer = build_optimizer(
+            model,
+            lr=config.lr,
+            table_lr=config.table_lr,
+            weight_decay=config.weight_decay,
+            table_optimizer=config.table_optimizer,
+        )
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        loss = float(train_step(model, optimizer, batch, config.clip, recall))
-        log.seconds += time.perf_counter() - began
-        log.tokens += config.batch_size * config.context
-        log.rows_touched += optimizer.touched
-        if memory is not None:
-            log.rows_read += batch[0].numel() * memory.config.columns * len(memory.tables)
-            for name, spent in memory.clock.items():
-                log.clock[name] = log.clock.get(name, 0.0) + spent
-                memory.clock[name] = 0.0
-        log.curve.append([log.tokens, loss])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: lower lr ({config.lr}) or table_lr")
-        done = step + 1
-        if evaluate is not None and evaluate_every and (done % evaluate_every == 0 or done == config.steps):
-            log.validation.append([log.tokens, evaluate()])
-            model.train()
-        if folder is not None and (done == config.steps or (checkpoint_every and done % checkpoint_every == 0)):
-            facts = {"config": asdict(config), "log": asdict(log)}
-            save_checkpoint(folder, model, optimizer, done, facts, keep_checkpoints)
-        if on_step is not None:
-            on_step(done, loss)
-    return log
+            group["initial_lr"] = group["lr"]
+        log, first = TrainLog(), 0
+        newest = latest_checkpoint(folder) if folder is not None else None
+        if newest is not None:
+            manifest = load_checkpoint(newest, model, optimizer)
+            try:
+                trained_with, log, first = (
+                    manifest["facts"]["config"],
+                    TrainLog(**manifest["facts"]["log"]),
+                    manifest["step"],
+                )
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{newest} lacks the configuration and log that train() writes: {error!r}") from error
+            if trained_with != asdict(config):
+                raise ValueError(f"{newest} was trained with {trained_with}, not with {asdict(config)}")
+        steps = None if folder is None else stack.enter_context(closing(StepLog(folder, first)))
+        log.row_state_bytes = sum(row_optimizer.nbytes for row_optimizer in optimizer.row_optimizers)
+        model.train()
+        memory = model.memory
+        ahead: Recall | None = None  # of the batch after the current one
+        upcoming = batch_at(first) if first < config.steps else None
+        for step in range(first, config.steps):
+            began = time.perf_counter()
+            assert upcoming is not None
+            batch, recall = upcoming, ahead
+            upcoming = batch_at(step + 1) if step + 1 < config.steps else None
+            if memory is not None and prefetch:
+                recall = recall or memory.recall(batch[0], batch[2])
+                ahead = None if upcoming is None else memory.recall(upcoming[0], upcoming[2])
+            scale, earlier = learning_rate_scale(step, config), log.seconds
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+            loss = float(train_step(model, optimizer, batch, config.clip, recall))
+            log.seconds += time.perf_counter() - began
+            log.tokens += config.batch_size * config.context
+            log.rows_touched += optimizer.touched
+            if memory is not None:
+                log.rows_read += batch[0].numel() * memory.config.columns * len(memory.tables)
+                for name, spent in memory.clock.items():
+                    log.clock[name] = log.clock.get(name, 0.0) + spent
+                    memory.clock[name] = 0.0
+            log.curve.append([log.tokens, loss])
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step}: lower lr ({config.lr}) or table_lr")
+            done = step + 1
+            line = {
+                "step": done,
+                "tokens": log.tokens,
+                "loss": loss,
+                "lr": optimizer.param_groups[0]["lr"],
+                "tokens_per_second": config.batch_size * config.context / max(log.seconds - earlier, 1e-9),
+                "seconds": log.seconds,
+            }
+            if evaluate is not None and evaluate_every and (done % evaluate_every == 0 or done == config.steps):
+                log.validation.append([log.tokens, evaluate()])
+                line["validation_loss"] = log.validation[-1][1]
+                model.train()
+            if steps is not None:
+                steps.write(line)
+            if folder is not None and (done == config.steps or (checkpoint_every and done % checkpoint_every == 0)):
+                facts = {"config": asdict(config), "log": asdict(log)}
+                if steps is not None:
+                    steps.sync()
+                save_checkpoint(folder, model, optimizer, done, facts, keep_checkpoints)
+            if on_step is not None:
+                on_step(done, loss)
+        return log

@@ -10,6 +10,7 @@ engram/saved.py's matter; digests and `verify` are the same for memories and for
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -218,6 +219,24 @@ def remove_partial(home: Path, name: str) -> None:
         if (handle := _hold(left)) is not None:  # nobody is writing it
             shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
+
+
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file or folder for as long as its descriptor is open; False if another one holds it, None if this
+    system or this file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):  # Lustre, some of NFS and FUSE
+            return None
+        raise
+    return True
 
 
 def _hold(folder: Path) -> int | None:

@@ -1,0 +1,114 @@
+"""The folder of a run while it trains: one process at a time writes there, and log.jsonl gets a line per step."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from engram.tables.files import try_lock, write_whole
+
+LOCK, LOG = ".lock", "log.jsonl"
+_held: ContextVar[frozenset[tuple[int, str]]] = ContextVar("held", default=frozenset())
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder during the block, so that no other process or thread writes a run there. Blocks of one thread nest.
+
+    The lock is one of the kernel on FOLDER/.lock, so it ends with its process, also after a kill. If the file system
+    has no locks, a warning says so.
+
+    Raises:
+        BlockingIOError: another process or thread holds the folder. OSError: the folder cannot be written.
+    """
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    key = (os.getpid(), os.path.realpath(home))
+    if key in _held.get():
+        yield
+        return
+    handle = _lock(home)
+    token = _held.set(_held.get() | {key})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+        if os.getpid() == key[0]:  # a forked child must not remove its parent's lock
+            with suppress(OSError):
+                (home / LOCK).unlink()
+        os.close(handle)
+
+
+def _lock(home: Path) -> int:
+    """A locked descriptor of the lock file, which holds the number of this process."""
+    path = home / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        try:
+            locked = try_lock(handle)
+            if locked is False:
+                pid = os.read(handle, 20).decode("ascii", "replace").strip()
+                who = f"another process (pid {pid})" if pid.isdigit() else "another process"
+                who = "another thread of this process" if pid == str(os.getpid()) else who
+                raise BlockingIOError(f"{who} trains in {home}: wait until it ends, or give another folder")
+            if locked is None:
+                warnings.warn(
+                    f"{home} is on a file system without locks (flock), so a second process that trains there is not "
+                    f"noticed: start one at a time",
+                    stacklevel=5,
+                )
+            if _is_at(handle, path):  # else its last holder removed it since it was opened
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class StepLog:
+    """FOLDER/log.jsonl: one JSON object per training step, appended as soon as the step is done.
+
+    Args:
+        folder: of the run. step: that the run goes on from; lines of later steps, of a run that was killed after its
+            newest checkpoint, and an incomplete last line are cut, so that each step has one line.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], step: int):
+        self.path = Path(folder) / LOG
+        before = self.path.read_bytes() if self.path.exists() else b""
+        kept = b"".join(line for line in before.splitlines(keepends=True) if _is_before(line, step))
+        if kept != before:
+            write_whole(self.path, kept)
+        self._file = open(self.path, "ab", buffering=0)
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write((json.dumps(values) + "\n").encode())
+
+    def sync(self) -> None:
+        """Force the lines to the disk, before a checkpoint that stands for them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_before(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

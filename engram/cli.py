@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from engram.untrusted import printable
+
 app = typer.Typer(
     help="Conditional memory: hashed n-gram tables in host memory, gated into a transformer.",
     no_args_is_help=True,
@@ -196,7 +198,13 @@ def evaluate(
     ],
     corpus: Annotated[str | None, typer.Option(help="Text to score; default: the run's own validation part.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, joined by commas, instead of a text.")] = None,
-    task_files: Annotated[Path | None, typer.Option(help="Folder with the tasks' YAML files and their data.")] = None,
+    task_files: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the tasks' YAML files and their data. Task files are programs: their `!function` and "
+            "templates run code, so use only files that you trust."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.")] = None,
     memory: Memory = None,
     device: Device = "cpu",
@@ -244,6 +252,7 @@ def _evaluate_tasks(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     if find_spec("lm_eval") is None:
         raise ValueError(
@@ -263,7 +272,13 @@ def _evaluate_tasks(
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for row in report["results"]:
         error = "–" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        table.add_row(row["task"], row["metric"], f"{row['value']:.4f}", error, f"{row['documents'] or '–'}")
+        table.add_row(
+            Text(printable(row["task"])),
+            Text(printable(row["metric"])),
+            f"{row['value']:.4f}",
+            error,
+            f"{row['documents'] or '–'}",
+        )
     Console().print(table)
 
 
@@ -315,7 +330,7 @@ def generate(
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model holds {model.config.max_length}")
     tokens = min(tokens, model.config.max_length - ids.shape[1])
     out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0)
-    print(tokenizer.decode(out[0].tolist()))
+    print(printable(tokenizer.decode(out[0].tolist())))
 
 
 @app.command()
@@ -435,9 +450,10 @@ def verify(
     if as_json:
         print(json.dumps({"folder": str(folder), "whole": not problems, "files": results}))
     elif not problems:
-        print(f"{folder} is whole: {len(results)} files, {sum(result['bytes'] for result in results):,} bytes")
+        total = sum(result["bytes"] for result in results)
+        print(f"{printable(str(folder))} is whole: {len(results)} files, {total:,} bytes")
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
     if problems:
         sys.exit(2)
 
@@ -527,5 +543,5 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, IndexError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

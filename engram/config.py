@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from engram.untrusted import parse_json
+
 _CHOICES = {
     "hash": ("multiply_xor", "xxh64", "one_row"),
     "gate": ("signed_sqrt", "plain", "none"),
@@ -162,7 +164,7 @@ class EngramConfig:
     @classmethod
     def from_json(cls, text: str) -> EngramConfig:
         """Raises ValueError on an unknown field, or a value of another kind than the field's."""
-        values = json.loads(text)
+        values = parse_json(text)
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown EngramConfig fields: {', '.join(sorted(unknown))}")

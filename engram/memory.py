@@ -29,6 +29,7 @@ from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
 from engram.tables.files import write_whole
 from engram.tables.table import as_ids
+from engram.untrusted import parse_json, read_json
 
 
 def _copy(ids: Tensor) -> Tensor:
@@ -182,9 +183,9 @@ class EngramMemory(nn.Module):
     def _check_rows_of(self, folder: Path) -> None:
         facts = folder / "rows.json"
         try:
-            found = json.loads(facts.read_text())
+            found = read_json(facts, "the record of a folder of rows")
             other = [name for name, value in self._facts().items() if found.get(name) != value]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{facts} does not say whose rows lie beside it ({type(error).__name__}): give another folder, or "
                 f"delete the rows"
@@ -461,7 +462,7 @@ class EngramMemory(nn.Module):
         return torch.tensor(list(facts.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        saved, mine = (json.loads(bytes(s.tolist())) for s in (state, self.get_extra_state()))
+        saved, mine = (parse_json(bytes(s.tolist())) for s in (state, self.get_extra_state()))
         names = ("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")
         for name, what in (*names, ("codec", "row codec")):
             if saved.get(name) != mine.get(name):

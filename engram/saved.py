@@ -25,11 +25,12 @@ import torch
 import xxhash
 
 from engram.addressing import HashLayout, TokenMap
-from engram.config import EngramConfig
+from engram.config import EngramConfig, whole
 from engram.fusion import EngramFusion
 from engram.memory import EngramMemory, hash_layout, new_table, unwritten
 from engram.tables import EncodedTable, HostTable
 from engram.tables.codecs import PQ, Codec
+from engram.tables.encoded import read_codebooks
 from engram.tables.files import (
     bad_blocks,
     file_digest,
@@ -41,6 +42,7 @@ from engram.tables.files import (
     whole_folder,
     write_rows,
 )
+from engram.untrusted import read_json, read_tensors
 
 FORMAT = "engram-memory-1"
 _SMALL = ("config.json", "token_map.safetensors", "fusion.safetensors")
@@ -128,8 +130,9 @@ def save_memory(
 def _is_saved(folder: Path) -> bool:
     """Whether its manifest.json is a saved memory's, of any version: a checkpoint and offloaded rows have one too."""
     try:
-        return str(json.loads((folder / "manifest.json").read_text())["format"]).startswith(FORMAT.rpartition("-")[0])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(folder / "manifest.json", "a manifest")["format"]
+        return str(found).startswith(FORMAT.rpartition("-")[0])
+    except (OSError, ValueError, KeyError):
         return False
 
 
@@ -230,8 +233,7 @@ def load_memory(
             f"{home} was saved with the token map {saved_map.digest[:12]} ({saved_map.size:,} ids), this one is "
             f"{token_map.digest[:12]} ({token_map.size:,} ids): another tokenizer or version, every row would be wrong"
         )
-    facts = json.loads((home / "config.json").read_text())
-    config = EngramConfig.from_json(json.dumps(facts["config"]))
+    config, hidden_size, streams = _read_shape(home / "config.json")
     shared = mode == "shared"
     if shared:
         _check_some_blocks(home, manifest)
@@ -250,7 +252,7 @@ def load_memory(
             tables[layer] = _open(config, layer, layout.rows[layer], stated, path, target, mode)
             if not shared:
                 read_rows(path, tables[layer].tensor, manifest["files"][path.name]["xxh3_128"])
-        memory = EngramMemory(config, saved_map, facts["hidden_size"], facts["streams"], tables=tables)
+        memory = EngramMemory(config, saved_map, hidden_size, streams, tables=tables)
         if rows_in is not None and memory.codec is None:
             memory.claim(Path(rows_in))
     except BaseException:
@@ -259,14 +261,29 @@ def load_memory(
             if rows_in is not None and table.path is not None:  # so that it can be tried again
                 table.path.unlink(missing_ok=True)
         raise
-    weights = safetensors.torch.load_file(home / "fusion.safetensors")
+    weights = read_tensors(home / "fusion.safetensors", "the fusion weights of a memory")
     for key, value in memory.fusions.state_dict().items():
-        if key not in weights or weights[key].shape != value.shape:
+        if key not in weights or weights[key].shape != value.shape or not weights[key].is_floating_point():
             raise ValueError(f"{home / 'fusion.safetensors'} does not fit {home / 'config.json'}: {key}")
     for name, fusion in memory.fusions.items():
         fusion.to(weights[f"{name}.value.weight"].dtype)
     memory.fusions.load_state_dict(weights)
     return memory.eval() if shared else memory
+
+
+def _read_shape(path: Path) -> tuple[EngramConfig, int, int]:
+    """Config, hidden size and streams of a saved memory's config.json."""
+    facts = read_json(path, "the config of a saved memory")
+    try:
+        config = EngramConfig.from_json(json.dumps(facts["config"]))
+        hidden_size, streams = whole("hidden_size", facts["hidden_size"]), whole("streams", facts["streams"])
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not (1 <= hidden_size < 2**31 and 1 <= streams < 2**15):
+        raise ValueError(f"{path}: hidden_size and streams must be sizes of a model, not {hidden_size} and {streams}")
+    return config, hidden_size, streams
 
 
 def _open(
@@ -279,7 +296,7 @@ def _open(
     else:
         codec: str | Codec = str(stated["codec"])
         if _codebooks(stated) and mode == "r+":
-            codec = PQ(safetensors.torch.load_file(f"{source}.codebooks")["codebooks"])
+            codec = read_codebooks(Path(f"{source}.codebooks"))
         table = EncodedTable(rows, config.head_dim, codec, target, mode=mode)
     dtype = str(table.dtype).removeprefix("torch.")
     found = (table.dim, *unwritten(dtype, table.init, table.std, str(table.seed)))

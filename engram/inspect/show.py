@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from engram.inspect.explain import Explanation, LayerExplanation
 from engram.inspect.plan import Plan
+from engram.untrusted import printable
 
 _BEGIN = "⊢"
 _PLAIN: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}  # two characters between columns
@@ -131,10 +131,10 @@ def size(count: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text with its spaces, ends of line and tabs to be seen, and nothing that commands a terminal."""
+    """A token's text in one line: spaces, ends of lines and tabs as visible signs, the rest as printable shows it."""
     for hidden, shown in ((" ", "␣"), ("\n", "⏎"), ("\r", "␍"), ("\t", "⇥")):
         text = text.replace(hidden, shown)
-    return "".join("�" if unicodedata.category(character) == "Cc" else character for character in text)
+    return printable(text)
 
 
 def _number(x: float, how: str) -> str:

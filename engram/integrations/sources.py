@@ -9,7 +9,6 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from engram.integrations.dialects import (
 from engram.integrations.rows import FORMS, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
 from engram.integrations.tensors import Checkpoint, Stored, open_checkpoint
 from engram.tables import EncodedTable
+from engram.untrusted import of_library, read_json, read_tokenizer
 
 
 @dataclass
@@ -94,16 +94,11 @@ def open_source(
 
 def read_config(name: str) -> EngramConfig:
     """A preset by name, or a published config.json by path, or an EngramConfig's own JSON."""
-    if not Path(name).is_file():
+    if not Path(name).exists():
         if "/" in name or name.endswith(".json"):
             raise FileNotFoundError(f"there is no file {name}, and no preset of that name")
         return EngramConfig.preset(name)
-    try:
-        fields = json.loads(Path(name).read_text())
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{name} is no config: expected a JSON object, not {fields!r}")
+    fields = read_json(name, "a config")
     fields = fields.get("config", fields)  # of a saved memory
     return EngramConfig.from_json(json.dumps(fields)) if "rows_per_head" in fields else config_from_hf(fields)
 
@@ -112,9 +107,7 @@ def read_token_map(path: Path) -> TokenMap:
     """A saved token map, or the map of a tokenizer.json."""
     if path.suffix != ".json":
         return TokenMap.load(path)
-    from tokenizers import Tokenizer
-
-    return TokenMap.from_tokenizer(Tokenizer.from_file(str(path)))
+    return of_library(lambda: TokenMap.from_tokenizer(read_tokenizer(path)), f"{path} gives no token map")
 
 
 def dialect_of_tensors(checkpoint: Checkpoint) -> str:
@@ -242,7 +235,7 @@ def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:
     from engram.memory import EngramMemory
 
     memory = EngramMemory.load(folder, mode="shared", token_map=token_map)
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    manifest = read_json(folder / "manifest.json", "the manifest of a saved memory")
     rows: dict[int, Rows] = {}
     for layer, table in memory.tables.items():
         path = folder / manifest["tables"][str(layer)]["file"]

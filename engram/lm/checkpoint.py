@@ -37,6 +37,7 @@ from engram.tables.files import (
     whole_folder,
     write_rows,
 )
+from engram.untrusted import read_tensors
 
 _FORMAT, _WITHOUT_DIGEST = 2, 1  # manifests of format 1 state no digest of themselves
 
@@ -181,7 +182,7 @@ def load_checkpoint(
     """
     path = Path(checkpoint)
     manifest = read_manifest(path)
-    dense = safetensors.torch.load_file(path / "model.safetensors")
+    dense = read_tensors(path / "model.safetensors", "the weights of a checkpoint")
     current, tables = _split_model(model)
     odd = set(dense) ^ set(current) | {k for k in set(dense) & set(current) if dense[k].shape != current[k].shape}
     raw = {name: rows for name, rows in tables.items()}
@@ -207,7 +208,7 @@ def load_checkpoint(
 def _load_optimizer(path: Path, manifest: dict[str, Any], optimizer: EngramOptimizer) -> None:
     """Load the optimiser's state; that of the rows has just been read in place."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in safetensors.torch.load_file(path / "optimizer.safetensors").items():
+    for key, value in read_tensors(path / "optimizer.safetensors", "an optimiser state").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     row_state = [

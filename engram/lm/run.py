@@ -21,6 +21,7 @@ from engram.lm.train import TrainConfig
 from engram.lm.transformer import Transformer, TransformerConfig
 from engram.memory import EngramMemory
 from engram.tables.files import check_digest, file_digest, file_entry, manifest_digest, write_whole
+from engram.untrusted import parse_json, read_json, read_tokenizer
 
 _FORMAT = 2  # of run.json; the first version stated none
 
@@ -59,7 +60,7 @@ class Setting:
 
     @classmethod
     def from_json(cls, text: str) -> Setting:
-        values = json.loads(text)
+        values = parse_json(text)
         return cls(
             values["corpus"],
             values["vocab_size"],
@@ -172,11 +173,11 @@ def _read_run(home: Path) -> dict[str, Any]:
         ValueError: a damaged or altered one.
     """
     path = home / "run.json"
+    run = read_json(path, "the record of a run")
     try:
-        run = json.loads(path.read_text())
         arm, setting = str(run["arm"]), Setting.from_json(json.dumps(run["setting"]))
         version, files = run.get("format"), {name: entry["xxh3_128"] for name, entry in run.get("files", {}).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     if version not in (None, _FORMAT):
         raise ValueError(f"{path} has format {version!r}, this version reads {_FORMAT}")
@@ -194,10 +195,7 @@ def _has_digest(file: Path, digest: str) -> bool:
 
 
 def _read_tokenizer(home: Path) -> tokenizers.Tokenizer:
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{home / 'tokenizer.json'} is missing or damaged: {error}") from error
+    tokenizer = read_tokenizer(home / "tokenizer.json")
     tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> stays text; the file forgets this
     return tokenizer
 

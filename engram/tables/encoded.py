@@ -16,6 +16,7 @@ from torch import Tensor
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
 from engram.tables.table import HostTable, as_output, as_tensor
+from engram.untrusted import read_tensors
 
 _SMALLEST = 1024  # rows below which one core is faster than two
 _SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on
@@ -118,7 +119,7 @@ class EncodedTable(HostTable):
             raise FileNotFoundError(
                 f"{self.path} holds {given.name} rows, but their codebooks {self.codebook_path} are gone"
             )
-        saved = PQ(safetensors.torch.load_file(self.codebook_path)["codebooks"])
+        saved = read_codebooks(self.codebook_path)
         if (saved.dim, saved.width) != (self.dim, given.width):
             raise ValueError(
                 f"{self.codebook_path} has {saved.name} codebooks for rows of {saved.dim} values, not {given.name} "
@@ -296,3 +297,14 @@ def report(table: HostTable, encoded: EncodedTable) -> dict[str, Any]:
         "rms_error": float(error.square().mean().sqrt()) if len(ids) else 0.0,
         "rms": float(rows.square().mean().sqrt()) if len(ids) else 0.0,
     }
+
+
+def read_codebooks(path: Path) -> PQ:
+    """The codec of a file of codebooks. Raises ValueError for a damaged file, and for codebooks that PQ refuses."""
+    tensors = read_tensors(path, "the codebooks of a table")
+    if list(tensors) != ["codebooks"]:
+        raise ValueError(f"{path} holds the tensors {', '.join(tensors)[:80]}: expected codebooks alone")
+    try:
+        return PQ(tensors["codebooks"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

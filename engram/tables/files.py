@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor
 
 from engram.tables import readahead
+from engram.untrusted import open_regular, read_json
 
 BLOCK = 16 << 20  # bytes
 
@@ -98,7 +99,7 @@ def read_rows(path: Path, rows: Tensor, expected: str) -> None:
     size = path.stat().st_size
     if size != len(data):
         raise ValueError(f"{path} holds {size:,} bytes where {len(data):,} are expected: it is truncated or foreign")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for start in range(0, len(data), BLOCK):
             block = np.frombuffer(file.read(min(BLOCK, len(data) - start)), dtype=np.uint8)
             digest.update(block.data)
@@ -115,7 +116,7 @@ def read_rows(path: Path, rows: Tensor, expected: str) -> None:
 def file_digest(path: Path) -> str:
     """xxh3-128 of a file's bytes, hex."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -278,12 +279,12 @@ def load_manifest(folder: str | os.PathLike[str], name: str = "manifest.json") -
         old = [str(p) for p in home.parent.glob(f".{home.name}.old-*/{home.name}")]
         hint = f"; a save was cut short, rename {old[0]} to {home}" if old and not home.exists() else ""
         raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no {name}{hint}")
+    manifest = read_json(path, "the manifest of a saved memory or checkpoint")
     try:
-        manifest = json.loads(path.read_text())
         files = {str(k): (int(v["bytes"]), v["xxh3_128"], v.get("blocks", [])) for k, v in manifest["files"].items()}
         if not all(isinstance(digest, str) and isinstance(blocks, list) for _, digest, blocks in files.values()):
             raise TypeError("a digest is a string, blocks are a list of them")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     for name, (size, _, blocks) in files.items():
         if Path(name).name != name or not (home / name).is_file():
@@ -309,7 +310,7 @@ def bad_blocks(
     blocks = entry.get("blocks") or [entry["xxh3_128"]]
     length = BLOCK if entry.get("blocks") else max(int(entry["bytes"]), 1)
     bad, whole = [], xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for number in range(len(blocks)) if only is None else only:
             file.seek(number * length)
             digest, left = xxhash.xxh3_128(), length
@@ -396,7 +397,7 @@ def _verify_files(
 def _has_files(path: Path) -> bool:
     """Return False if a run.json is one of the first version, which names no files."""
     try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError):
+        values = read_json(path, "the record of a run")
+    except ValueError:
         return True  # damaged: load_manifest says how
-    return not isinstance(values, dict) or not {"format", "files", "digest"}.isdisjoint(values)
+    return not {"format", "files", "digest"}.isdisjoint(values)

@@ -6,7 +6,15 @@ import errno
 import mmap
 import os
 import sys
+import warnings
+import weakref
 from pathlib import Path
+
+from engram.tables import limits
+
+# What flock answers on file systems that cannot lock: Lustre without -o flock, NFS without its lock daemon, FUSE.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+_on_huge_pages: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # memory that may be committed 2 MiB at a time
 
 
 def map_memory(nbytes: int, what: str) -> mmap.mmap:
@@ -28,21 +36,15 @@ def map_memory(nbytes: int, what: str) -> mmap.mmap:
             f"no {nbytes:,} bytes of address space for a table of {what}: {error}. "
             f"Give the table a path to keep it in a file, or fewer rows."
         ) from error
-    if nbytes <= _free_memory() // 2:  # else the table fits only as long as few rows are touched: 2 MiB a row would not
+    # A touched row commits 2 MiB on huge pages: only for tables that fit in memory as a whole, and with one another.
+    free, others = limits.free_memory(), sum(len(mapped) for mapped in _on_huge_pages)
+    if nbytes <= free // 2 and nbytes + others <= free // 4 * 3:
         try:  # before the first touch; fewer TLB misses on random rows
             memory.madvise(mmap.MADV_HUGEPAGE)
+            _on_huge_pages.add(memory)
         except (AttributeError, OSError):
             pass
     return memory
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free or can be freed; 0 where the system does not say."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
 
 
 def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple[mmap.mmap, int]:
@@ -94,6 +96,11 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
 
 
 def _lock(file: int, path: Path, exclusive: bool) -> None:
+    """Lock a file of rows, or warn if it is opened for writing where files cannot be locked.
+
+    Raises:
+        BlockingIOError: another table has locked it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -107,6 +114,27 @@ def _lock(file: int, path: Path, exclusive: bool) -> None:
             if exclusive
             else f"{path} is held by a table that trains it: close that one, or save it and read the copy",
         ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise OSError(error.errno, f"{path} cannot be locked: {error.strerror}") from error
+        if exclusive:
+            warnings.warn(
+                f"{path} lies on a file system without locks ({error.strerror}), so a second process that opens it "
+                f"for writing is not noticed: let one process at a time train these rows, or keep the folder on a "
+                f"local disk (Lustre: mount it with -o flock)",
+                stacklevel=5,
+            )
+
+
+def unlock(file: int) -> None:
+    """Unlock a file of rows for good: closing its descriptor is not enough while anything, such as a traceback, keeps
+    its mapping alive."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
+    except (ImportError, OSError):
+        pass
 
 
 def _reserve(file: int, nbytes: int) -> None:

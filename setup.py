@@ -13,6 +13,7 @@ setup(
         Extension(
             "engram.tables._native",
             sources=sorted(glob("engram/*/*.c")),
+            depends=sorted(glob("engram/*/*.h")),
             # contract=off: a fused multiply-add rounds once where two operations round twice, so results
             # would depend on the instruction set. Every path must give the same bits.
             extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],

@@ -6,6 +6,7 @@ import torch
 from engram.tables import kernels
 
 torch.set_num_threads(1)
+kernels.set_threads(2)  # theirs are tested on every machine
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -270,7 +270,7 @@ def test_rows_do_not_depend_on_how_the_work_is_split_over_cores() -> None:
     for pieces in (2, 7, 40):
         bounds = [ids.size * i // pieces for i in range(pieces + 1)]
 
-        def spread(n, smallest, work, bounds=bounds):
+        def spread(n, smallest, work, *held, bounds=bounds):
             for first, last in pairwise(bounds):
                 work(first, last)
 

@@ -180,7 +180,7 @@ class NgramHasher:
             if _kernel(plan, *addresses, back, batch, time, first, last, target):
                 refused.append(first)
 
-        kernels.spread(n, self._smallest, piece)
+        kernels.spread(n, self._smallest, piece, arrays, out, self)
         if refused:
             self._refuse(ids, lookback)
         return out

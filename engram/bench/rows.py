@@ -13,16 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engram.bench.compare import Row, compare
-from engram.tables import HostTable, RowAdagrad, RowAdam, RowRMS, RowSinkhorn, kernels
+from engram.tables import HostTable, RowAdagrad, RowAdam, RowRMS, RowSinkhorn, kernels, limits
 
 
 def _affordable(wanted: int, copies: int) -> int:
     """Bytes for a table of which `copies` must fit in three quarters of the free memory: `wanted`, halved as needed."""
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = limits.free_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     while wanted > 1 << 26 and copies * wanted > free * 3 // 4:
         wanted //= 2
     return wanted
@@ -85,7 +81,7 @@ def _read(table: HostTable, words: int) -> None:
 
 def _halves(n: int, work: Callable[[int, int], None]) -> None:
     """One piece per core, on the kernels' own threads."""
-    kernels.spread(n, -(-n // kernels.CORES), work)
+    kernels.spread(n, -(-n // kernels.threads()), work)
 
 
 def _fbgemm(table: HostTable) -> Callable[[Tensor, Tensor], Tensor] | None:

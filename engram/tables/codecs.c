@@ -3,6 +3,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "rounding.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -92,6 +94,7 @@ static inline void decode_pq(const Encoded *t, const uint8_t *row, float *out) {
 /* out[i] = row ids[i] as float32 [dim]. Ids were checked. */
 CLONES
 void engram_decode(const Encoded *t, const int64_t *ids, int64_t lo, int64_t hi, float *out) {
+    EXACT
     const int64_t d = t->dim, size = t->row_bytes;
     const uint8_t *data = t->data;
     for (int64_t i = lo; i < hi; i++) {
@@ -198,6 +201,7 @@ static inline void encode_int(const float *in, int64_t dim, uint8_t *row, int bi
  * product quantisers are encoded by the caller. */
 CLONES
 void engram_encode(const Encoded *t, const float *in, const int64_t *ids, int64_t first, int64_t lo, int64_t hi) {
+    EXACT
     const int64_t d = t->dim;
     for (int64_t i = lo; i < hi; i++) {
         uint8_t *row = t->data + (ids ? ids[i] : first + i) * t->row_bytes;

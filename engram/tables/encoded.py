@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from engram.config import whole
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
 from engram.tables.table import HostTable, as_output, as_tensor
@@ -58,11 +59,12 @@ class EncodedTable(HostTable):
     def __init__(
         self, rows: int, dim: int, codec: str | Codec, path: str | os.PathLike[str] | None = None, *, mode: str = "r+"
     ):
+        rows, dim = whole("rows", rows), whole("dim", dim)
         if rows < 1:
             raise ValueError(f"a table needs rows >= 1, not {rows}")
         if mode not in ("r+", "r") or (mode == "r" and path is None):
             raise ValueError(f'mode is "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
-        self.rows, self.dim, self.dtype = int(rows), int(dim), torch.uint8
+        self.rows, self.dim, self.dtype = rows, dim, torch.uint8
         self.path = None if path is None else Path(path)
         self._file: int | None = None
         self._tensor: Tensor | None = None
@@ -72,7 +74,7 @@ class EncodedTable(HostTable):
         self.row_bytes = self.codec.row_bytes(self.dim)
         self.nbytes = self.rows * self.row_bytes
         self.init, self.std, self.seed = "zero", 1.0, 0
-        self.writable, self.watchers = mode == "r+", weakref.WeakSet()
+        self.writable, self.watchers, self.optimizers = mode == "r+", weakref.WeakSet(), weakref.WeakSet()
         self._meta = torch.get_default_device().type == "meta"
         if self._meta:
             return
@@ -142,7 +144,9 @@ class EncodedTable(HostTable):
             PQ(self.codec.codebooks)  # checks them
         if kernels.native is not None:
             check, table = kernels.native.engram_decode_check, self.struct
-            kernels.spread(stop - first, _SMALLEST, lambda lo, hi: bad.append(check(table, first + lo, first + hi)))
+            kernels.spread(
+                stop - first, _SMALLEST, lambda lo, hi: bad.append(check(table, first + lo, first + hi)), stored
+            )
             bad = [row for row in bad if row >= 0]
         else:
             for lo in range(first, stop, 65536):
@@ -173,7 +177,9 @@ class EncodedTable(HostTable):
         if kernels.native is not None:
             decode, table = kernels.native.engram_decode, self.struct
             source, target = ids.data_ptr(), out.data_ptr()
-            kernels.spread(ids.numel(), _SMALLEST, lambda lo, hi: decode(table, source, lo, hi, target))
+            kernels.spread(
+                ids.numel(), _SMALLEST, lambda lo, hi: decode(table, source, lo, hi, target), stored, ids, out
+            )
         else:
             out.copy_(self.codec.decode(stored.index_select(0, ids.flatten()), self.dim).view(shape))
         return out
@@ -189,18 +195,21 @@ class EncodedTable(HostTable):
 
     def _store(self, rows: Tensor, ids: Tensor | None = None, first: int = 0) -> None:
         """Encodes rows [n, dim] into the checked row ids [n], or into rows first .. first + n - 1."""
+        stored = self.tensor
         if kernels.native is None or isinstance(self.codec, PQ):
             encoded = self.codec.encode(rows)
             if ids is None:
-                self.tensor[first : first + len(rows)] = encoded
+                stored[first : first + len(rows)] = encoded
             else:
-                self.tensor.index_copy_(0, ids, encoded)
+                stored.index_copy_(0, ids, encoded)
             return
         values = rows.detach().to("cpu", torch.float32).contiguous()
         check_finite(values, self.codec)  # before anything is stored
         encode, table, source = kernels.native.engram_encode, self.struct, values.data_ptr()
         where = None if ids is None else ids.data_ptr()
-        kernels.spread(len(values), _SMALLEST, lambda lo, hi: encode(table, source, where, first, lo, hi))
+        kernels.spread(
+            len(values), _SMALLEST, lambda lo, hi: encode(table, source, where, first, lo, hi), stored, values, ids
+        )
 
     def info(self) -> dict[str, Any]:
         """HostTable.info, with the codec, the bytes of a row and the bytes of the codebooks."""

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "rounding.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -190,6 +192,7 @@ int64_t engram_check(const int64_t *ids, int64_t n, int64_t rows) { return first
  * first index whose row id is outside the table; no row is read there or after it, so the rest of out is undefined. */
 CLONES
 int64_t engram_gather(const Table *t, const int64_t *ids, int64_t lo, int64_t hi, void *out, int32_t as_float) {
+    EXACT
     const int64_t d = t->dim, size = t->dtype == FLOAT32 ? 4 : 2, row = d * size, ahead = gather_ahead(row);
     const char *data = t->data;
     const int plain = !t->normal && (size == 4 || !as_float);
@@ -234,6 +237,7 @@ uint64_t engram_read_words(const uint64_t *data, int64_t lo, int64_t hi) {
 
 /* Stores float32 rows under ids (distinct). */
 void engram_scatter(const Table *t, const int64_t *ids, int64_t lo, int64_t hi, const float *in) {
+    EXACT
     for (int64_t i = lo; i < hi; i++) write_row(t, ids[i], in + i * t->dim, 0, 0);
 }
 
@@ -370,10 +374,13 @@ static INLINE void rms(const Table *t, float *v, const Gradient *g, int64_t lo, 
     }
 }
 
+/* This and the other updates set done[u] for each row that they have brought up to date, with its state. */
 CLONES
-void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, float lr, float b2, float c2,
-                float eps, int32_t stochastic, uint64_t salt) {
+void engram_rms(const Table *t, float *v, const Gradient *g, int64_t lo, int64_t hi, uint8_t *done, float lr, float b2,
+                float c2, float eps, int32_t stochastic, uint64_t salt) {
+    EXACT
     BY_WIDTH(rms, t->dim, t, v, g, lo, hi, lr, b2, c2, eps, stochastic, salt)
+    memset(done + lo, 1, (size_t)(hi - lo));
 }
 
 /* torch.optim.SparseAdam: both moments per element, side by side [rows, 2, dim]; bias correction by the number of steps of
@@ -402,9 +409,11 @@ static INLINE void adam(const Table *t, float *moments, const Gradient *g, int64
 }
 
 CLONES
-void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, int64_t hi, float step_size, float b1,
-                 float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt) {
+void engram_adam(const Table *t, float *moments, const Gradient *g, int64_t lo, int64_t hi, uint8_t *done,
+                 float step_size, float b1, float c1, float b2, float c2, float eps, int32_t stochastic, uint64_t salt) {
+    EXACT
     BY_WIDTH(adam, t->dim, t, moments, g, lo, hi, step_size, b1, c1, b2, c2, eps, stochastic, salt)
+    memset(done + lo, 1, (size_t)(hi - lo));
 }
 
 /* base to the power of n >= 0, by squaring, so that every machine rounds alike. */
@@ -415,29 +424,37 @@ static inline double power(double base, int64_t n) {
     return result;
 }
 
-/* Sinkhorn-balanced momentum, first sweep. For touched row u: m <- beta^(now - last) m + grad, last <- now, and
- * look[u] <- (grad + beta m) / norm[u] with norm[u] its L2 norm; zeros where the norm is 0. last: step of the last touch. */
+/* The momentum of a touched row of the Sinkhorn optimiser, in `to`, which may be where it is stored: beta^(now - last) m +
+ * grad, with `last` the step of the row's last touch. */
+static INLINE void move(float *to, const float *m, float last, const float *grad, double beta, int64_t now, int64_t d) {
+    const float decay = (float)power(beta, now - (int64_t)last);
+    for (int64_t j = 0; j < d; j++) to[j] = decay * m[j] + grad[j];
+}
+
+static INLINE void look_ahead_at_momentum(const float *m, const float *last, const Gradient *g, int64_t u, int64_t hi,
+                                          int64_t d) {
+    if (u + AHEAD >= hi) return;
+    prefetch_row((const char *)(m + g->unique[u + AHEAD] * d), d * 4, 1);
+    prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * d), d * 4, 0);
+    __builtin_prefetch(last + g->unique[u + AHEAD], 1);
+}
+
+/* Sinkhorn-balanced momentum, first sweep, which changes no state: look[u] <- (grad + beta m) / norm[u] for touched row
+ * u, with m its new momentum and norm[u] the L2 norm; zeros where the norm is 0. */
 CLONES
-void engram_sinkhorn_look(const Table *t, float *m, float *last, const Gradient *g, int64_t lo, int64_t hi, double beta,
-                          int64_t now, float *look, float *norm) {
+void engram_sinkhorn_look(const Table *t, const float *m, const float *last, const Gradient *g, int64_t lo, int64_t hi,
+                          double beta, int64_t now, float *look, float *norm) {
+    EXACT
     const int64_t d = t->dim;
     const float b = (float)beta;
-    float sum[d];
+    float sum[d], moved[d];
     for (int64_t u = lo; u < hi; u++) {
-        if (u + AHEAD < hi) {
-            prefetch_row((const char *)(m + g->unique[u + AHEAD] * d), d * 4, 1);
-            prefetch_row((const char *)(g->grad + g->order[g->start[u + AHEAD]] * d), d * 4, 0);
-            __builtin_prefetch(last + g->unique[u + AHEAD], 1);
-        }
+        look_ahead_at_momentum(m, last, g, u, hi, d);
         const int64_t r = g->unique[u];
         const float *grad = sum_gradient(g, u, d, sum);
-        const float decay = (float)power(beta, now - (int64_t)last[r]);
-        float *mr = m + r * d, *ahead = look + u * d;
-        last[r] = (float)now;
-        for (int64_t j = 0; j < d; j++) {
-            mr[j] = decay * mr[j] + grad[j];
-            ahead[j] = grad[j] + b * mr[j];
-        }
+        float *ahead = look + u * d;
+        move(moved, m + r * d, last[r], grad, beta, now, d);
+        for (int64_t j = 0; j < d; j++) ahead[j] = grad[j] + b * moved[j];
         norm[u] = sqrtf(mean_square(ahead, d) * (float)d);
         const float scale = norm[u] > 0 ? 1 / norm[u] : 0;
         for (int64_t j = 0; j < d; j++) ahead[j] *= scale;
@@ -463,6 +480,7 @@ static inline float row_factor(const float *x, const float *weight, int64_t d) {
 CLONES
 void engram_sinkhorn_sweep(const float *look, const float *norm, float limit, const float *weight, int64_t n, int64_t d,
                            int64_t lo, int64_t hi, float *sums) {
+    EXACT
     for (int64_t strip = lo; strip < hi; strip++) {
         const int64_t end = (strip + 1) * STRIP < n ? (strip + 1) * STRIP : n;
         float *sum = sums + strip * d;
@@ -475,21 +493,28 @@ void engram_sinkhorn_sweep(const float *look, const float *norm, float limit, co
     }
 }
 
-/* The last row normalisation and the update: row <- row - rate look root[j] / |look root|, root = sqrt(weight). */
+/* The last row normalisation and the update: row <- row - rate look root[j] / |look root|, root = sqrt(weight). Momentum
+ * and last touch change with the row, so that a step which is cut short leaves both old or both new. */
 CLONES
-void engram_sinkhorn_update(const Table *t, const Gradient *g, int64_t lo, int64_t hi, const float *look,
-                            const float *norm, float limit, const float *weight, const float *root, float rate,
-                            int32_t stochastic, uint64_t salt) {
+void engram_sinkhorn_update(const Table *t, float *m, float *last, const Gradient *g, int64_t lo, int64_t hi,
+                            uint8_t *done, double beta, int64_t now, const float *look, const float *norm, float limit,
+                            const float *weight, const float *root, float rate, int32_t stochastic, uint64_t salt) {
+    EXACT
     const int64_t d = t->dim;
-    float row[d];
+    float row[d], sum[d];
     for (int64_t u = lo; u < hi; u++) {
         look_ahead(t, g, u, hi, d);
+        look_ahead_at_momentum(m, last, g, u, hi, d);
+        const int64_t r = g->unique[u];
+        move(m + r * d, m + r * d, last[r], sum_gradient(g, u, d, sum), beta, now, d);
+        last[r] = (float)now;
         if (norm[u] <= limit) continue;
         const float *x = look + u * d, scale = rate * sqrtf(row_factor(x, weight, d));
-        read_row(t, g->unique[u], row);
+        read_row(t, r, row);
         for (int64_t j = 0; j < d; j++) row[j] -= scale * (x[j] * root[j]);
-        write_row(t, g->unique[u], row, stochastic, salt);
+        write_row(t, r, row, stochastic, salt);
     }
+    memset(done + lo, 1, (size_t)(hi - lo));
 }
 
 /* Python's extension loader wants this symbol on some systems; the functions above are called through ctypes. */

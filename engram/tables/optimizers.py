@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ SMALLEST = 512  # distinct rows below which one core is faster than two
 
 
 class Gradient(ctypes.Structure):
-    """Mirror of `Gradient` in kernels.c, with the tensors it points into."""
+    """Mirror of `Gradient` in kernels.c."""
 
     _fields_ = [
         ("unique", ctypes.c_void_p),
@@ -33,37 +34,52 @@ class Gradient(ctypes.Structure):
     ]
 
 
-_scratch = threading.local()  # of group(): one per thread, kept from step to step, so that no page of it is fresh
+_scratch = threading.local()  # of Entries: one set per thread, kept from step to step, so that no page of it is fresh
 
 
-def group(table: HostTable, ids: Tensor, grad: Tensor) -> tuple[Gradient, int, list[Tensor]]:
-    """Sorts the entries of one step by row: what the fused updates read. What it returns lasts until the next call.
+class Entries:
+    """The entries of one step sorted by row: what the fused updates read, and which rows they have updated.
+
+    Attributes:
+        unique: int64 [distinct], the rows of the step in the order of their first appearance.
+        done: uint8 [distinct], 1 for each row that was updated together with its state.
+        address: of the C struct. held: what it points into.
 
     Raises:
         IndexError: a row outside the table; nothing was changed.
     """
-    n = ids.numel()
-    if n >= 1 << 30:
-        raise ValueError(f"one step updates fewer than 2**30 row ids, not {n:,}")
-    capacity = 1 << (2 * n - 1).bit_length()
-    if getattr(_scratch, "n", 0) < n:
-        wide, narrow = torch.int64, torch.int32
-        sizes = ((capacity, narrow), (n, narrow), (n, wide), (n + 1, narrow), (n, narrow))
-        _scratch.n, _scratch.arrays = n, [torch.empty(size, dtype=d, device="cpu") for size, d in sizes]
-    slots, which, unique, start, order = _scratch.arrays
-    assert kernels.native is not None
-    distinct = kernels.native.engram_group(
-        ids.data_ptr(),
-        n,
-        table.rows,
-        slots.data_ptr(),
-        capacity,
-        *(a.data_ptr() for a in (which, unique, start, order)),
-    )
-    if distinct < 0:
-        raise table.outside(ids, -1 - distinct)
-    keep = [ids, grad, unique, start, order]
-    return Gradient(*(a.data_ptr() for a in (unique, start, order, grad))), distinct, keep
+
+    def __init__(self, table: HostTable, ids: Tensor, grad: Tensor):
+        n = ids.numel()
+        if n >= 1 << 30:
+            raise ValueError(f"one step updates fewer than 2**30 row ids, not {n:,}")
+        capacity = 1 << (2 * n - 1).bit_length()
+        self._arrays = getattr(_scratch, "arrays", None)
+        _scratch.arrays = None  # not shared: a step that is cut short keeps them
+        if self._arrays is None or self._arrays[1].numel() < n:
+            wide, narrow = torch.int64, torch.int32
+            sizes = ((capacity, narrow), (n, narrow), (n, wide), (n + 1, narrow), (n, narrow))
+            self._arrays = [torch.empty(size, dtype=d, device="cpu") for size, d in sizes]
+        slots, which, unique, start, order = self._arrays
+        assert kernels.native is not None
+        distinct = kernels.native.engram_group(
+            ids.data_ptr(),
+            n,
+            table.rows,
+            slots.data_ptr(),
+            capacity,
+            *(a.data_ptr() for a in (which, unique, start, order)),
+        )
+        if distinct < 0:
+            raise table.outside(ids, -1 - distinct)
+        self.unique, self.done = unique[:distinct], torch.zeros(distinct, dtype=torch.uint8, device="cpu")
+        self._struct = Gradient(*(a.data_ptr() for a in (unique, start, order, grad)))
+        self.address = ctypes.byref(self._struct)
+        self.held = (table.tensor, ids, grad, self)
+
+    def give_back(self) -> None:
+        """Leave the arrays to the next step; `unique` is not valid after that."""
+        _scratch.arrays = self._arrays
 
 
 class RowOptimizer:
@@ -82,6 +98,8 @@ class RowOptimizer:
         self.steps = 0
         self.state: dict[str, HostTable] = {}
         self._was_written = False  # the state was filled by a load
+        self._unfinished: tuple[Tensor, Tensor] | None = None  # rows of a step under way, and which of them are done
+        table.optimizers.add(self)
 
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
         """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk. Always new:
@@ -91,18 +109,34 @@ class RowOptimizer:
             return HostTable(*size)
         path = self.table.path.with_name(f"{self.table.path.name}.{name}")
         if path.exists():
-            HostTable(*size, path).close()  # raises where another optimiser has it, or where it is something else
+            try:
+                HostTable(*size, path).close()  # raises if another optimiser has it, or if it is something else
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    error.errno,
+                    f"{path} is held by an earlier optimizer of these rows: close() that optimizer (a traceback or a "
+                    f"notebook may keep it alive), or close() the memory and open it again",
+                ) from None
             path.unlink()
         return HostTable(*size, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Ids as they will be read (their range is checked with the grouping) and the gradient as float32 [n, dim]."""
         ids = as_ids(row_ids)
-        if grad.numel() != ids.numel() * self.table.dim:
+        if tuple(grad.shape) != (*row_ids.shape, self.table.dim) or grad.is_complex():
+            kind = "" if grad.is_floating_point() else f" of {grad.dtype}"
             raise ValueError(
-                f"row ids {tuple(row_ids.shape)} need a gradient {(*row_ids.shape, self.table.dim)}, "
-                f"not {tuple(grad.shape)}"
+                f"row ids {tuple(row_ids.shape)} need a real gradient {(*row_ids.shape, self.table.dim)}, "
+                f"not {tuple(grad.shape)}{kind}"
             )
+        self.table.check_writable()
+        if (left := self.interrupted) is not None:
+            warnings.warn(
+                f"the last step of this {type(self).__name__} was interrupted before it came to {len(left):,} of its "
+                f"rows (.interrupted): they have not learned from that step. Load a checkpoint to repeat it as a whole",
+                stacklevel=3,
+            )
+            self._unfinished = None
         self.table.changed(ids)
         for state in self.state.values():
             if state.path is not None:  # the rows' own pages are here since the forward pass, their state's may not be
@@ -112,6 +146,39 @@ class RowOptimizer:
     def step(self, row_ids: Tensor, grad: Tensor) -> int:
         """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
         raise NotImplementedError
+
+    @property
+    def interrupted(self) -> Tensor | None:
+        """Rows int64 [n] that the last step has left as they were, with their state, because it was interrupted
+        (KeyboardInterrupt); all its other rows are updated. None if it ended as a whole. The next step, or loading a
+        state, sets it to None."""
+        if self._unfinished is None:
+            return None
+        rows, done = self._unfinished
+        left = rows[done == 0]
+        return left if left.numel() else None
+
+    def _update(self, entries: Entries, work: Callable[[int, int], Any], *held: Any) -> int:
+        """Spread an update over the rows of a step. If it is interrupted, each row is updated as a whole or not at all,
+        and `interrupted` names those that are not."""
+        self._unfinished = entries.unique, entries.done
+        kernels.spread(len(entries.unique), SMALLEST, work, *held, *entries.held)
+        self._unfinished = None
+        entries.give_back()
+        return len(entries.done)
+
+    def _store(self, rows: Tensor, write: Callable[[], None]) -> int:
+        """`_update` without kernels: `write` stores the new rows and their state, out of reach of interrupts."""
+        done = torch.zeros(len(rows), dtype=torch.uint8, device="cpu")
+        self._unfinished = rows, done
+
+        def work() -> None:
+            write()
+            done.fill_(1)
+
+        kernels.shielded(work)
+        self._unfinished = None
+        return len(rows)
 
     def _salt(self) -> int | None:
         """Seed of this step's stochastic rounding: a function of (table seed, step), so resuming repeats it."""
@@ -152,6 +219,8 @@ class RowOptimizer:
             ValueError: state of another optimiser or table; nothing was changed.
         """
         self.check_state(saved)
+        self.table.check_writable()
+        self._unfinished = None
         if saved == {"steps": 0}:
             for state in self.state.values() if self._is_written else ():
                 state.tensor.zero_()
@@ -162,6 +231,7 @@ class RowOptimizer:
         self.steps, self._was_written = int(saved["steps"]), True
 
     def close(self) -> None:
+        """Let the state go, with its files. A step after that raises ValueError. Twice is fine."""
         for state in self.state.values():
             state.close()
 
@@ -185,13 +255,12 @@ class _RowMoment(RowOptimizer):
         salt, moment = self._salt(), self.state[self._name].tensor
         if kernels.native is None:
             return self._step_torch(ids, grad, moment, salt)
-        gradient, distinct, keep = group(self.table, ids, grad)
+        entries = Entries(self.table, ids, grad)
         self.steps += 1
-        update, table, entries = kernels.native.engram_rms, self.table.struct, ctypes.byref(gradient)
-        fixed = (self.lr, *self._factors(), self.eps, salt is not None, salt or 0)
-        kernels.spread(distinct, SMALLEST, lambda lo, hi: update(table, moment.data_ptr(), entries, lo, hi, *fixed))
-        del keep
-        return distinct
+        update, table, address = kernels.native.engram_rms, self.table.struct, entries.address
+        fixed = (entries.done.data_ptr(), self.lr, *self._factors(), self.eps, salt is not None, salt or 0)
+        state = moment.data_ptr()
+        return self._update(entries, lambda lo, hi: update(table, state, address, lo, hi, *fixed), moment)
 
     def _step_torch(self, ids: Tensor, grad: Tensor, moment: Tensor, salt: int | None) -> int:
         f32, t = reference.f32, self.table
@@ -199,11 +268,14 @@ class _RowMoment(RowOptimizer):
         self.steps += 1
         kept, added = self._factors()
         new = f32(kept) * moment[unique, 0] + f32(added) * reference.mean_square(summed)
-        moment[unique, 0] = new
         scale = f32(self.lr) / (reference.sqrt(new) + f32(self.eps))
         rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std) - scale[:, None] * summed
-        reference.write(t.tensor, unique, rows, t.init == "normal", salt)
-        return unique.numel()
+
+        def write() -> None:
+            moment[unique, 0] = new
+            reference.write(t.tensor, unique, rows, t.init == "normal", salt)
+
+        return self._store(unique, write)
 
 
 class RowRMS(_RowMoment):
@@ -283,14 +355,14 @@ class RowAdam(RowOptimizer):
         salt, moments = self._salt(), self.state["moments"].tensor
         if kernels.native is None:
             return self._step_torch(ids, grad, salt)
-        gradient, distinct, keep = group(self.table, ids, grad)
+        entries = Entries(self.table, ids, grad)
         self.steps += 1
         b1, b2 = self.betas
-        update, table, entries = kernels.native.engram_adam, self.table.struct, ctypes.byref(gradient)
-        fixed = (self._step_size(), b1, 1 - b1, b2, 1 - b2, self.eps, salt is not None, salt or 0)
-        kernels.spread(distinct, SMALLEST, lambda lo, hi: update(table, moments.data_ptr(), entries, lo, hi, *fixed))
-        del keep
-        return distinct
+        update, table, address = kernels.native.engram_adam, self.table.struct, entries.address
+        rates = (self._step_size(), b1, 1 - b1, b2, 1 - b2, self.eps)
+        fixed = (entries.done.data_ptr(), *rates, salt is not None, salt or 0)
+        state = moments.data_ptr()
+        return self._update(entries, lambda lo, hi: update(table, state, address, lo, hi, *fixed), moments)
 
     def _step_size(self) -> float:
         b1, b2 = self.betas
@@ -304,8 +376,11 @@ class RowAdam(RowOptimizer):
         b1, b2 = self.betas
         first = f32(b1) * m[unique] + f32(1 - b1) * summed
         second = f32(b2) * v[unique] + f32(1 - b2) * (summed * summed)
-        m[unique], v[unique] = first, second
         rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std)
         rows = rows - f32(self._step_size()) * (first / (reference.sqrt(second) + f32(self.eps)))
-        reference.write(t.tensor, unique, rows, t.init == "normal", salt)
-        return unique.numel()
+
+        def write() -> None:
+            m[unique], v[unique] = first, second
+            reference.write(t.tensor, unique, rows, t.init == "normal", salt)
+
+        return self._store(unique, write)

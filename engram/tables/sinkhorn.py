@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels, reference
-from engram.tables.optimizers import SMALLEST, RowOptimizer, group
+from engram.tables.optimizers import SMALLEST, Entries, RowOptimizer
 from engram.tables.table import HostTable
 
 _SWEEPS = 5  # K = 11 normalisations: rows, then five times (columns, rows)
@@ -61,17 +60,19 @@ class RowSinkhorn(RowOptimizer):
         if kernels.native is None:
             return self._step_torch(ids, grad, rate, salt)
         m, last, dim, native = self.state["m"].tensor, self.state["last"].tensor, self.table.dim, kernels.native
-        gradient, n, keep = group(self.table, ids, grad)
+        entries = Entries(self.table, ids, grad)
+        n = len(entries.unique)
         self.steps += 1
         strips = -(-n // _STRIP)
         if self._buffer.numel() < n * (dim + 1):
             self._buffer = torch.empty(n * (dim + 1), device="cpu")  # kept from step to step: no page of it is fresh
         norm, look = self._buffer[:n], self._buffer[n : n * (dim + 1)]
         sums, weight = torch.empty(strips, dim, device="cpu"), torch.ones(dim, device="cpu")
-        table, entries = self.table.struct, ctypes.byref(gradient)
-        moved = (m.data_ptr(), last.data_ptr(), entries)
-        prepared = (self.beta, self.steps, look.data_ptr(), norm.data_ptr())
-        kernels.spread(n, SMALLEST, lambda lo, hi: native.engram_sinkhorn_look(table, *moved, lo, hi, *prepared))
+        table, state = self.table.struct, (m.data_ptr(), last.data_ptr(), entries.address)
+        held = (m, last, norm, look, sums, weight, *entries.held)
+        moved = (self.beta, self.steps)
+        prepared = (*moved, look.data_ptr(), norm.data_ptr())
+        kernels.spread(n, SMALLEST, lambda lo, hi: native.engram_sinkhorn_look(table, *state, lo, hi, *prepared), *held)
         limit = _limit(norm, self.tau)
         seen: tuple[Any, ...] = (look.data_ptr(), norm.data_ptr(), limit, weight.data_ptr())
         for _ in range(_SWEEPS):
@@ -79,13 +80,14 @@ class RowSinkhorn(RowOptimizer):
                 strips,
                 SMALLEST // _STRIP,
                 lambda lo, hi: native.engram_sinkhorn_sweep(*seen, n, dim, lo, hi, sums.data_ptr()),
+                *held,
             )
             weight.copy_(_column_weight(sums))
         root = reference.sqrt(weight)
-        fixed = (*seen, root.data_ptr(), rate, salt is not None, salt or 0)
-        kernels.spread(n, SMALLEST, lambda lo, hi: native.engram_sinkhorn_update(table, entries, lo, hi, *fixed))
-        del keep
-        return n
+        fixed = (entries.done.data_ptr(), *moved, *seen, root.data_ptr(), rate, salt is not None, salt or 0)
+        return self._update(
+            entries, lambda lo, hi: native.engram_sinkhorn_update(table, *state, lo, hi, *fixed), root, *held
+        )
 
     def _step_torch(self, ids: Tensor, grad: Tensor, rate: float, salt: int | None) -> int:
         f32, t = reference.f32, self.table
@@ -94,7 +96,6 @@ class RowSinkhorn(RowOptimizer):
         self.steps += 1
         decay = reference.power(self.beta, self.steps - last[unique, 0].long())
         moment = decay[:, None] * m[unique] + summed
-        m[unique], last[unique, 0] = moment, float(self.steps)
         look = summed + f32(self.beta) * moment
         norm = reference.sqrt(reference.mean_square(look) * f32(t.dim))
         look = look * torch.where(norm > 0, 1 / norm, 0.0)[:, None]
@@ -108,8 +109,12 @@ class RowSinkhorn(RowOptimizer):
         scale = f32(rate) * reference.sqrt(reference.row_factor(look, weight))
         rows = reference.read(t.tensor, unique, t.init == "normal", t.seed, t.std)
         rows = rows - scale[:, None] * (look * reference.sqrt(weight))
-        reference.write(t.tensor, unique[keep], rows[keep], t.init == "normal", salt)
-        return unique.numel()
+
+        def write() -> None:
+            m[unique], last[unique, 0] = moment, float(self.steps)
+            reference.write(t.tensor, unique[keep], rows[keep], t.init == "normal", salt)
+
+        return self._store(unique, write)
 
 
 def _limit(norm: Tensor, tau: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import warnings
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram.config import whole
 from engram.tables import kernels, readahead, reference
-from engram.tables.mapping import map_file, map_memory
+from engram.tables.mapping import map_file, map_memory, unlock
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _SMALLEST = 1 << 17  # bytes of rows below which one core is faster than two
@@ -127,20 +129,24 @@ class HostTable:
         std: float = 1.0,
         seed: int = 0,
     ):
+        rows, dim = whole("rows", rows), whole("dim", dim)
         if rows < 1 or not 1 <= dim <= 16384:
             raise ValueError(f"a table needs rows >= 1 and 1 <= dim <= 16384, not rows={rows}, dim={dim}")
         if dtype not in _CODES:
             raise ValueError(f"a HostTable holds torch.float32 or torch.bfloat16 rows, not {dtype}")
         if init not in ("zero", "normal"):
             raise ValueError(f'init is "zero" or "normal", not {init!r}')
-        self.rows, self.dim, self.dtype = int(rows), int(dim), dtype
+        self.rows, self.dim, self.dtype = rows, dim, dtype
         if mode not in ("r+", "r") or (mode == "r" and path is None):
             raise ValueError(f'mode is "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
         self.nbytes = self.rows * self.dim * dtype.itemsize
-        self.init, self.std, self.seed = init, float(std), int(seed)
+        self.init, self.std, self.seed = init, float(std), whole("seed", seed)
+        if not (math.isfinite(self.std) and self.std >= 0):
+            raise ValueError(f"std is a standard deviation, 0 or more, not {std}")
         self.path = None if path is None else Path(path)
         self.writable = mode == "r+"
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()  # caches of rows, told of every write
+        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()  # row optimisers, closed with the table
         self._file: int | None = None
         self._tensor: Tensor | None = None
         self._struct: _Table | None = None
@@ -166,16 +172,23 @@ class HostTable:
         if self.path is None:
             return map_memory(self.nbytes, what)
         memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
+        self._process = os.getpid()
         self._let_go = weakref.finalize(self, os.close, self._file)
         self._let_go.atexit = False
         return memory
 
     @property
     def tensor(self) -> Tensor:
-        """The stored values [rows, dim] themselves, no copy. Never-written rows of a normal table are zeros here."""
+        """The stored values [rows, dim] themselves, no copy. Never-written rows of a normal table are zeros here.
+
+        Raises:
+            ValueError: a closed or meta table. OSError: the table's file was truncated.
+        """
         if self._tensor is None:
             state = "was made on the meta device" if self._meta else "is closed"
             raise ValueError(f"this table of {self.rows:,} x {self.dim} {state} and holds no rows")
+        if self._file is not None:
+            self._check_file()
         return self._tensor
 
     @property
@@ -251,11 +264,17 @@ class HostTable:
             readahead.drop(self._file, self.tensor.data_ptr(), self.nbytes)
 
     def check_writable(self) -> None:
-        """Raises PermissionError for a table that was opened read-only."""
+        """Raises PermissionError for a table that was opened read-only, or whose file the parent of this process has
+        opened: a fork shares the lock on it, and the parent would see every row change."""
         if not self.writable:
             raise PermissionError(
                 f"{self.path} is opened read-only, so its rows can be neither trained nor written: load the memory "
                 f'with mode="copy", or open the table with mode="r+"'
+            )
+        if self._file is not None and os.getpid() != self._process:
+            raise PermissionError(
+                f"{self.path} was opened by process {self._process}, from which this one was forked: its rows can be "
+                f"read here, not written. Open the table after the fork, or train in the process that has opened it"
             )
 
     def changed(self, row_ids: Tensor) -> None:
@@ -279,8 +298,6 @@ class HostTable:
             dtype or layout; a closed table.
         """
         stored = self.tensor
-        if self._file is not None:
-            self._check_file()
         ids = as_ids(row_ids)
         shape = (*ids.shape, self.dim)
         out = as_output(out, shape, self.dtype)
@@ -295,7 +312,10 @@ class HostTable:
             else:
                 firsts: list[int] = []
                 kernels.spread(
-                    n, smallest, lambda lo, hi: firsts.append(gather(table, source, lo, hi, target, as_float))
+                    n,
+                    smallest,
+                    lambda lo, hi: firsts.append(gather(table, source, lo, hi, target, as_float)),
+                    *(stored, ids, out),
                 )
                 bad = min((first for first in firsts if first >= 0), default=-1)
             if bad >= 0:
@@ -310,8 +330,13 @@ class HostTable:
         """The flat, checked row ids of a write, after which caches in front of the table have forgotten them."""
         self.check_writable()
         ids = self.check(row_ids).flatten()
-        if tuple(rows.shape[:-1]) != tuple(row_ids.shape) or rows.shape[-1] != self.dim:
-            raise ValueError(f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {rows.shape}")
+        if not isinstance(rows, Tensor) or rows.is_complex():
+            kind = str(rows.dtype) if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows must be a tensor of real numbers, not {kind}")
+        if rows.dim() == 0 or tuple(rows.shape[:-1]) != tuple(row_ids.shape) or rows.shape[-1] != self.dim:
+            raise ValueError(
+                f"row ids {tuple(row_ids.shape)} need rows {(*row_ids.shape, self.dim)}, not {tuple(rows.shape)}"
+            )
         if torch.unique(ids).numel() != ids.numel():
             raise ValueError("a row id occurs twice in one write")
         self.changed(ids)
@@ -358,10 +383,15 @@ class HostTable:
             os.fsync(self._file)
 
     def close(self) -> None:
-        """Lets the rows go (flushed first, if mapped). Further use raises ValueError. Twice is fine."""
+        """Let the rows go (flushed first, if mapped), with the state that row optimisers keep of them. Further use
+        raises ValueError. Twice is fine."""
+        for optimizer in list(self.optimizers):
+            optimizer.close()
         self.flush()
         self._tensor = self._struct = None
         if self._file is not None:
+            if os.getpid() == self._process:  # a forked process shares the lock
+                unlock(self._file)
             self._let_go()
             self._file = None
 

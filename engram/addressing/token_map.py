@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+import re
+from collections import Counter
 from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
 import torch
 
+from .vocabulary import is_blank, spellings
+
 FORMAT = "engram-token-map-1"
+_NOT_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what decoders put for bytes that are no whole UTF-8
+_ALIKE = 32  # tokens that may decode to one and the same text: at most 3 do in the real vocabularies that were tried
 
 
 class TokenMap:
     """Surjection of raw token ids [0, V) onto compressed ids [0, V').
 
-    table: int64 [V], read-only; every value of [0, V') occurs. Source: the paper, section 2.1, and the released demo.
+    table: int64 [V], read-only; every value of [0, V') occurs. -1 is a dead id, which only `extend` gives: it is never
+    hashed, ends n-grams and gets nothing. Source: the paper, section 2.1, and the released demo.
     """
 
     def __init__(self, table: np.ndarray):
@@ -30,10 +36,12 @@ class TokenMap:
         if table.ndim != 1 or table.size == 0:
             raise ValueError(f"a token map is one row of compressed ids, not an array of shape {table.shape}")
         size = int(table.max()) + 1
-        if table.min() < 0 or size > table.size or np.bincount(table, minlength=size).min() == 0:
+        dead = table < 0
+        before = table[: int(dead.argmax())] if dead.any() else table  # a map that was not yet extended
+        if table.min() < -1 or not 0 < size <= before.size or np.bincount(before, minlength=size).min() == 0:
             raise ValueError(
                 f"not a token map: compressed ids run from {table.min()} to {size - 1} and must use every number "
-                f"from 0 up at least once (table of {table.size} entries)"
+                f"from 0 up at least once (table of {table.size} entries), before the first dead id (-1)"
             )
         table.setflags(write=False)
         self.table = table
@@ -51,24 +59,86 @@ class TokenMap:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TokenMap:
-        """Builds the map of a `tokenizers.Tokenizer` or of a Hugging Face tokenizer, fast or slow.
+        """Build the map of a tokenizer: of `tokenizers`, Hugging Face (fast, slow, or a processor around one),
+        tiktoken, sentencepiece or mistral-common. One vocabulary has one map, whichever of them has loaded it.
 
         Ids whose single-token text is equal after normalisation (compatibility forms, accents, case, runs of white
-        space) share a compressed id; a token that is no whole UTF-8 text is known by its raw token string. Compressed
-        ids are numbered in order of first appearance.
+        space) share a compressed id. A token that decodes to nothing or to no whole UTF-8 text is known by its raw
+        token string, and an id without a token has a class of its own. Compressed ids are numbered in order of first
+        appearance.
 
         Raises:
-            ValueError: an empty vocabulary.
+            TypeError: not a tokenizer.
+            ValueError: an empty vocabulary; a token that cannot be decoded; a decode() that gives many tokens the same
+            text, so that they would read each other's rows.
         """
         normalise = _normaliser().normalize_str
-        numbers: dict[str, int] = {}
+        numbers: dict[str | int, int] = {}
+        alike: Counter[str] = Counter()
         table = []
-        for raw, text in _tokens(tokenizer):
-            key = raw if "\ufffd" in text else normalise(text) or text
+        for i, (raw, text) in enumerate(spellings(tokenizer)):
+            key: str | int
+            if raw is not None and (text or is_blank(raw)) and not _NOT_TEXT.search(text):
+                key = normalise(text) or text
+                alike[text] += 1
+            elif raw and not _NOT_TEXT.search(raw):
+                key = raw
+                alike[raw] += 1
+            else:
+                key = i
             table.append(numbers.setdefault(key, len(numbers)))
         if not table:
             raise ValueError("the tokenizer has an empty vocabulary")
+        text, count = alike.most_common(1)[0] if alike else ("", 0)
+        if count > _ALIKE:
+            raise ValueError(
+                f"{type(tokenizer).__name__} decodes {count:,} of its {len(table):,} tokens to {text!r}: they would "
+                f"read each other's rows. Pass another class of this tokenizer (tokenizers.Tokenizer, say), or "
+                f"TokenMap.identity({len(table)}), which merges nothing"
+            )
         return cls(np.array(table, dtype=np.int64))
+
+    def extend(self, grown: Any) -> TokenMap:
+        """Return this map with the ids that were added to its tokenizer since; the address of no n-gram changes.
+
+        The size V' bounds the hash multipliers, so a new class would move every row: a new id joins the class that its
+        normalised text has here, and is dead (-1) if there is none. A dead id ends n-grams, like padding, and gets
+        nothing from the memory.
+
+        Args:
+            grown: the tokenizer after tokens were added, or its TokenMap.
+
+        Raises:
+            ValueError: `grown` lacks ids of this map, or gives some of them another class: it is not this tokenizer.
+        """
+        other = grown if isinstance(grown, TokenMap) else TokenMap.from_tokenizer(grown)
+        table = np.where(other.table < self.size, other.table, -1)
+        changed = np.flatnonzero(table[: len(self.table)] != self.table[: len(table)])
+        missing = len(self.table) - len(table)
+        if len(changed) or missing > 0:
+            first = int(changed[0]) if len(changed) else len(table)
+            raise ValueError(
+                f"the token map {self.digest[:12]} ({len(self.table):,} ids in {self.size:,} classes) and the given "
+                f"one {other.digest[:12]} ({len(other.table):,} ids in {other.size:,} classes) differ in "
+                f"{len(changed) + max(0, missing):,} of the {len(self.table):,} ids, first in id {first}"
+                f"{'' if len(changed) else ', which the given one lacks'}: another tokenizer or version, every row "
+                f"would be wrong. Only ids added at the end keep the rows"
+            )
+        return self if missing == 0 else TokenMap(table)
+
+    def is_extended_from(self, digest: str) -> bool:
+        """Return True if `digest` is that of this map or of a map that this one was extended from."""
+        if digest == self.digest:
+            return True
+        classes, where = np.unique(self.table, return_index=True)
+        first = int(where[classes >= 0].max())  # the shortest map has every class
+        data, sha = self.table.astype("<i8").tobytes(), hashlib.sha256()
+        sha.update(data[: 8 * first])
+        for end in range(8 * first + 8, len(data), 8):
+            sha.update(data[end - 8 : end])
+            if sha.hexdigest() == digest:
+                return True
+        return False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file; it appears whole or not at all."""
@@ -127,7 +197,7 @@ class TokenMap:
     def __call__(self, ids: Any) -> Any:
         """Compressed ids (int64) of raw integer ids of any shape; torch in, torch out, numpy in, numpy out.
 
-        Negative ids (placeholders, image positions) pass through; an id >= V is an IndexError.
+        Negative ids (placeholders, image positions) pass through, dead ids give -1; an id >= V is an IndexError.
         """
         if isinstance(ids, torch.Tensor):
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -176,21 +246,3 @@ def _normaliser() -> Any:
             normalizers.Replace(blank, " "),
         ]
     )
-
-
-def _tokens(tokenizer: Any) -> Iterable[tuple[str, str]]:
-    """(raw token string, decoded text) of every id in range(len(tokenizer)), added and special tokens included."""
-    from tokenizers import Tokenizer
-
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)  # what a fast Hugging Face tokenizer wraps
-    if isinstance(tokenizer, Tokenizer):
-        ids = range(tokenizer.get_vocab_size(with_added_tokens=True))
-        texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
-        return ((tokenizer.id_to_token(i) or "", text) for i, text in zip(ids, texts, strict=True))
-    if not (hasattr(tokenizer, "decode") and hasattr(tokenizer, "convert_ids_to_tokens")):
-        raise TypeError(
-            f"cannot read the vocabulary of {type(tokenizer).__name__}: pass a tokenizers.Tokenizer or a Hugging Face "
-            "tokenizer"
-        )
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return ((tokenizer.convert_ids_to_tokens(i), tokenizer.decode([i], **options)) for i in range(len(tokenizer)))

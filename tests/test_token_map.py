@@ -378,7 +378,7 @@ def test_new_ids_join_their_class_or_are_dead_and_the_old_ones_stay() -> None:
     assert new.table.tolist() == [*SMALL_MAP, -1, 0, -1, 1] and new.size == old.size
     assert new.is_extended_from(old.digest) and not old.is_extended_from(new.digest)
     assert new.digest != old.digest
-    again = new.extend(grown(["<im_start>", "APPLE", "<pad>", "  ", "more", "\u00c1"]))
+    again = new.extend(grown(["<im_start>", "APPLE", "<pad>", "  ", "more", "A"]))
     assert again.table.tolist() == [*new.table.tolist(), -1, 5]
     assert all(again.is_extended_from(m.digest) for m in (old, new, again))
     assert again.extend(again) is again and old.extend(small_tokenizer()) is old

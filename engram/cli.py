@@ -380,11 +380,13 @@ def plan(
     from engram.inspect.plan import plan as run
     from engram.inspect.plan import read_shape
     from engram.inspect.show import print_plan
-    from engram.integrations.sources import read_config
+    from engram.integrations.sources import read_config, unknown_fields
 
     if Path(config).is_dir():
-        config = f"{config}/config.json"
+        config = str(Path(config) / "config.json")
     wanted = read_config(config)
+    if unknown := unknown_fields(config):
+        print(printable(f"note: {config} has fields that are not read: {', '.join(unknown)}"), file=sys.stderr)
     known, usual = read_shape(config)
     hidden_size, streams = known if hidden_size is None else hidden_size, usual if streams is None else streams
     count = None if ngrams is None else parse_count(ngrams, "number of n-grams")

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 from engram.untrusted import parse_json
@@ -21,6 +22,9 @@ _CHOICES = {
     "boundary": ("pad", "dead", "eos"),
     "generator": ("pcg64", "splitmix64"),
 }
+LONGEST = 16  # tokens in an n-gram; hash.c keeps the window in an array of this length
+_MANY = 1 << 16  # numbers in one sequence
+_SMALLEST = 2.0**-126  # epsilon of a float32 norm; anything smaller loses digits, or is 0
 _WHOLE = ("heads", "head_dim", "pad_id", "seed", "conv_kernel", "row_multiple")
 
 
@@ -38,7 +42,28 @@ def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
     """`whole` of each of several numbers. Raises TypeError with the name of the argument."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
-    return tuple(whole(name, value) for value in values)
+    numbers = tuple(whole(name, value) for value in islice(values, _MANY + 1))
+    if len(numbers) > _MANY:
+        raise ValueError(f"{name} must hold at most {_MANY:,} numbers")
+    return numbers
+
+
+def real(name: str, value: Any) -> float:
+    """A finite float, of NumPy too. Raises TypeError or ValueError with the name of the argument."""
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{name} must be finite, not {number}")
+    return number
+
+
+def check_heads(layers: int, orders: int, heads: int) -> None:
+    """Raises ValueError for more hash heads in a model than primes can be found for in a few seconds."""
+    if layers * orders * heads > _MANY:
+        raise ValueError(
+            f"{layers} layers x {orders} orders x {heads:,} heads are {layers * orders * heads:,} hash heads: one "
+            f"model may have {_MANY:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +94,8 @@ class EngramConfig:
         table_init: "zero", or "normal" rows of standard deviation table_std.
         table_dtype: "float32" or "bfloat16" storage of rows.
         train_tables: False freezes the rows (control: a random table).
-        gate_eps: epsilon of the key and query norms; None means the machine epsilon of the dtype.
-        conv_eps: epsilon of the norm before the convolution.
+        gate_eps: epsilon of the key and query norms (1e-20 in DeepSeek-V4.1-Flash); None means the machine epsilon of
+            the dtype. conv_eps: epsilon of the norm before the convolution.
         compressed_vocab: size that the token map must have, where the format fixes it; None accepts any.
     """
 
@@ -108,8 +133,17 @@ class EngramConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, tuple):
                 object.__setattr__(self, name, whole(name, value))
-        if not (math.isfinite(self.table_std) and self.table_std >= 0):
+        for name in ("bias", "train_tables"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("table_std", "gate_eps", "conv_eps"):
+            if getattr(self, name) is not None or name != "gate_eps":
+                object.__setattr__(self, name, real(name, getattr(self, name)))
+        if self.table_std < 0:
             raise ValueError(f"table_std is a standard deviation, 0 or more, not {self.table_std}")
+        for name in ("gate_eps", "conv_eps"):
+            if (value := getattr(self, name)) is not None and value < _SMALLEST:
+                raise ValueError(f"{name} is the epsilon of a float32 norm, {_SMALLEST:.3g} or more, not {value}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -117,8 +151,11 @@ class EngramConfig:
             raise ValueError(f"layers must be distinct, ascending and >= 0, not {self.layers}")
         if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
             raise ValueError(f"orders must be distinct, ascending and >= 2, not {self.orders}")
+        if self.orders[-1] > LONGEST:
+            raise ValueError(f"orders must be at most {LONGEST}, not {self.orders[-1]}")
         if self.heads < 1 or self.head_dim < 1:
             raise ValueError(f"heads and head_dim must be >= 1, not {self.heads} and {self.head_dim}")
+        check_heads(len(self.layers), len(self.orders), self.heads)
         if isinstance(self.rows_per_head, tuple) and len(self.rows_per_head) != len(self.orders):
             raise ValueError(f"rows_per_head gives {len(self.rows_per_head)} numbers for {len(self.orders)} orders")
         if min(self.row_counts) < 1:
@@ -217,6 +254,7 @@ PRESETS = {
         rows_per_head=16_000_000,
         pad_id=2,
         conv_kernel=0,
+        gate_eps=1e-20,
         boundary="dead",
         table_dtype="bfloat16",
         compressed_vocab=99_092,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -25,6 +26,14 @@ from engram import EngramConfig, EngramMemory, HashLayout, TokenMap
         ({"table_init": "zero", "train_tables": False}, "frozen table of zeros"),
         ({"pad_id": -1}, "pad_id"),
         ({"table_dtype": "float16"}, "table_dtype is one of"),
+        ({"orders": (2, 17)}, "orders must be at most 16, not 17"),
+        ({"orders": range(2, 2**31)}, "orders must hold at most 65,536 numbers"),
+        ({"heads": 65_536}, "1 layers x 2 orders x 65,536 heads are 131,072 hash heads: one model may have 65,536"),
+        ({"gate_eps": float("nan")}, "gate_eps must be finite"),
+        ({"gate_eps": 0.0}, "gate_eps is the epsilon of a float32 norm, 1.18e-38 or more, not 0"),
+        ({"gate_eps": 1e-50}, "gate_eps is the epsilon"),
+        ({"conv_eps": float("inf")}, "conv_eps must be finite"),
+        ({"conv_eps": -1e-6}, "conv_eps is the epsilon"),
     ],
 )
 def test_bad_combinations_are_refused_with_a_reason(changes, reason):
@@ -92,3 +101,62 @@ def test_numbers_that_are_not_whole_are_named_and_never_rounded(wrong):
 def test_a_spread_of_rows_that_is_no_number_is_refused(std):
     with pytest.raises(ValueError, match="table_std"):
         EngramConfig(table_std=std)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"conv_eps": "x"},
+        {"conv_eps": None},
+        {"gate_eps": "1e-6"},
+        {"table_std": True},
+        {"bias": 1},
+        {"train_tables": "no"},
+    ],
+)
+def test_values_of_another_kind_than_the_fields_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        EngramConfig(**wrong)
+    with pytest.raises(ValueError, match=f"EngramConfig: {name} must be"):
+        EngramConfig.from_json(json.dumps(wrong))
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 10**5, '{"heads": NaN}', '{"table_std": 1e999}', "", '"x"'])
+def test_text_that_is_no_object_of_finite_numbers_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        EngramConfig.from_json(text)
+
+
+def test_the_most_heads_that_are_allowed_get_their_primes_in_seconds():
+    begun = time.perf_counter()
+    layout = HashLayout.build(100, (1, 2), (2, 3), 2**12, 2**40, pad_id=0)  # a quarter of them
+    assert time.perf_counter() - begun < 5 and len(layout.offsets[2]) == 2**13
+    with pytest.raises(ValueError, match="131,072 hash heads: one model may have 65,536"):
+        HashLayout.build(100, (1, 2), (2, 3), 2**15, 100, pad_id=0)
+
+
+def test_the_epsilon_of_deepseek_v41_flash_tells_small_values_apart_and_never_gives_nan():
+    config = EngramConfig.preset("deepseek-v4.1-flash")
+    assert config.gate_eps == 1e-20
+    small = config.replace(
+        layers=(1,), heads=1, head_dim=32, rows_per_head=50, compressed_vocab=None, table_dtype="float32"
+    )
+    gates = {}
+    for eps in (1e-20, 1e-6):
+        torch.manual_seed(0)
+        fusion = EngramMemory(small.replace(gate_eps=eps), TokenMap.identity(50), 64).fusions["1"]
+        torch.manual_seed(1)
+        hidden, rows = torch.randn(1, 7, 1, 64), torch.randn(1, 7, small.d_mem)
+        scales = torch.tensor([0.0, 1e-30, 1e-22, 1e-12, 1e-4, 1.0, 1e4]).view(1, 7, 1)
+        gates[eps] = fusion.gate(rows * scales, hidden * scales.unsqueeze(-1)).detach().flatten()
+        out, _ = fusion(rows * scales, hidden * scales.unsqueeze(-1))
+        assert gates[eps].isfinite().all() and out.isfinite().all()
+    assert (gates[1e-20] - gates[1e-6]).abs()[4] > 0.05  # values near 1e-4
+    assert torch.allclose(gates[1e-20][5:], gates[1e-6][5:], atol=1e-4)
+
+
+def test_a_saved_memory_keeps_the_epsilon_it_was_saved_with(tmp_path):
+    config = EngramConfig(layers=(1,), heads=1, head_dim=8, rows_per_head=50, gate_eps=1e-6, conv_kernel=0)
+    EngramMemory(config, TokenMap.identity(50), 4).save(tmp_path / "m")
+    assert EngramMemory.load(tmp_path / "m").config.gate_eps == 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from engram import EngramConfig, EngramMemory, NgramHasher, TokenMap, build_opti
 from engram.cli import main
 from engram.inspect.plan import SHAPES, expected_collisions, read_shape
 from engram.inspect.show import print_plan, size
+from engram.integrations.dialects import config_to_hf
+from engram.integrations.sources import unknown_fields
 from engram.memory import build_layout
 
 SMALL = EngramConfig(layers=(0, 2), orders=(2, 3), heads=2, head_dim=32, rows_per_head=(101, 301), row_multiple=8)
@@ -136,7 +139,7 @@ def test_the_command_prints_json_and_a_table(monkeypatch, capsys, tmp_path):
         (["demo", "--batch", "0"], "batch must be >= 1"),
         (["demo", "--ngrams", "many"], "a number of n-grams is a positive number"),
         (["demo", "--folder", "/nonexistent"], "/nonexistent"),
-        (["torn.json"], "torn.json is no JSON"),
+        (["torn.json"], "torn.json is damaged, or is not a config"),
         (["llama.json"], "names no n-gram memory"),
     ],
 )
@@ -146,3 +149,50 @@ def test_bad_input_is_one_clear_line(arguments, message, monkeypatch, capsys, tm
     (tmp_path / "llama.json").write_text('{"model_type": "llama"}')
     code, out, err = cli(monkeypatch, capsys, *arguments)
     assert code == 2 and not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"layers": [1], "heads": 4, "row_per_head": 50}', "unknown EngramConfig fields: row_per_head"),
+        ('{"layers": [1], "orders": [2], "head": 4, "head_dim": 3}', "unknown EngramConfig fields: head"),
+        ('{"config": {"layers": [1], "gait": 1}}', "unknown EngramConfig fields: gait"),
+        ('{"config": [1]}', "config is a JSON object"),
+        ('{"model_type": "hy_v4_flash"}', "Hy4-flash (hy_v4_flash) cannot be read: its layer numbers"),
+        ('{"rows_per_head": 50, "hidden_size": "32"}', "unknown EngramConfig fields: hidden_size"),
+        ('{"config": {"layers": [1]}, "hidden_size": "32"}', "hidden_size must be an int, not '32'"),
+        ('{"config": {"layers": [1]}, "streams": [2]}', "streams must be an int, not [2]"),
+        ('{"config": {"layers": [1], "head_dim": 1099511627776}, "hidden_size": 64}', "hidden_size x d_mem"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_config_file_that_cannot_be_planned_is_one_clear_line(text, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["engram", "plan", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_fields_about_a_memory_that_are_not_read_are_named(tmp_path, monkeypatch, capsys):
+    fields = config_to_hf(EngramConfig.preset("deepseek-v4.1-flash"), "deepseek-v4.1", 64, 4)
+    fields["text_config"] |= {"engram_moduli": [5], "engram_rotation": 1, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert unknown_fields(str(tmp_path / "config.json")) == ["engram_moduli", "engram_rotation"]
+    (tmp_path / "own.json").write_text(json.dumps({"config": json.loads(EngramConfig().to_json()), "hc": 1}))
+    assert unknown_fields(str(tmp_path / "own.json")) == ["hc"] and unknown_fields("paper-27b") == []
+    monkeypatch.setattr(sys, "argv", ["engram", "plan", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and "not read: engram_moduli, engram_rotation" in capsys.readouterr().err
+
+
+def test_planning_as_many_heads_as_are_allowed_takes_seconds_and_more_are_refused():
+    begun = time.perf_counter()
+    assert plan(EngramConfig(layers=(1,), heads=2**13, head_dim=4)).rows_per_token == 2**14
+    assert time.perf_counter() - begun < 10
+    with pytest.raises(ValueError, match="hidden_size must be"):
+        plan(EngramConfig(), hidden_size=2**60)
+    with pytest.raises(ValueError, match="streams x hidden_size x d_mem"):
+        plan(EngramConfig(heads=2**10), hidden_size=2**20, streams=2**20)

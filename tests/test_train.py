@@ -393,7 +393,11 @@ def test_each_step_has_one_line_in_the_log_of_its_folder(tmp_path):
     lines = log_lines(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, CONFIG.steps + 1))
     assert [[line["tokens"], line["loss"]] for line in lines] == log.curve
-    assert lines[0]["lr"] == pytest.approx(CONFIG.lr / 3) and lines[5]["lr"] == CONFIG.lr and lines[-1]["seconds"] == log.seconds
+    assert (
+        lines[0]["lr"] == pytest.approx(CONFIG.lr / 3)
+        and lines[5]["lr"] == CONFIG.lr
+        and lines[-1]["seconds"] == log.seconds
+    )
     assert all(line["tokens_per_second"] > 0 for line in lines)
     assert [line["step"] for line in lines if line.get("validation_loss") == 1.5] == [10, 20, 30]
 

@@ -10,15 +10,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from engram.config import EngramConfig
+from engram.config import EngramConfig, whole
 from engram.fusion import EngramFusion
 from engram.memory import build_layout
 from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS
 from engram.tables.codecs import NAMES
+from engram.untrusted import read_json
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # (hidden size, residual streams) of the models that the presets belong to; the released demo's is a free choice.
@@ -126,8 +126,13 @@ def plan(
     """
     given = {"hidden_size": hidden_size, "streams": streams, "vocab": vocab, "ngrams": ngrams}
     for name, value in {**given, "batch": batch, "context": context}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, not {value}")
+        if value is not None and not 1 <= whole(name, value) < 2**48:
+            raise ValueError(f"{name} must be >= 1 and below 2**48, not {value}")
+    if (hidden_size or 1) * streams * config.d_mem >= 2**48:
+        raise ValueError(
+            f"streams x hidden_size x d_mem = {streams} x {hidden_size:,} x {config.d_mem:,} weights are more than any "
+            f"model has: give the sizes of the model"
+        )
     vocab = config.compressed_vocab or vocab
     layout = build_layout(config, vocab or 2**20, 0)  # neither changes how many rows there are
     reads = config.columns * len(config.layers)
@@ -183,12 +188,17 @@ def expected_collisions(order: int, moduli: list[tuple[int, ...]], ngrams: int, 
 
 def read_shape(name: str) -> tuple[int | None, int]:
     """(hidden size, streams) of a preset, or of a config.json or manifest by path; (None, 1) where it does not say."""
-    if not Path(name).is_file():
+    if not Path(name).exists():
         return SHAPES.get(name, (None, 1))
-    fields: dict[str, Any] = json.loads(Path(name).read_text())
-    fields = fields.get("text_config") or fields
+    fields = read_json(name, "a config")
+    text = fields.get("text_config")
+    fields = text if isinstance(text, dict) and text else fields
     streams = next((fields[key] for key in ("streams", "hc_mult", "hc_count") if fields.get(key)), 1)
-    return fields.get("hidden_size"), int(streams)
+    hidden_size = fields.get("hidden_size")
+    try:
+        return None if hidden_size is None else whole("hidden_size", hidden_size), whole("streams", streams)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _table(name: str, rows: int, dim: int) -> HostTable:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engram.addressing import HashLayout
-from engram.config import EngramConfig
+from engram.config import LONGEST, EngramConfig, whole_numbers
 from engram.memory import build_layout
 from engram.tables.codecs import get_codec
 
@@ -25,6 +25,12 @@ DIALECTS = ("demo", "deepseek-v4.1", "qwen")
 
 # Where a layer's tensors hang; the group is the prefix of the names below.
 _LAYER = r"(?:.*\.)?"
+LARGEST_VOCABULARY = 1 << 26  # ids; the largest tokenizers have 2^20
+HY4 = (
+    "Tencent's Hy4-flash (hy_v4_flash) cannot be read: its layer numbers, heads, row width, moduli, multipliers (drawn "
+    "when the model was built), boundary rule, gate and tensor names are not known to this version, and rows that are "
+    "read under other rules are wrong without an error"
+)
 TABLE = {
     "demo": re.compile(rf"((?:{_LAYER}(\d+)\.)?(?:engram\.)?)multi_head_embedding\.embedding\.weight"),
     "deepseek-v4.1": re.compile(rf"({_LAYER}layers\.(\d+)\.engram\.)(?:embed|embed_tokens)\.weight"),
@@ -33,11 +39,33 @@ TABLE = {
 
 
 def _field(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of several spellings of a field. Raises ValueError where none is there."""
+    """The first of several spellings of a field. Raises ValueError if the config has none of them."""
     for name in names:
         if fields.get(name) is not None:
             return fields[name]
     raise ValueError(f"this config lacks {' or '.join(names)}")
+
+
+def _number(fields: Mapping[str, Any], name: str, usual: int | None = None) -> int:
+    """A whole number >= 1, from JSON, where it may be a float such as 8.0. usual: if the config leaves it out."""
+    value = fields[name] if usual is None else fields.get(name, usual)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
+    return int(value)
+
+
+def _orders(longest: int) -> tuple[int, ...]:
+    """2 .. the longest n-gram of a config, checked before a tuple is made of it."""
+    if not 2 <= longest <= LONGEST:
+        raise ValueError(f"the longest n-gram of a memory has 2 to {LONGEST} tokens, not {longest:,}")
+    return tuple(range(2, longest + 1))
+
+
+def _vocabulary(size: int) -> int:
+    """The size of a vocabulary, bounded: a token map takes 8 bytes per id."""
+    if not 1 <= size <= LARGEST_VOCABULARY:
+        raise ValueError(f"a vocabulary has 1 to {LARGEST_VOCABULARY:,} ids, not {size:,}")
+    return size
 
 
 def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -51,6 +79,9 @@ def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
 def dialect_of_config(published: Mapping[str, Any]) -> str:
     """Which dialect a config.json speaks. Raises ValueError for one without an n-gram memory."""
     text = _text(published)
+    kinds = {str(fields.get("model_type")) for fields in (published, text)}
+    if any(kind.startswith("hy_v4") for kind in kinds):
+        raise ValueError(HY4)
     for dialect, field in (("deepseek-v4.1", "engram_layer_ids"), ("qwen", "ple_layer_ids"), ("demo", "layer_ids")):
         if text.get(field):
             return dialect
@@ -70,27 +101,47 @@ def config_from_hf(published: Mapping[str, Any]) -> EngramConfig:
     dialect = dialect_of_config(published)
     try:
         config = {"demo": _from_demo, "deepseek-v4.1": _from_deepseek, "qwen": _from_qwen}[dialect](text)
-    except (TypeError, KeyError, OverflowError) as error:
+    except KeyError as error:
+        raise ValueError(f"this {dialect} config cannot be read: it lacks {error}") from error
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"this {dialect} config cannot be read: {error}") from error
     stated = text.get("engram_num_embeddings")
     if stated is not None:
         rows = list(layout_of(config).rows.values())
-        if [int(n) for n in stated] != rows:
+        if not isinstance(stated, list) or stated != rows:
             raise ValueError(
-                f"engram_num_embeddings is {list(stated)}, but engram_vocab_size and its primes give {rows}"
+                f"engram_num_embeddings is {str(stated)[:80]}, but engram_vocab_size and its primes give {rows}"
             )
     return config
 
 
+_KNOWN = {
+    "demo": "layer_ids max_ngram_size n_embed_per_ngram n_head_per_ngram engram_vocab_size pad_id seed kernel_size "
+    "compressed_vocab_size tokenizer_name_or_path",
+    "deepseek-v4.1": "engram_layer_ids engram_num_embeddings engram_max_ngram_size engram_n_heads engram_head_dim "
+    "engram_vocab_size engram_compressed_vocab_size engram_pad_token_id engram_pad_id",
+    "qwen": "ple_layer_ids ple_embed_dim ple_conv_kernel_size ngram_size heads_per_ngram ngram_vocab_size_base "
+    "make_ngram_vocab_size_divisible_by split_ngram_parts",
+}
+
+
+def unknown_in_hf(published: Mapping[str, Any]) -> list[str]:
+    """Fields of a published config whose names are about a memory, and that `config_from_hf` does not read."""
+    known = set(_KNOWN[dialect_of_config(published)].split())
+    return sorted(n for n in _text(published) if re.search(r"engram|ngram|^ple_", n) and n not in known)
+
+
 def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
-    heads, rows = int(text["n_head_per_ngram"]), [int(n) for n in text["engram_vocab_size"]]
-    if int(text["n_embed_per_ngram"]) % heads:
+    heads, width = _number(text, "n_head_per_ngram"), _number(text, "n_embed_per_ngram")
+    rows = whole_numbers("engram_vocab_size", text["engram_vocab_size"])
+    if width % heads:
         raise ValueError(f"n_embed_per_ngram {text['n_embed_per_ngram']} is no multiple of n_head_per_ngram {heads}")
+    vocab = None if text.get("compressed_vocab_size") is None else _number(text, "compressed_vocab_size")
     return EngramConfig(
         layers=tuple(text["layer_ids"]),  # their order decides the primes: refused where it is not ascending
-        orders=tuple(range(2, int(text["max_ngram_size"]) + 1)),
+        orders=_orders(_number(text, "max_ngram_size")),
         heads=heads,
-        head_dim=int(text["n_embed_per_ngram"]) // heads,
+        head_dim=width // heads,
         rows_per_head=rows[0] if len(set(rows)) == 1 else tuple(rows),
         pad_id=int(_field(text, "pad_id")),
         seed=int(text.get("seed", 0)),
@@ -100,7 +151,7 @@ def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
         conv_init="uniform",
         gate_eps=None,
         conv_eps=1e-5,
-        compressed_vocab=text.get("compressed_vocab_size"),
+        compressed_vocab=None if vocab is None else _vocabulary(vocab),
     )
 
 
@@ -108,29 +159,32 @@ def _from_deepseek(text: Mapping[str, Any]) -> EngramConfig:
     eps = float(text.get("rms_norm_eps", 1e-6))
     return EngramConfig(
         layers=tuple(text["engram_layer_ids"]),
-        orders=tuple(range(2, int(text["engram_max_ngram_size"]) + 1)),
-        heads=int(text["engram_n_heads"]),
-        head_dim=int(text["engram_head_dim"]),
-        rows_per_head=int(text["engram_vocab_size"]),
+        orders=_orders(_number(text, "engram_max_ngram_size")),
+        heads=_number(text, "engram_n_heads"),
+        head_dim=_number(text, "engram_head_dim"),
+        rows_per_head=_number(text, "engram_vocab_size"),
         pad_id=int(_field(text, "engram_pad_token_id", "engram_pad_id")),
         conv_kernel=0,
         gate_eps=eps,
         boundary="dead",
         table_dtype="bfloat16",
-        compressed_vocab=int(_field(text, "engram_compressed_vocab_size")),
+        compressed_vocab=_vocabulary(int(_field(text, "engram_compressed_vocab_size"))),
     )
 
 
 def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
-    eos, n, heads = _field(text, "eos_token_id"), int(text.get("ngram_size", 3)), int(text.get("heads_per_ngram", 8))
+    orders, heads = _orders(_number(text, "ngram_size", 3)), _number(text, "heads_per_ngram", 8)
+    eos = _field(text, "eos_token_id")
+    if isinstance(eos, list) and not eos:
+        raise ValueError("eos_token_id is an empty list: it must name the token that ends a text")
     width, eps = int(_field(text, "ple_embed_dim", "hidden_size")), float(text.get("rms_norm_eps", 1e-6))
-    if width % ((n - 1) * heads):
-        raise ValueError(f"ple_embed_dim {width} is no multiple of the {(n - 1) * heads} heads")
+    if width % (len(orders) * heads):
+        raise ValueError(f"ple_embed_dim {width} is no multiple of the {len(orders) * heads} heads")
     return EngramConfig(
         layers=tuple(layer - 1 for layer in text["ple_layer_ids"]),  # counted from 1 there; in this order
-        orders=tuple(range(2, n + 1)),
+        orders=orders,
         heads=heads,
-        head_dim=width // ((n - 1) * heads),
+        head_dim=width // (len(orders) * heads),
         rows_per_head=int(text.get("ngram_vocab_size_base", 20_000_000)),
         pad_id=int(eos[0] if isinstance(eos, list) else eos),
         seed=int(text.get("seed", 1234)),
@@ -141,7 +195,7 @@ def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
         generator="splitmix64",
         row_multiple=int(text.get("make_ngram_vocab_size_divisible_by", 128)),
         table_dtype="bfloat16",
-        compressed_vocab=int(text.get("vocab_size", 248_320)),
+        compressed_vocab=_vocabulary(_number(text, "vocab_size", 248_320)),
     )
 
 

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from engram.integrations.dialects import (
     fusion_from,
     fusion_to,
     layout_of,
+    unknown_in_hf,
 )
 from engram.integrations.rows import FORMS, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
 from engram.integrations.tensors import Checkpoint, Stored, open_checkpoint
@@ -98,9 +100,32 @@ def read_config(name: str) -> EngramConfig:
         if "/" in name or name.endswith(".json"):
             raise FileNotFoundError(f"there is no file {name}, and no preset of that name")
         return EngramConfig.preset(name)
-    fields = read_json(name, "a config")
-    fields = fields.get("config", fields)  # of a saved memory
-    return EngramConfig.from_json(json.dumps(fields)) if "rows_per_head" in fields else config_from_hf(fields)
+    found = read_json(name, "a config")
+    own = found.get("config", found)  # of a saved memory
+    try:
+        if not isinstance(own, dict):
+            raise ValueError(f"config is a JSON object, not {repr(own)[:80]}")
+        if own is not found or _is_own(own):
+            return EngramConfig.from_json(json.dumps(own))
+        return config_from_hf(own)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _is_own(values: dict[str, Any]) -> bool:
+    """Return True for an EngramConfig's JSON, also if a field is misspelt; False for a published config.json."""
+    fields = set(json.loads(EngramConfig().to_json()))
+    return "text_config" not in values and ("rows_per_head" in values or len(fields & set(values)) > len(values) / 2)
+
+
+def unknown_fields(name: str) -> list[str]:
+    """Fields of a config file that look as if they were about the memory, and that `read_config` does not read."""
+    if not Path(name).is_file():
+        return []
+    found = read_json(name, "a config")
+    if "config" in found:
+        return sorted(set(found) - {"config", "hidden_size", "streams"})
+    return [] if _is_own(found) else unknown_in_hf(found)
 
 
 def read_token_map(path: Path) -> TokenMap:

@@ -1,5 +1,6 @@
 """engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engram.addressing import HashLayout, NgramHasher, TokenMap
@@ -17,6 +18,11 @@ from engram.lm.transformer import Transformer, TransformerConfig
 from engram.memory import EngramMemory
 from engram.optimizer import build_optimizer
 from engram.tables import HostTable
+
+try:
+    __version__ = version("engram-lm")
+except PackageNotFoundError:  # run from its source, not installed
+    __version__ = "0+source"
 
 __all__ = [
     "EngramConfig",
@@ -58,3 +64,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(attach, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

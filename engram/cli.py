@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,6 @@ import typer
 from engram.untrusted import printable
 
 app = typer.Typer(
-    help="Conditional memory: hashed n-gram tables in host memory, gated into a transformer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +32,57 @@ Memory = Annotated[
     Path | None, typer.Option(help="Memory to attach to a model of transformers: what memory.save wrote.")
 ]
 Device = Annotated[str, typer.Option(help="Of the dense weights, such as cuda or cuda:1; tables stay in host memory.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        callback=lambda count: _use_threads(count),
+        help="CPU threads; default: the cores that affinity and control groups leave to this process.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _use_threads(count: int | None) -> None:
+    """Set the threads of torch and of the kernels. torch's own default does not see the quota of a control group."""
+    import torch
+
+    from engram.tables import kernels
+
+    if count is None:
+        torch.set_num_threads(min(torch.get_num_threads(), kernels.CORES))
+    else:
+        torch.set_num_threads(count)
+        kernels.set_threads(count)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import engram
+    from engram.tables import kernels
+
+    try:
+        hf = f"transformers {version('transformers')}"
+    except PackageNotFoundError:
+        hf = "no transformers"
+    path = "the torch path" if kernels.native is None else "compiled kernels"
+    print(f"engram {engram.__version__} (torch {torch.__version__}, {hf}, {path})")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Conditional memory: hashed n-gram tables in host memory, gated into a transformer."""
 
 
 def parse_count(text: str, what: str = "token budget") -> int:
@@ -64,20 +114,6 @@ def _setting(corpus: str, budget: str, lr: float | None, table_lr: float | None)
     return replace(setting, train=replace(train, tokens=parse_count(budget), lr=lr, table_lr=table_lr))
 
 
-def _progress() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:>7,.0f} tok/s  loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
 def _describe(data: Any) -> None:
     print(
         f"corpus {data.digest[:12]}: {len(data.train.ids):,} training tokens in {len(data.train.starts) - 1:,} "
@@ -103,10 +139,12 @@ def ablate(
     table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
     held_out: Annotated[str, typer.Option(help="validation; or tune, to choose learning rates on.")] = "validation",
     device: Device = "cpu",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them."""
     from engram.lm import ablate as job
+    from engram.lm.progress import Progress, Task
     from engram.lm.report import print_report
     from engram.lm.run_folder import alone_in
 
@@ -115,15 +153,26 @@ def ablate(
         raise ValueError(f"held-out is validation or tune, not {held_out!r}")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a folder that cannot be written is refused before the work, not after it
-    with alone_in(out), _progress() as progress:
-        tasks: dict[tuple[str, int], Any] = {}
+    with alone_in(out), Progress() as progress:
+        tasks: dict[tuple[str, int, str], Task] = {}
+        text = progress.task("preparing the text")
+
+        def task(arm: str, seed: int, what: str, total: int, unit: str) -> Task:
+            if (arm, seed, what) not in tasks:
+                tasks[arm, seed, what] = progress.task(f"{arm}, seed {seed}{what}", total, unit)
+            return tasks[arm, seed, what]
+
+        def on_data(data: Any) -> None:
+            text.finish()
+            _describe(data)
 
         def on_step(arm: str, seed: int, step: int, steps: int, loss: float) -> None:
-            if (arm, seed) not in tasks:
-                tasks[arm, seed] = progress.add_task(f"{arm}, seed {seed}", total=steps, speed=0.0, loss=loss)
-            task = progress.tasks[tasks[arm, seed]]
-            speed = step * setting.train.batch_size * setting.train.context / max(task.elapsed or 0.0, 1e-9)
-            progress.update(tasks[arm, seed], completed=step, loss=loss, speed=speed if step > 1 else 0.0)
+            one = task(arm, seed, "", steps, "steps")
+            speed = step * setting.train.batch_size * setting.train.context / max(one.seconds, 1e-9)
+            one.update(step, text=f"{speed if step > 1 else 0:,.0f} tok/s, loss {loss:.3f}")
+
+        def on_evaluate(arm: str, seed: int, tokens: int, total: int) -> None:
+            task(arm, seed, ", scoring", total, "tokens").update(tokens, total)
 
         report = job.ablate(
             setting,
@@ -133,7 +182,8 @@ def ablate(
             device=device,
             command=" ".join(["engram", *sys.argv[1:]]),
             on_step=on_step,
-            on_data=_describe,
+            on_evaluate=on_evaluate,
+            on_data=on_data,
             on_report=lambda report: job.write_report(report, out),  # a run that is killed leaves what it has
         )
     if as_json:
@@ -157,27 +207,33 @@ def train(
         int, typer.Option(min=0, help="Checkpoints that stay, the newest; each holds the whole table. 0: all.")
     ] = 0,
     device: Device = "cpu",
+    threads: Threads = None,
 ) -> None:
-    """Train one small language model, with checkpoints; run it again after an interruption and it goes on."""
+    """Train one small language model, with checkpoints; run it again after an interruption and it goes on.
+
+    OUT/log.jsonl gets one JSON line per step: step, tokens, loss (nats per token), lr, tokens_per_second, seconds.
+    """
+    from engram.lm.progress import Progress
     from engram.lm.run import build_model, device_of, prepare, save_run
     from engram.lm.run_folder import alone_in
     from engram.lm.train import train as run
 
     place = device_of(device)  # before the text is made ready
     setting = _setting(corpus, budget, lr, table_lr).seeded(seed)
-    data = prepare(setting)
-    _describe(data)
-    model = build_model(setting, arm, data.token_map).to(place)
-    with alone_in(out), _progress() as progress:
+    with alone_in(out), Progress() as progress:
+        text = progress.task("preparing the text")
+        data = prepare(setting)
+        text.finish()
+        _describe(data)
+        model = build_model(setting, arm, data.token_map).to(place)
         save_run(out, setting, arm, data)
-        task = progress.add_task(f"{arm}, seed {seed}", total=setting.train.steps, speed=0.0, loss=float("nan"))
+        task = progress.task(f"{arm}, seed {seed}", setting.train.steps, "steps")
         start: list[int] = []
 
         def on_step(step: int, loss: float) -> None:
             start.append(step)
             done = (step - start[0]) * setting.train.batch_size * setting.train.context
-            speed = done / max(progress.tasks[task].elapsed or 0.0, 1e-9)
-            progress.update(task, completed=step, loss=loss, speed=speed)
+            task.update(step, text=f"{done / max(task.seconds, 1e-9):,.0f} tok/s, loss {loss:.3f}")
 
         log = run(
             model,
@@ -208,6 +264,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.")] = None,
     memory: Memory = None,
     device: Device = "cpu",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Score a trained model: nats per token and bits per byte, document by document; or tasks of lm-eval."""
@@ -222,12 +279,17 @@ def evaluate(
         raise ValueError(f"{folder} is a model of transformers: say with --tasks what to score it on")
     from engram.lm.corpus import load_corpus, split
     from engram.lm.evaluate import evaluate as score
+    from engram.lm.progress import Progress
     from engram.lm.run import load_run
     from engram.lm.tokenizer import encode
 
-    model, tokenizer, setting, manifest = load_run(folder, device)
-    documents = split(load_corpus(setting.corpus)).validation if corpus is None else load_corpus(corpus)
-    result = score(model, encode(tokenizer, documents))
+    with Progress() as progress:
+        reading = progress.task("reading model and text")
+        model, tokenizer, setting, manifest = load_run(folder, device)
+        documents = split(load_corpus(setting.corpus)).validation if corpus is None else load_corpus(corpus)
+        encoded = encode(tokenizer, documents)
+        reading.finish()
+        result = score(model, encoded, on_tokens=progress.task("scoring", unit="tokens").update)
     figures = {
         "step": manifest["step"],
         "documents": len(documents),
@@ -261,9 +323,12 @@ def _evaluate_tasks(
     if limit is not None and limit < 1:
         raise ValueError(f"--limit is a number of documents, 1 or more, not {limit}")
     from engram.lm.harness import adapter, load_tasks, run_tasks
+    from engram.lm.progress import Progress
 
-    tasks = load_tasks(names, task_files)  # before the model: a wrong name is found at once
-    report = run_tasks(adapter(*_open(folder, memory, device)), tasks, limit)
+    with Progress(live=False) as progress:  # lm-eval draws bars of its own
+        progress.task(f"scoring {', '.join(names)}")
+        tasks = load_tasks(names, task_files)  # before the model: a wrong name is found at once
+        report = run_tasks(adapter(*_open(folder, memory, device)), tasks, limit)
     if as_json:
         print(json.dumps({"folder": str(folder), "memory": None if memory is None else str(memory), **report}))
         return
@@ -316,11 +381,13 @@ def generate(
     top_k: int = 50,
     seed: int = 0,
     device: Device = "cpu",
+    threads: Threads = None,
 ) -> None:
     """Continue a text with a trained model."""
     import torch
 
     from engram.lm.generate import generate as sample
+    from engram.lm.progress import Progress
     from engram.lm.run import load_run
 
     model, tokenizer, _, _ = load_run(folder, device)
@@ -329,7 +396,9 @@ def generate(
     if ids.shape[1] > model.config.max_length:
         raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model holds {model.config.max_length}")
     tokens = min(tokens, model.config.max_length - ids.shape[1])
-    out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0)
+    with Progress() as progress:
+        say = progress.task("writing", tokens, "tokens").update
+        out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0, on_token=say)
     print(printable(tokenizer.decode(out[0].tolist())))
 
 
@@ -342,14 +411,18 @@ def explain(
         bool, typer.Option(help="Also switch the memory off at each token: one forward pass each.")
     ] = True,
     device: Device = "cpu",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and what that was worth."""
     from engram.inspect.explain import explain as run
     from engram.inspect.show import print_explanation
+    from engram.lm.progress import Progress
 
-    model, tokenizer = _open(folder, memory, device)
-    found = run(model, text, tokenizer, losses)
+    with Progress() as progress:
+        progress.task("reading the text")
+        model, tokenizer = _open(folder, memory, device)
+        found = run(model, text, tokenizer, losses)
     if as_json:
         print(found.to_json())
     else:
@@ -405,15 +478,20 @@ def bench(
             help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert, attach; default: some."
         ),
     ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure hashing, lookup, row updates and a training step beside the stock alternatives."""
     from rich.console import Console
     from rich.table import Table
 
+    from engram.bench import USUAL
     from engram.bench import bench as run
+    from engram.lm.progress import Progress
 
-    results = run(tuple(names)) if names else run()
+    with Progress() as progress:
+        task = progress.task("measuring")
+        results = run(tuple(names) if names else USUAL, on_name=lambda name: task.update(0, text=name))
     if as_json:
         print(json.dumps(results))
         return
@@ -433,22 +511,21 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every byte of a saved memory or checkpoint and compare its digests; exit code 2 if anything is wrong."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
+    from engram.lm.progress import Progress
     from engram.tables.files import verify as run
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
+    with Progress() as progress:
+        task = progress.task("reading", unit="bytes")
+        totals: dict[str, int] = {}  # of the folders that were begun
 
         def on_bytes(file: str, count: int, total: int) -> None:
-            progress.update(task, description=Path(file).name, total=total, advance=count)
+            totals[str(Path(file).parent)] = total
+            task.update(task.done + count, sum(totals.values()), Path(file).name)
 
         results = run(folder, on_bytes)
     problems = [result["problem"] for result in results if result["problem"]]
     for note in filter(None, (result["note"] for result in results)):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"folder": str(folder), "whole": not problems, "files": results}))
     elif not problems:
@@ -475,18 +552,16 @@ def convert(
     ] = None,
     shards: Annotated[int, typer.Option(help="Tensor-parallel ranks of deepseek-v4.1; parts of qwen's table.")] = 1,
     by: Annotated[str, typer.Option(help="row: ranks hold equally many rows; head: whole hash columns.")] = "row",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Write a memory in another format, streaming, and verify what was written."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     from engram.integrations.formats import convert as run
     from engram.integrations.sources import read_config, read_token_map
+    from engram.lm.progress import Progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{source.name} to {to}, then reading it back", total=None)
+    with Progress() as progress:
+        task = progress.task(f"{source.name} to {to}, then reading it back", unit="bytes")
         report = run(
             source,
             target,
@@ -495,7 +570,7 @@ def convert(
             token_map=None if tokenizer is None else read_token_map(tokenizer),
             shards=shards,
             by=by,
-            on_bytes=lambda done, total: progress.update(task, completed=done, total=total),
+            on_bytes=task.update,
         )
     if as_json:
         print(json.dumps(report))
@@ -539,6 +614,7 @@ def inspect(
 
 def main() -> None:
     """Entry point: what is wrong with the input is one line on stderr and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
         app()
     except KeyboardInterrupt:

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from engram import EngramConfig, cli
+import engram as engram_package
+from engram import EngramConfig, cli, evaluate
 from engram.cli import parse_count, parse_seeds
 from engram.lm.ablate import ablate
 from engram.lm.run import Setting, build_model, load_run, prepare, save_run
 from engram.lm.tokenizer import train_tokenizer
 from engram.lm.train import TrainConfig, train
 from engram.lm.transformer import TransformerConfig
+from engram.tables import kernels
 from engram.tables.files import verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -308,3 +310,87 @@ def test_a_run_goes_on_with_its_own_tokenizer_only(run):
     with pytest.raises(ValueError, match="a run with another tokenizer"):
         save_run(home, setting, "engram", replace(data, tokenizer=other))
     assert load_run(home)[2] == setting
+
+
+def inside(*arguments) -> None:
+    """Run a command in this process."""
+    cli.app([*map(str, arguments)], standalone_mode=False)
+
+
+@pytest.fixture
+def threads():
+    """Give torch and the kernels their threads back after a test that changes them."""
+    before = torch.get_num_threads(), kernels.CORES
+    yield
+    torch.set_num_threads(before[0])
+    kernels.set_threads(before[1])
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_reach_torch_and_the_kernels(run):
+    home, _, _ = run
+    for arguments in (("evaluate", home), ("generate", home, "text", "--tokens", 2), ("explain", home, "text")):
+        for count in (2, 3):
+            inside(*arguments, "--threads", count)
+            assert torch.get_num_threads() == kernels.CORES == count
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_default_threads_are_those_that_the_process_may_use(run, monkeypatch):
+    torch.set_num_threads(8)
+    monkeypatch.setattr(kernels, "CORES", 3)
+    inside("generate", run[0], "text", "--tokens", 1)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)  # as with OMP_NUM_THREADS=1
+    inside("generate", run[0], "text", "--tokens", 1)
+    assert torch.get_num_threads() == 1
+
+
+def test_every_command_that_computes_has_threads(capsys):
+    commands = {command.callback.__name__: command.callback for command in cli.app.registered_commands}
+    computing = {"ablate", "train", "evaluate", "generate", "explain", "bench", "convert"}
+    assert computing == {name for name, call in commands.items() if "threads" in call.__annotations__}
+    for count in ("0", "-1", "many", "1000000"):
+        with pytest.raises(SystemExit) as stop:
+            cli.app(["bench", "--threads", count])
+        assert stop.value.code == 2 and "threads" in capsys.readouterr().err
+
+
+def test_long_commands_print_plain_lines_on_stderr_and_json_alone_on_stdout(run, monkeypatch, capsys):
+    monkeypatch.setattr("engram.lm.progress.EVERY", 0.001)
+    home, setting, _ = run
+    capsys.readouterr()
+    inside("evaluate", home, "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["tokens"] > 0 and "reading model and text: 0:00 since it began" in err
+    inside("verify", home, "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["whole"] is True
+    inside("train", "--out", home.parent / "new", "--corpus", setting.corpus, "--budget", "4k")
+    out, err = capsys.readouterr()
+    assert "engram, seed 0: 1 of 2 steps" in err and "4,096 tokens in" in out
+    lines = [json.loads(line) for line in (home.parent / "new" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_evaluation_tells_how_many_tokens_it_has_scored(run):
+    home, setting, data = run
+    model = load_run(home)[0]
+    seen = []
+    result = evaluate(model, data.validation, on_tokens=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (result.document_tokens.sum(),) * 2 and [done for done, _ in seen] == sorted(
+        {done for done, _ in seen}
+    )
+    told = []
+    arms = ["plain", "engram"]
+    ablate(setting, arms, on_evaluate=lambda arm, seed, done, total: told.append((arm, seed, done == total)))
+    assert {(arm, 0, True) for arm in arms} <= set(told)
+
+
+def test_versions_are_shown_and_every_public_name_is_listed(capsys):
+    inside("--version")
+    out = capsys.readouterr().out
+    kind = "compiled kernels" if kernels.native is not None else "the torch path"
+    assert out.startswith(f"engram {engram_package.__version__} (torch {torch.__version__}") and kind in out
+    assert set(engram_package.__all__) | {"__version__"} <= set(dir(engram_package))
+    assert {"attach", "detach"} <= set(dir(engram_package))

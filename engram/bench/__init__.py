@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from engram.bench.attach import bench_attach
 from engram.bench.codecs import bench_codecs
@@ -28,12 +29,16 @@ _BENCHES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[str, list[Row]]:
+USUAL = ("hash", "lookup", "update", "step")
+
+
+def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = None) -> dict[str, list[Row]]:
     """Runs the named benchmarks.
 
     Args:
         names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
             "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder) and "attach" (transformers).
+        on_name: called with the name of each benchmark before it runs.
 
     Returns:
         {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a
@@ -47,4 +52,9 @@ def bench(names: Sequence[str] = ("hash", "lookup", "update", "step")) -> dict[s
     if unknown:
         raise ValueError(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(_BENCHES)}")
     tune_allocator()
-    return {name: _BENCHES[name]() for name in names}
+    results = {}
+    for name in names:
+        if on_name is not None:
+            on_name(name)
+        results[name] = _BENCHES[name]()
+    return results

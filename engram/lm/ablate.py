@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import engram
 from engram.lm.evaluate import Evaluation, evaluate
 from engram.lm.run import ARMS, Data, Setting, build_model, device_of, prepare
 from engram.lm.seen import seen_counts, seen_losses
@@ -38,6 +40,7 @@ def ablate(
     device: str = "cpu",
     command: str = "engram.ablate()",
     on_step: Progress | None = None,
+    on_evaluate: Callable[[str, int, int, int], Any] | None = None,
     on_data: Callable[[Data], Any] | None = None,
     on_report: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
@@ -49,7 +52,8 @@ def ablate(
         held_out: "validation" to report, "tune" to choose learning rates.
         device: of the dense weights; tables stay in host memory.
         command: what to write down as the command that makes the report again.
-        on_step: called after each training step. on_data: called once with the prepared corpus.
+        on_step: called after each training step. on_evaluate: called during evaluations with arm, seed, tokens scored
+            so far and tokens to score. on_data: called once with the prepared corpus.
         on_report: called after each run with the report so far: of the seeds with all arms, or of the first one's arms.
 
     Returns:
@@ -73,7 +77,7 @@ def ablate(
         on_data(data)
     report: dict[str, Any] = {
         "command": command,
-        "version": _version(),
+        "version": engram.__version__,
         "settings": _flat(asdict(setting)),
         "machine": {
             "cpu": _processor(),
@@ -101,7 +105,8 @@ def ablate(
         counts = seen_counts(data, seeded.train)
         for arm in arms:
             progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
-            run, result = _run(seeded, arm, data, counts, place, progress)
+            scored = None if on_evaluate is None else partial(on_evaluate, arm, seed)
+            run, result = _run(seeded, arm, data, counts, place, progress, scored)
             runs.append(run)
             results[arm, seed] = result
             there, whole = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
@@ -120,6 +125,7 @@ def _run(
     counts: dict[str, np.ndarray],
     device: torch.device,
     on_step: Callable[[int, float], Any] | None,
+    on_tokens: Callable[[int, int], Any] | None,
 ) -> tuple[dict[str, Any], Evaluation]:
     began = time.perf_counter()
     model = build_model(setting, arm, data.token_map).to(device)
@@ -128,11 +134,11 @@ def _run(
         model,
         data.train,
         setting.train,
-        evaluate=lambda: evaluate(model, sample).loss,
+        evaluate=lambda: evaluate(model, sample, on_tokens=on_tokens).loss,
         evaluate_every=max(1, setting.train.steps // 8),
         on_step=on_step,
     )
-    result = evaluate(model, data.validation)
+    result = evaluate(model, data.validation, on_tokens=on_tokens)
     memory = model.memory
     dense_state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
     traffic = memory_traffic(log, memory) if memory else None
@@ -224,15 +230,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("engram-lm")
-    except PackageNotFoundError:
-        return "source"
 
 
 def _processor() -> str:

@@ -96,6 +96,10 @@ def save_checkpoint(
     manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "facts": facts, "files": {}}
     manifest["groups"] = [{k: v for k, v in group.items()} for group in state["param_groups"]]
     manifest["row_steps"] = [{str(k): o.steps for k, o in layers.items()} for layers in optimizer.rows]
+    try:
+        manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read: the digest is of that
+    except ValueError as error:
+        raise ValueError(f"facts and settings of a checkpoint are finite JSON values: {error}") from None
     adam = {f"{i}.{k}": torch.as_tensor(v) for i, values in state["state"].items() for k, v in values.items()}
     try:
         remove_partial(home, "step-*")  # of a run that was killed here: each holds whole tables
@@ -106,7 +110,6 @@ def save_checkpoint(
                 manifest["files"][path.name] = file_entry(path)
             for name, rows in {**tables, **_row_state(optimizer)}.items():
                 manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
-            manifest = json.loads(json.dumps(manifest))  # as it will be read: the digest is of that
             manifest["digest"] = manifest_digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             sync(partial / "manifest.json")

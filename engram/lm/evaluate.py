@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, data: Encoded, context: int | None = None, batch_tokens: int = 2048) -> Evaluation:
+def evaluate(
+    model: Transformer,
+    data: Encoded,
+    context: int | None = None,
+    batch_tokens: int = 2048,
+    on_tokens: Callable[[int, int], Any] | None = None,
+) -> Evaluation:
     """Scores every document on its own, in windows of `context` tokens that do not overlap.
 
     A document's first token is predicted from <|endoftext|>; its end is not predicted, so that bits per byte count the
@@ -54,6 +60,7 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
     Args:
         data: packed documents. context: tokens of a window, default the model's max_length. batch_tokens: of a forward
             pass, at most, padding included.
+        on_tokens: called after each forward pass with (tokens scored so far, tokens to score).
 
     Raises:
         ValueError: no document, or a context beyond the model's. FloatingPointError: a loss that is not finite.
@@ -70,7 +77,7 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
     ]
     windows.sort(key=lambda w: w[0] - w[1])  # of like length together: little padding
     nats, known = np.full(len(data.ids), np.nan, dtype=np.float32), np.zeros(len(data.ids), dtype=bool)
-    device = model.embedding.weight.device
+    device, scored_tokens, all_tokens = model.embedding.weight.device, 0, sum(stop - start for start, stop in windows)
     with eval_mode(model):
         while windows:
             longest = windows[0][1] - windows[0][0]
@@ -85,6 +92,9 @@ def evaluate(model: Transformer, data: Encoded, context: int | None = None, batc
             scored = loss.view_as(targets).cpu().numpy()
             for row, (start, stop) in enumerate(batch):
                 nats[start:stop], known[start:stop] = scored[row, : stop - start], True
+                scored_tokens += stop - start
+            if on_tokens is not None:
+                on_tokens(scored_tokens, all_tokens)
     document = data.documents - data.documents[0]
     if wrong := np.unique(document[known & ~np.isfinite(nats)]).tolist():
         raise FloatingPointError(

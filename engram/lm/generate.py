@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ def generate(
     stop_id: int | None = None,
     prefill: int = 512,
     prefetch: bool = True,
+    on_token: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """Continues a prompt.
 
@@ -32,6 +35,7 @@ def generate(
         stop_id: end when every sequence has produced this token (later tokens of a finished one repeat it).
         prefill: the prompt goes through the model in pieces of this many tokens.
         prefetch: fetch the rows of the next piece while the model works on the current one; the same bits either way.
+        on_token: called with the number of tokens added so far, after each.
 
     Returns:
         int64 [B, T + added].
@@ -65,6 +69,8 @@ def generate(
                 piece = piece.masked_fill(finished, stop_id)
                 finished |= piece == stop_id
             ids = torch.cat([ids, piece], dim=1)
+            if on_token is not None:
+                on_token(step + 1)
             if (stop_id is not None and finished.all()) or step == tokens - 1:
                 break
             logits = model(piece, cache=cache)[:, -1].float()  # its first act is to send for the rows of the new token

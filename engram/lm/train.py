@@ -287,8 +287,11 @@ def train(
                 "seconds": log.seconds,
             }
             if evaluate is not None and evaluate_every and (done % evaluate_every == 0 or done == config.steps):
-                log.validation.append([log.tokens, evaluate()])
-                line["validation_loss"] = log.validation[-1][1]
+                held_out = evaluate()
+                if not math.isfinite(held_out):
+                    raise FloatingPointError(f"the held-out loss is {held_out} at step {done}")
+                log.validation.append([log.tokens, held_out])
+                line["validation_loss"] = held_out
                 model.train()
             if steps is not None:
                 steps.write(line)

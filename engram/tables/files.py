@@ -10,7 +10,6 @@ engram/saved.py's matter; digests and `verify` are the same for memories and for
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import re
@@ -29,6 +28,7 @@ import xxhash
 from torch import Tensor
 
 from engram.tables import readahead
+from engram.tables.mapping import NO_LOCKS
 from engram.untrusted import open_regular, read_json
 
 BLOCK = 16 << 20  # bytes
@@ -234,7 +234,7 @@ def try_lock(handle: int) -> bool | None:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):  # Lustre, some of NFS and FUSE
+        if error.errno in NO_LOCKS:
             return None
         raise
     return True

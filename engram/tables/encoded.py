@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from engram.config import whole
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
 from engram.tables.table import HostTable, as_output, as_tensor
+from engram.tables.weak import WeakList
 from engram.untrusted import read_tensors
 
 _SMALLEST = 1024  # rows below which one core is faster than two
@@ -74,7 +74,7 @@ class EncodedTable(HostTable):
         self.row_bytes = self.codec.row_bytes(self.dim)
         self.nbytes = self.rows * self.row_bytes
         self.init, self.std, self.seed = "zero", 1.0, 0
-        self.writable, self.watchers, self.optimizers = mode == "r+", weakref.WeakSet(), weakref.WeakSet()
+        self.writable, self.watchers, self.optimizers = mode == "r+", WeakList(), WeakList()
         self._meta = torch.get_default_device().type == "meta"
         if self._meta:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -47,6 +48,7 @@ class HotRows:
         self._data = np.empty(sets * _WAYS, dtype=f"V{row}")  # NumPy: its copies need no thread pool
         self._clock = 0
         self._lock = threading.Lock()  # prefetching gathers on a thread of its own
+        self._process = os.getpid()
         self.lookups = self.hits = 0
         table.watchers.add(self)
 
@@ -64,6 +66,14 @@ class HotRows:
         """Share of the rows asked for, duplicates included, that were here before their gather began."""
         return self.hits / self.lookups if self.lookups else 0.0
 
+    def _own(self) -> threading.Lock:
+        """The lock. A forked process inherits one that another thread may hold, and rows that it may be storing."""
+        if self._process != os.getpid():
+            self._tags.fill(-1)
+            self._used.fill(0)
+            self._lock, self._process = threading.Lock(), os.getpid()
+        return self._lock
+
     def _set_of(self, ids: np.ndarray) -> np.ndarray:
         mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         return ((mixed >> np.uint64(32)) * np.uint64(self._sets) >> np.uint64(32)).astype(np.int64)
@@ -74,14 +84,14 @@ class HotRows:
         shape = (*ids.shape, self.dim)
         out = as_output(out, shape, self.dtype)
         if ids.numel():
-            with self._lock:
+            with self._own():
                 self._gather(ids.flatten().numpy(), out)
         return out
 
     def prefetch(self, row_ids: Tensor | np.ndarray) -> int:
         """Asks for the file pages of those rows that are not here, as HostTable.prefetch."""
         flat = self.table.check(row_ids).flatten()
-        with self._lock:
+        with self._own():
             _, hit = self._find(flat.numpy())
         return self.table.prefetch(flat[torch.from_numpy(~hit)])
 
@@ -127,13 +137,15 @@ class HotRows:
         slot = touched[which] * _WAYS + oldest[which, rank]
         free = self._used.reshape(-1)[slot] < self._clock
         order, slot = order[free], slot[free]
-        self._tags.reshape(-1)[slot] = ids[order]
+        tags = self._tags.reshape(-1)
+        tags[slot] = -1  # until the rows are there: an interruption must leave no tag with another row
         self._used.reshape(-1)[slot] = self._clock
         self._data[slot] = rows[order]
+        tags[slot] = ids[order]
 
     def invalidate(self, row_ids: Tensor) -> None:
         """Forgets rows; the next gather reads them from the table."""
-        with self._lock:
+        with self._own():
             place, hit = self._find(row_ids.flatten().numpy())
             self._tags.reshape(-1)[place[hit]] = -1
             self._used.reshape(-1)[place[hit]] = 0

@@ -7,14 +7,14 @@ import mmap
 import os
 import sys
 import warnings
-import weakref
 from pathlib import Path
 
 from engram.tables import limits
+from engram.tables.weak import WeakList
 
 # What flock answers on file systems that cannot lock: Lustre without -o flock, NFS without its lock daemon, FUSE.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
-_on_huge_pages: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # memory that may be committed 2 MiB at a time
+_on_huge_pages: WeakList[mmap.mmap] = WeakList()  # memory that may be committed 2 MiB at a time
 
 
 def map_memory(nbytes: int, what: str) -> mmap.mmap:
@@ -37,7 +37,7 @@ def map_memory(nbytes: int, what: str) -> mmap.mmap:
             f"Give the table a path to keep it in a file, or fewer rows."
         ) from error
     # A touched row commits 2 MiB on huge pages: only for tables that fit in memory as a whole, and with one another.
-    free, others = limits.free_memory(), sum(len(mapped) for mapped in _on_huge_pages)
+    free, others = limits.free_memory(), sum(len(mapped) for mapped in _on_huge_pages.living())
     if nbytes <= free // 2 and nbytes + others <= free // 4 * 3:
         try:  # before the first touch; fewer TLB misses on random rows
             memory.madvise(mmap.MADV_HUGEPAGE)

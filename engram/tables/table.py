@@ -18,6 +18,7 @@ from torch import Tensor
 from engram.config import whole
 from engram.tables import kernels, readahead, reference
 from engram.tables.mapping import map_file, map_memory, unlock
+from engram.tables.weak import WeakList
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _SMALLEST = 1 << 17  # bytes of rows below which one core is faster than two
@@ -145,8 +146,8 @@ class HostTable:
             raise ValueError(f"std is a standard deviation, 0 or more, not {std}")
         self.path = None if path is None else Path(path)
         self.writable = mode == "r+"
-        self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()  # caches of rows, told of every write
-        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()  # row optimisers, closed with the table
+        self.watchers: WeakList[Any] = WeakList()  # caches of rows, told of every write
+        self.optimizers: WeakList[Any] = WeakList()  # row optimisers, closed with the table
         self._file: int | None = None
         self._tensor: Tensor | None = None
         self._struct: _Table | None = None
@@ -279,7 +280,7 @@ class HostTable:
 
     def changed(self, row_ids: Tensor) -> None:
         """Whoever writes rows calls this with their checked ids, so that caches in front of the table forget them."""
-        for watcher in list(self.watchers):
+        for watcher in self.watchers.living():
             watcher.invalidate(row_ids)
 
     def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
@@ -385,7 +386,7 @@ class HostTable:
     def close(self) -> None:
         """Let the rows go (flushed first, if mapped), with the state that row optimisers keep of them. Further use
         raises ValueError. Twice is fine."""
-        for optimizer in list(self.optimizers):
+        for optimizer in self.optimizers.living():
             optimizer.close()
         self.flush()
         self._tensor = self._struct = None

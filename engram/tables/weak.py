@@ -1,0 +1,33 @@
+"""Weak references to objects that other threads may add and drop while they are listed."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class WeakList(Generic[Item]):
+    """Objects that are told of changes, as long as they live. A WeakSet changes size while it is iterated; here adding,
+    dropping and copying are one step of the interpreter each, and without a lock a fork cannot leave one taken.
+
+    A copy, also one from a pickle, is empty: it belongs to another object, which has not added anything yet.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[weakref.ref[Item], None] = {}
+
+    def add(self, item: Item) -> None:
+        references = self._references
+        references[weakref.ref(item, lambda gone: references.pop(gone, None))] = None  # type: ignore[func-returns-value]
+
+    def living(self) -> list[Item]:
+        """The objects that live at this moment."""
+        return [item for reference in self._references.copy() if (item := reference()) is not None]
+
+    def __len__(self) -> int:
+        return len(self.living())
+
+    def __reduce__(self) -> tuple[type[WeakList[Item]], tuple[()]]:
+        return WeakList, ()

@@ -72,7 +72,8 @@ class EngramFusion(nn.Module):
             hidden: [B, T, d], or [B, T, M, d] with M residual streams.
             documents_BT: run number of each position; the convolution never reaches into another run. With a history
                 [B, H + T]: of its positions too.
-            history: [B, H, M*d] earlier inputs of the convolution, when decoding step by step.
+            history: [B, H, M*d] the inputs of the convolution just before, when decoding step by step: all that it
+            reaches back to (EngramMemory.lag), fewer only at the start of a text.
             dead_BT: True at positions that are no text, where the gate is 0 (DeepSeek-V4.1).
 
         Returns:

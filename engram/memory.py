@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from engram.addressing import HashLayout, NgramHasher, TokenMap
+from engram.cache import MemoryCache
 from engram.config import EngramConfig
 from engram.fusion import EngramFusion
-from engram.recall import MemoryCache, Recall, uncompiled
+from engram.recall import Recall, uncompiled
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
 from engram.tables.files import write_whole
 from engram.tables.table import as_ids
+from engram.tables.weak import WeakList
 from engram.untrusted import parse_json, read_json
 
 
@@ -149,7 +151,7 @@ class EngramMemory(nn.Module):
         self.has_optimizer = False  # whether an EngramOptimizer was made for it
         self._frozen = False
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
-        self._recalls: weakref.WeakSet[Recall] = weakref.WeakSet()
+        self.recalls: WeakList[Recall] = WeakList()  # that live, told of every change of rows
         self.attachment: Any = None  # to a model of another library (engram.attach)
 
     def _make_tables(self, folder: Path | None) -> None:
@@ -249,13 +251,12 @@ class EngramMemory(nn.Module):
                 found = f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
                 raise ValueError(f"{name} must be a tensor of the ids' shape {list(ids.shape)}, not {found}")
         NgramHasher.check("ids", ids, ids)
-        start = 0 if cache is None else cache.length
         host, runs = _copy(ids), None  # the caller may fill its buffers anew while they are still hashed
         dead = None if dead is None else dead.to(ids.device, copy=True)
         if documents is not None:
             documents = documents.to(ids.device)
             changes = documents[:, 1:] != documents[:, :-1]
-            runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
+            runs = torch.nn.functional.pad(changes.cumsum(1), (1, 0))[:, : ids.shape[1]]
         if self.config.boundary == "dead" and bool((host == -1).any()):
             placeholders = (host == -1).to(ids.device)
             dead = placeholders if dead is None else dead | placeholders
@@ -265,39 +266,53 @@ class EngramMemory(nn.Module):
             host = host.masked_fill(dead.cpu(), self.config.pad_id)
             if lookback is not None:  # a dead first position ends the n-grams around it
                 lookback = lookback.masked_fill(dead[:, :1].to(lookback.device), -1)
-        if cache is not None:
-            if host.numel() and not 0 <= int(host.min()) <= int(host.max()) < len(self.hasher.token_map.table):
-                self.hasher(host)  # raises: a cache must not take up what is refused
-            held = host if dead is None else host.masked_fill(dead.cpu(), -1)
-            lookback, runs = cache.extend(held, None if runs is None else runs.cpu(), self.config.orders[-1] - 1)
-            runs = None if runs is None else runs.to(ids.device)
-        recall = Recall(self, host, None if lookback is None else _copy(lookback), runs, ids.device, dead)
-        recall.cache, recall.start = cache, start
-        self._recalls.add(recall)
+        if cache is None:
+            return self._new_recall(host, lookback, runs, ids.device, dead)
+        if host.numel() and not 0 <= int(host.min()) <= int(host.max()) < len(self.hasher.token_map.table):
+            self.hasher(host)  # raises: a cache must not take up what is refused
+        held = host if dead is None else host.masked_fill(dead.cpu(), -1)
+        piece = cache.prepare(held, None if runs is None else runs.cpu(), self.config.orders[-1] - 1, self.lag)
+        runs = None if piece.runs is None else piece.runs.to(ids.device)
+        recall = self._new_recall(host, piece.lookback, runs, ids.device, dead)
+        recall.cache, recall.start, recall.number = cache, piece.start, piece.number
+        cache.take(piece)  # last: an error or an interruption before leaves the cache as it was
         return recall
+
+    def _new_recall(
+        self, host: Tensor, lookback: Tensor | None, runs: Tensor | None, device: torch.device, dead: Tensor | None
+    ) -> Recall:
+        return Recall(self, host, None if lookback is None else _copy(lookback), runs, device, dead)
+
+    @property
+    def lag(self) -> int:
+        """Positions that the convolutions reach back."""
+        return self.config.dilation * max(0, self.config.conv_kernel - 1)
 
     def patch(self, layer: int, touched: Tensor) -> int:
         """Tells every recall in flight that rows `touched` (int64) of a layer have changed. Optimisers call this after
         each update, and so must anyone who writes rows between recall() and the forward pass that uses it."""
-        touched = as_ids(touched)
-        return sum(recall.patch(layer, touched) for recall in list(self._recalls))
+        touched, recalls = as_ids(touched), self.recalls.living()
+        try:
+            return sum(recall.patch(layer, touched) for recall in recalls)
+        except BaseException:  # interrupted, or a row that cannot be read
+            for recall in recalls:
+                recall.forget(layer)
+            raise
 
     def _renew_recalls(self) -> None:
         """Before all rows change: recalls in flight will fetch theirs anew."""
-        for recall in list(self._recalls):
+        for recall in self.recalls.living():
             recall.renew()
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
-        history = None
-        if recall.cache is not None and self.config.conv_kernel:
-            history = recall.cache.inputs_before(layer, recall.start)
+        history = recall.inputs_before(layer) if self.config.conv_kernel else None
         given = (recall.rows(layer), recall.documents, recall.dead)  # on the device of the ids, in a model that spans
         rows, documents, dead = (None if x is None else x.to(hidden.device) for x in given)  # several another one
         update, inputs = self.fusions[str(layer)](rows, hidden, documents, history, dead)
         if self.collects_gradients:
             self._look_before_backward(layer, update)
-        if recall.cache is not None and inputs is not None:
-            recall.cache.conv[layer] = inputs if history is None else torch.cat([history, inputs], dim=1)
+        if inputs is not None:
+            recall.keep_inputs(layer, inputs)
         return update
 
     def table_parameters(self) -> int:

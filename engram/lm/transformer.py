@@ -4,6 +4,7 @@ memory in one: without a memory no line of it changes.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram.cache import REWIND, MemoryCache
 from engram.memory import EngramMemory
-from engram.recall import MemoryCache, Recall
+from engram.recall import Recall
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ class TransformerConfig:
 
 
 class Cache:
-    """Keys, values and memory state of the tokens seen so far, for decoding."""
+    """Keys, values and memory state of the tokens seen so far, for decoding.
 
-    def __init__(self) -> None:
+    rewind: how many positions the memory can take back (MemoryCache).
+    """
+
+    def __init__(self, rewind: int = REWIND) -> None:
         self.keys: dict[int, Tensor] = {}  # layer -> [B, heads, positions, d/heads]
         self.values: dict[int, Tensor] = {}
-        self.memory = MemoryCache()
+        self.memory = MemoryCache(rewind)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,15 +68,39 @@ class Cache:
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
+    def check(self, seen: int) -> None:
+        """Raises RuntimeError where a forward pass broke off, or the memory has not `seen` as many positions."""
+        parts = {"memory": seen} | {
+            f"attention of layer {i}": k.shape[2] for i, k in (*self.keys.items(), *self.values.items())
+        }
+        for name, positions in parts.items():
+            if positions != self.length:
+                raise RuntimeError(
+                    f"this cache is at position {self.length}, its {name} at {positions}: a forward pass broke off, or "
+                    f"a recall was made for other positions. cache.rewind(0) takes back what it left behind"
+                )
+
     def rewind(self, positions: int) -> None:
-        """Forgets the last `positions` tokens (rejected drafts, say)."""
+        """Forgets the last `positions` tokens (rejected drafts, say), and what a forward pass that broke off left.
+
+        Raises:
+            ValueError: more positions than there are, or than the memory can take back.
+        """
         if not 0 <= positions <= self.length:
             raise ValueError(f"cannot rewind {positions} positions of {self.length}")
-        self.length -= positions
-        self.keys = {layer: k[:, :, : self.length] for layer, k in self.keys.items()}
-        self.values = {layer: v[:, :, : self.length] for layer, v in self.values.items()}
-        if self.memory.ids is not None:
-            self.memory.rewind(positions)
+        keep = self.length - positions
+        if self.memory.length > keep:
+            self.memory.rewind(self.memory.length - keep)
+        self.length = keep
+        self.keys = {layer: k[:, :, :keep] for layer, k in self.keys.items()}
+        self.values = {layer: v[:, :, :keep] for layer, v in self.values.items()}
+
+    def __copy__(self) -> Cache:
+        """A fork: the two go on apart."""
+        other = Cache()
+        other.keys, other.values, other.length = {**self.keys}, {**self.values}, self.length
+        other.memory = copy.copy(self.memory)
+        return other
 
 
 class Attention(nn.Module):
@@ -201,7 +230,8 @@ class Transformer(nn.Module):
             recall: of memory.recall(ids, documents, cache=cache.memory), where it was called ahead of time.
 
         Raises:
-            ValueError: more positions than max_length. IndexError: an id outside the vocabulary.
+            ValueError: more positions than max_length. IndexError: an id outside the vocabulary. RuntimeError: a cache
+            in which an earlier forward pass broke off.
         """
         start = 0 if cache is None else cache.length
         stop = start + ids.shape[1]
@@ -209,6 +239,10 @@ class Transformer(nn.Module):
             raise ValueError(f"{stop} positions, but the model was built for max_length {self.config.max_length}")
         rope = (self.cos[start:stop], self.sin[start:stop])  # type: ignore[index]
         memory = self.memory
+        if cache is not None:
+            followed = memory is not None and (recall is None or recall.cache is cache.memory)
+            seen = cache.memory.length if recall is None else recall.start
+            cache.check(seen if followed else start)
         if memory is not None and recall is None:
             recall = memory.recall(ids, documents, cache=None if cache is None else cache.memory)
         x = self.embedding(ids)

@@ -7,10 +7,10 @@ have seen without fetching ahead.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,54 @@ Result = TypeVar("Result")
 _thread = kernels.Threads(1, "engram-fetch")
 
 
-def in_background(work: Callable[[], Result], worth_a_thread: bool) -> Future[Result]:
-    """Runs `work` on the fetching thread, or at once where waking a thread costs more than the work."""
-    if worth_a_thread:
-        return _thread.pool.submit(work)
-    done: Future[Result] = Future()
-    done.set_result(work())
-    return done
+class Task(Generic[Result]):
+    """Work on the fetching thread, or done at once where waking a thread costs more than the work.
+
+    A process forked meanwhile has no such thread, and cannot ask a future whose lock that thread may have held: it does
+    work that had not ended anew.
+    """
+
+    def __init__(self, work: Callable[[], Result], worth_a_thread: bool):
+        self._ended: tuple[Result | None, BaseException | None] | None = None  # set in one step
+        self._work: Callable[[], Result] | None = None
+        self._process = os.getpid()
+        if worth_a_thread:
+            self._work = work
+            self._future = _thread.pool.submit(self._run, work)
+        else:
+            self._ended = work(), None
+
+    def _run(self, work: Callable[[], Result]) -> None:
+        try:
+            self._ended = work(), None
+        except Exception as error:
+            self._ended = None, error
+        self._work = None  # and what it refers to
+
+    def end(self) -> None:
+        """Waits until the work has ended, well or not."""
+        work = self._work
+        if self._ended is None:
+            if self._process == os.getpid():
+                self._future.result()
+            elif work is not None:
+                self._run(work)
+
+    def result(self) -> Result:
+        """Waits for the result; raises what the work raised."""
+        self.end()
+        assert self._ended is not None
+        result, error = self._ended
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def wait(self) -> tuple[Result, float]:
+        """(result, seconds waited for it); raises what the work raised."""
+        if self._ended is not None:
+            return self.result(), 0.0
+        began = time.perf_counter()
+        return self.result(), time.perf_counter() - began
 
 
 class Fetch:
@@ -108,11 +149,3 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
-
-
-def wait(future: Future[Result]) -> tuple[Result, float]:
-    """(result, seconds waited for it); raises what the work raised."""
-    if future.done():
-        return future.result(), 0.0
-    began = time.perf_counter()
-    return future.result(), time.perf_counter() - began

@@ -1,0 +1,322 @@
+"""MemoryCache: what decoding keeps of a text. Its size and the cost of a step do not depend on the text's length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REWIND = 256  # positions that a cache can take back unless told otherwise
+_IN_FLIGHT = 64  # recalls beyond those of the margin whose place in the text is known
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors made in inference mode cannot be written outside it, and decoding may leave it between two pieces."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
+
+
+class _Tail(NamedTuple):
+    """The last positions of a text. A value: `extended` and `cut` give new ones, which share the buffer and write only
+    to columns that no living one has in use. So an interrupted step leaves the old value whole.
+
+    Attributes:
+        buffer: [B, columns, ...]. stop: columns in use. end: the text's position after the last of them.
+        spare: whether the columns after `stop` may be written.
+    """
+
+    buffer: Tensor
+    stop: int
+    end: int
+    spare: bool = False
+
+    @property
+    def first(self) -> int:
+        """The oldest position held."""
+        return self.end - self.stop
+
+    @classmethod
+    def of(cls, x: Tensor, end: int, keep: int) -> _Tail:
+        """x [B, T, ...], of which the last `keep` positions are needed."""
+        if x.shape[1] > 2 * keep:
+            x = x[:, x.shape[1] - keep :].clone()
+        return cls(x, x.shape[1], end)
+
+    def extended(self, x: Tensor, keep: int) -> _Tail:
+        """With x [B, T, ...] after it. At least the last `keep` positions are held. The buffer is twice that size and
+        is replaced only when it is full, so a step costs O(T)."""
+        stop, end = self.stop + x.shape[1], self.end + x.shape[1]
+        same = (x.dtype, x.device) == (self.buffer.dtype, self.buffer.device)
+        differentiable = x.requires_grad or self.buffer.requires_grad
+        if self.spare and same and not differentiable and stop <= self.buffer.shape[1]:
+            self.buffer[:, self.stop : stop] = x
+            return _Tail(self.buffer, stop, end, True)
+        held = self.buffer[:, max(0, min(self.stop, stop - keep)) : self.stop]
+        x = x[:, max(0, x.shape[1] - keep) :]
+        if differentiable:
+            return _Tail(torch.cat([held.to(x.device), x], dim=1), held.shape[1] + x.shape[1], end)
+        stop = held.shape[1] + x.shape[1]
+        with _ordinary_tensors():
+            shape = (x.shape[0], stop + keep, *x.shape[2:])
+            buffer = torch.empty(shape, dtype=torch.promote_types(x.dtype, held.dtype), device=x.device)
+        buffer[:, : held.shape[1]] = held
+        buffer[:, held.shape[1] : stop] = x
+        return _Tail(buffer, stop, end, True)
+
+    def cut(self, end: int) -> _Tail:
+        """Without what comes at `end` and later."""
+        return self if end >= self.end else self._replace(stop=self.stop - (self.end - end), end=end)
+
+    def selected(self, sequences: Tensor) -> _Tail:
+        """These sequences of the batch."""
+        with _ordinary_tensors():
+            return self._replace(buffer=self.buffer[sequences.to(self.buffer.device)])
+
+    def copied(self) -> _Tail:
+        with _ordinary_tensors():
+            return self._replace(buffer=self.buffer.clone())
+
+    def last(self, count: int) -> Tensor:
+        """The last `count` positions, or all if there are fewer. A view."""
+        return self.buffer[:, max(0, self.stop - count) : self.stop]
+
+    def between(self, start: int, end: int) -> Tensor:
+        """Positions start .. end - 1 of the text. A view."""
+        return self.buffer[:, start - self.first : end - self.first]
+
+
+class _Piece(NamedTuple):
+    """The positions start .. stop - 1 of the text, taken up by the recall with this number."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class _State(NamedTuple):
+    """All that a cache holds, exchanged in one assignment: an interruption leaves the old state or the new one."""
+
+    ids: _Tail | None  # [B, ...], -1 at dead positions
+    runs: _Tail | None  # run numbers; None while all is one run
+    conv: dict[int, _Tail]  # layer -> inputs of its convolution; never changed in place
+    pieces: tuple[_Piece, ...]  # the latest ones
+    number: int  # of the next recall
+    floor: int  # the lowest position, other than 0, that can be rewound to
+
+
+class Extension(NamedTuple):
+    """A piece of text that a cache is ready to take up.
+
+    Attributes:
+        lookback: the ids before the piece [B, <= N-1]; None at the start of the text.
+        runs: run numbers of the piece and of the `lag` positions before it; None while all is one run.
+        start: positions before the piece. number: of its recall.
+    """
+
+    lookback: Tensor | None
+    runs: Tensor | None
+    start: int
+    number: int
+    state: _State
+
+
+class MemoryCache:
+    """What decoding has to remember: the last token ids, run numbers and convolution inputs.
+
+    It keeps what the next piece of text can look back on, and as much more as a rewind can uncover. A fork is a
+    copy.copy or copy.deepcopy of it.
+
+    Args:
+        rewind: how many positions `rewind` can take back.
+
+    Raises:
+        ValueError: rewind is negative.
+    """
+
+    def __init__(self, rewind: int = REWIND) -> None:
+        if rewind < 0:
+            raise ValueError(f"rewind is a number of positions, 0 or more, not {rewind}")
+        self.margin = rewind
+        self._state = _State(None, None, {}, (), 0, 0)
+
+    @property
+    def length(self) -> int:
+        """Positions decoded so far."""
+        return 0 if self._state.ids is None else self._state.ids.end
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The ids that are kept, [B, <= length] on the CPU, -1 at dead positions; None before the first."""
+        tail = self._state.ids
+        return None if tail is None else tail.last(tail.stop)
+
+    @property
+    def runs(self) -> Tensor | None:
+        """The run numbers that are kept, [B, <= length] on the CPU; None while all is one run."""
+        tail = self._state.runs
+        return None if tail is None else tail.last(tail.stop)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        state = self._state
+        tails = [tail for tail in (state.ids, state.runs, *state.conv.values()) if tail is not None]
+        return sum(tail.buffer.untyped_storage().nbytes() for tail in tails)
+
+    def prepare(self, ids: Tensor, runs: Tensor | None, lookback: int, lag: int) -> Extension:
+        """What the ids [B, T] (-1 where dead) look back on. The cache changes only when it is given to `take`.
+
+        Args:
+            runs: their run numbers, of which the first goes on from the text held. lookback: ids that complete their
+            n-grams. lag: positions that a convolution reaches back.
+
+        Raises:
+            ValueError: another number of sequences than the cache holds.
+        """
+        state, start, keep = self._state, self.length, max(lookback, lag) + self.margin
+        held = state.ids
+        before: Tensor | None = None
+        around, tail = runs, state.runs
+        if held is None or not start:
+            held = _Tail.of(ids, ids.shape[1], keep)
+            tail = None if runs is None else _Tail.of(runs, runs.shape[1], keep)
+        else:
+            if len(ids) != len(held.buffer):
+                raise ValueError(f"the decoding cache holds {len(held.buffer)} sequences, these are {len(ids)}")
+            before = held.last(lookback).clone()
+            if runs is not None or tail is not None:
+                if tail is None:
+                    tail = _Tail(torch.zeros_like(held.last(held.stop)), held.stop, held.end)
+                runs = tail.last(1) + (torch.zeros_like(ids) if runs is None else runs)
+                if runs.shape[1]:
+                    before = before.masked_fill(tail.last(lookback) != runs[:, :1], -1)
+                around = torch.cat([tail.last(min(lag, start)), runs], dim=1)
+                tail = tail.extended(runs, keep)
+            held = held.extended(ids, keep)
+        piece = _Piece(state.number, start, held.end)
+        changed = state._replace(
+            ids=held,
+            runs=tail,
+            pieces=(*state.pieces[-(self.margin + _IN_FLIGHT) :], piece),
+            number=state.number + 1,
+            floor=max(state.floor, held.end - self.margin),
+        )
+        return Extension(before, around, start, piece.number, changed)
+
+    def take(self, extension: Extension) -> None:
+        """Takes up a piece of text. One step: it happens whole or not at all."""
+        self._state = extension.state
+
+    def _piece(self, number: int) -> _Piece | None:
+        return next((piece for piece in reversed(self._state.pieces) if piece.number == number), None)
+
+    def inputs_before(self, layer: int, number: int, start: int, lag: int, again: Tensor | None) -> Tensor | None:
+        """What went into a layer's convolution at the last `lag` positions before the piece of the recall `number`.
+
+        Args:
+            again: what this gave when the recall was used before, in case positions after it have taken its place.
+
+        Raises:
+            RuntimeError: not all of them went through the layer; the piece was taken back since, or lies behind too
+            many others.
+        """
+        tail = self._state.conv.get(layer)
+        seen = 0 if tail is None else tail.end
+        if seen < start:
+            raise RuntimeError(
+                f"layer {layer} has seen {seen} of the {start} positions before this piece, and its convolution "
+                f"looks back on them: put the recall of every piece through every layer, in the order of the text"
+            )
+        if self._piece(number) is None:
+            raise RuntimeError(
+                f"the piece of this recall, which began at position {start}, does not belong to the text of the cache "
+                f"any more (rewind, select), or lies too far back: recall its ids again"
+            )
+        count = min(start, lag)
+        if not count:
+            return None
+        if tail is not None and tail.first <= start - count:
+            return tail.between(start - count, start).clone()
+        if again is None:
+            raise RuntimeError(
+                f"layer {layer} looks back on {count} positions before {start}, and the cache has dropped some of them "
+                f"(it keeps what a rewind of {self.margin} positions needs): put the recalls of a text through every "
+                f"layer in its order"
+            )
+        return again
+
+    def keep_inputs(self, layer: int, number: int, inputs: Tensor, history: Tensor | None, lag: int) -> None:
+        """Keeps what went into a layer's convolution at the piece of the recall `number`.
+
+        Args:
+            inputs: [B, T, M*d]. history: what `inputs_before` gave for this piece.
+        """
+        piece, tail = self._piece(number), self._state.conv.get(layer)
+        if piece is None:
+            raise RuntimeError("the piece of this recall was taken back while the layer ran: recall its ids again")
+        keep, back = lag + self.margin, 0 if history is None else history.shape[1]
+        inputs = inputs[:, : piece.stop - piece.start]  # the rest was rewound
+        if tail is not None and tail.first <= piece.start - back and piece.start:
+            if piece.start < tail.end:  # used again: what the cache holds now stays whole until it is exchanged
+                tail = tail.cut(piece.start)._replace(spare=False)
+            tail = tail.extended(inputs, keep)
+        elif history is not None:  # used again, when later positions have taken the place of those before it
+            tail = _Tail.of(history, piece.start, keep).extended(inputs, keep)
+        else:
+            tail = _Tail.of(inputs, piece.start + inputs.shape[1], keep)
+        self._state = self._state._replace(conv={**self._state.conv, layer: tail})
+
+    def select(self, sequences: Tensor) -> None:
+        """Keeps these sequences of the batch (int64 [n], repeats allowed) in this order, as beam search does."""
+        state = self._state
+        self._state = state._replace(
+            ids=None if state.ids is None else state.ids.selected(sequences),
+            runs=None if state.runs is None else state.runs.selected(sequences),
+            conv={layer: tail.selected(sequences) for layer, tail in state.conv.items()},
+            pieces=(),
+        )
+
+    def check_rewind(self, positions: int) -> None:
+        """Raises ValueError if `rewind(positions)` would."""
+        left = self.length - positions
+        if positions < 0 or left < 0:
+            raise ValueError(f"cannot rewind {positions} positions of {self.length}")
+        if 0 < left < self._state.floor:
+            possible = self.length - self._state.floor
+            raise ValueError(
+                f"cannot rewind {positions} positions: this cache keeps what a rewind of {possible} needs. Make it "
+                f"with a larger margin, MemoryCache(rewind={self.margin - possible + positions})"
+            )
+
+    def rewind(self, positions: int) -> None:
+        """Takes back the last `positions` tokens, as if they had never been seen.
+
+        Raises:
+            ValueError: more positions than there are, or more than the cache was made for (all of them is possible).
+        """
+        self.check_rewind(positions)
+        state, left = self._state, self.length - positions
+        if not left:
+            self._state = _State(None, None, {}, (), state.number, 0)
+        elif positions:
+            assert state.ids is not None
+            self._state = state._replace(
+                ids=state.ids.cut(left),
+                runs=None if state.runs is None else state.runs.cut(left),
+                conv={layer: tail.cut(left) for layer, tail in state.conv.items()},
+                pieces=tuple(p._replace(stop=min(p.stop, left)) for p in state.pieces if p.start < left),
+            )
+
+    def __copy__(self) -> MemoryCache:
+        other, state = MemoryCache(self.margin), self._state
+        other._state = state._replace(
+            ids=None if state.ids is None else state.ids.copied(),
+            runs=None if state.runs is None else state.runs.copied(),
+            conv={layer: tail.copied() for layer, tail in state.conv.items()},
+        )
+        return other

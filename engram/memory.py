@@ -14,6 +14,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from engram.fusion import EngramFusion
 from engram.recall import Recall, uncompiled
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
-from engram.tables.files import write_whole
+from engram.tables.encoded import place_table
+from engram.tables.files import partial_folder, write_whole
 from engram.tables.table import as_ids
 from engram.tables.weak import WeakList
 from engram.untrusted import parse_json, read_json
@@ -390,16 +392,22 @@ class EngramMemory(nn.Module):
         for path in filter(None, paths.values()):  # before the work
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                raise ValueError(f"{path} exists already: give another folder")
+                raise ValueError(f"{path} exists already: give another folder, or delete it")
         encoded: dict[int, EncodedTable] = {}
         try:
-            for layer, table in self.tables.items():
-                encoded[layer] = encode_table(table, codec, paths[layer])
+            with ExitStack() as stack:  # all layers come to their places together, once all are whole
+                home = None if folder is None else stack.enter_context(partial_folder(Path(folder) / f"tables.{name}"))
+                for layer, table in self.tables.items():
+                    new = None if home is None else home / f"layer-{layer}.{name}"
+                    encoded[layer] = encode_table(table, codec, new)
+                for layer, final in paths.items():
+                    if final is not None:
+                        place_table(encoded[layer], final)
         except BaseException:
-            for made in encoded.values():  # so that it can be tried again
+            for layer, made in encoded.items():  # so that it can be tried again
                 made.close()
-                if made.path is not None:
-                    made.path.unlink()
+                if made.path is not None and made.path == paths[layer]:
+                    made.path.unlink(missing_ok=True)
                     made.codebook_path.unlink(missing_ok=True)
             raise
         self._renew_recalls()

@@ -32,15 +32,19 @@ from engram.tables import EncodedTable, HostTable
 from engram.tables.codecs import PQ, Codec
 from engram.tables.encoded import read_codebooks
 from engram.tables.files import (
+    NotSynced,
     bad_blocks,
     file_digest,
     file_entry,
     load_manifest,
     manifest_digest,
+    read_folder,
     read_rows,
     sync,
     whole_folder,
     write_rows,
+    written_blocks,
+    zero_digest,
 )
 from engram.untrusted import read_json, read_tensors
 
@@ -88,7 +92,6 @@ def save_memory(
         with whole_folder(target, overwrite) as partial:
             (partial / "config.json").write_text(json.dumps(facts, indent=1))
             token_map.save(partial / "token_map.safetensors")
-            (partial / "token_map.safetensors").chmod((partial / "config.json").stat().st_mode & 0o777)
             (partial / "fusion.safetensors").write_bytes(safetensors.torch.save(weights))
             for name in _SMALL:
                 manifest["files"][name] = file_entry(partial / name)
@@ -116,8 +119,7 @@ def save_memory(
                 }
             manifest["digest"] = manifest_digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            sync(partial / "manifest.json")
-    except FileExistsError:
+    except (FileExistsError, NotSynced):
         raise
     except OSError as error:
         raise OSError(
@@ -201,13 +203,7 @@ def _codebooks(table: dict[str, Any]) -> str | None:
 
 def _never_written(entry: dict[str, Any]) -> bool:
     """Whether all bytes of a file are zero, by its digest."""
-    digest, left, zeros = xxhash.xxh3_128(), int(entry["bytes"]), bytes(1 << 20)
-    if len(set(entry.get("blocks", [])[:-1])) > 1:
-        return False
-    while left:
-        digest.update(zeros[: min(left, len(zeros))])
-        left -= min(left, len(zeros))
-    return digest.hexdigest() == entry["xxh3_128"]
+    return not written_blocks(entry) if entry.get("blocks") else entry["xxh3_128"] == zero_digest(int(entry["bytes"]))
 
 
 def load_memory(
@@ -220,6 +216,13 @@ def load_memory(
     if mode not in ("copy", "shared") or (mode == "shared" and rows_in is not None):
         raise ValueError(f'mode is "copy" (where rows_in may name a folder) or "shared", not {mode!r}')
     home = Path(folder)
+    return read_folder(home, lambda pinned: _load(home, pinned, mode == "shared", token_map, rows_in))
+
+
+def _load(
+    shown: Path, home: Path, shared: bool, token_map: TokenMap | None, rows_in: str | os.PathLike[str] | None
+) -> EngramMemory:
+    """home: where the files of the folder `shown` are read (see pinned_folder)."""
     manifest, layout = read_facts(home)
     books = [name for table in manifest["tables"].values() if (name := _codebooks(table))]
     for name in (*_SMALL, *books):
@@ -234,7 +237,6 @@ def load_memory(
             f"{token_map.digest[:12]} ({token_map.size:,} ids): another tokenizer or version, every row would be wrong"
         )
     config, hidden_size, streams = _read_shape(home / "config.json")
-    shared = mode == "shared"
     if shared:
         _check_some_blocks(home, manifest)
     if hash_layout(config, saved_map).digest != layout.digest:
@@ -243,16 +245,31 @@ def load_memory(
         Path(rows_in).mkdir(parents=True, exist_ok=True)
         for stated in manifest["tables"].values():
             if (Path(rows_in) / stated["file"]).exists():
-                raise FileExistsError(f"{Path(rows_in) / stated['file']} exists: rows_in is for new files")
+                raise FileExistsError(
+                    f"{Path(rows_in) / stated['file']} exists: rows_in is for new files. Give another folder, or "
+                    f"delete the rows (if a load was cut short, they are half a copy)"
+                )
+        # If rows were deleted and their rows.json was not, it would vouch for half a copy after a kill.
+        (Path(rows_in) / "rows.json").unlink(missing_ok=True)
+        sync(Path(rows_in))
     tables: dict[int, HostTable] = {}
     try:
         for layer in config.layers:
             stated, path = manifest["tables"][str(layer)], home / manifest["tables"][str(layer)]["file"]
             target = path if shared else None if rows_in is None else Path(rows_in) / path.name
-            tables[layer] = _open(config, layer, layout.rows[layer], stated, path, target, mode)
-            if not shared:
+            tables[layer] = _open(config, layer, layout.rows[layer], stated, path, target, "r" if shared else "r+")
+            if shared:
+                tables[layer].path = shown / path.name
+            else:
                 read_rows(path, tables[layer].tensor, manifest["files"][path.name]["xxh3_128"])
         memory = EngramMemory(config, saved_map, hidden_size, streams, tables=tables)
+        weights = read_tensors(home / "fusion.safetensors", "the fusion weights of a memory")
+        for key, value in memory.fusions.state_dict().items():
+            if key not in weights or weights[key].shape != value.shape or not weights[key].is_floating_point():
+                raise ValueError(f"{home / 'fusion.safetensors'} does not fit {home / 'config.json'}: {key}")
+        for name, fusion in memory.fusions.items():
+            fusion.to(weights[f"{name}.value.weight"].dtype)
+        memory.fusions.load_state_dict(weights)
         if rows_in is not None and memory.codec is None:
             memory.claim(Path(rows_in))
     except BaseException:
@@ -260,14 +277,9 @@ def load_memory(
             table.close()
             if rows_in is not None and table.path is not None:  # so that it can be tried again
                 table.path.unlink(missing_ok=True)
+                if isinstance(table, EncodedTable):
+                    table.codebook_path.unlink(missing_ok=True)
         raise
-    weights = read_tensors(home / "fusion.safetensors", "the fusion weights of a memory")
-    for key, value in memory.fusions.state_dict().items():
-        if key not in weights or weights[key].shape != value.shape or not weights[key].is_floating_point():
-            raise ValueError(f"{home / 'fusion.safetensors'} does not fit {home / 'config.json'}: {key}")
-    for name, fusion in memory.fusions.items():
-        fusion.to(weights[f"{name}.value.weight"].dtype)
-    memory.fusions.load_state_dict(weights)
     return memory.eval() if shared else memory
 
 
@@ -289,8 +301,7 @@ def _read_shape(path: Path) -> tuple[EngramConfig, int, int]:
 def _open(
     config: EngramConfig, layer: int, rows: int, stated: dict[str, Any], source: Path, target: Path | None, mode: str
 ) -> HostTable:
-    """The table of one layer: the saved file itself, read-only ("shared"), or an empty one for a copy of its rows."""
-    mode = "r" if mode == "shared" else "r+"
+    """The table of one layer: the saved file itself (mode "r"), or an empty one for a copy of its rows ("r+")."""
     if stated.get("codec") is None:
         table = new_table(config, layer, rows, target, mode)
     else:
@@ -308,14 +319,13 @@ def _open(
 
 
 def _check_some_blocks(home: Path, manifest: dict[str, Any]) -> None:
-    """First, middle and last written block of every table: enough to notice another memory's file, in constant time."""
+    """Check the first, middle and last written block of every table: enough to notice another memory's file."""
     for table in manifest["tables"].values():
         entry = manifest["files"][table["file"]]
         blocks, size = entry.get("blocks", []), int(entry["bytes"])
         if not blocks:
             continue
-        common = max(set(blocks), key=blocks.count)  # holes, where there are any
-        written = [i for i, digest in enumerate(blocks) if digest != common] or list(range(len(blocks)))
+        written = written_blocks(entry) or range(len(blocks))
         some = sorted({written[0], written[len(written) // 2], written[-1]})
         if bad := bad_blocks(home / table["file"], entry, some):
             raise ValueError(

@@ -144,19 +144,11 @@ class TokenMap:
         """Writes one safetensors file; it appears whole or not at all."""
         from safetensors.numpy import save
 
+        from engram.tables.files import write_whole  # imports torch, which numpy users of this file may not need
+
         metadata = {"format": FORMAT, "size": str(self.size), "digest": self.digest}
         data = save({"table": self.table}, metadata=metadata)
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+        write_whole(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenMap:

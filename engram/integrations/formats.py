@@ -33,7 +33,7 @@ from engram.integrations.sources import Source, dialect_of_tensors, open_source
 from engram.integrations.targets import write_engram, write_gguf, write_safetensors
 from engram.integrations.tensors import open_checkpoint
 from engram.tables import EncodedTable
-from engram.tables.files import verify, whole_folder
+from engram.tables.files import partial_folder, put, verify, whole_folder
 
 FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")
 BLOCK = 64 << 20  # bytes of a block's rows as float32
@@ -160,12 +160,9 @@ def convert(
             on_bytes(min(done[0], 2 * total), 2 * total)  # written once, read back once
 
     if to == "gguf":
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            write_gguf(opened, recoders, partial, step)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with partial_folder(target) as partial:
+            write_gguf(opened, recoders, partial / target.name, step)
+            put(partial / target.name, target)
     else:
         with whole_folder(target, overwrite=False) as home:
             if to == "engram":

@@ -20,7 +20,7 @@ from engram.integrations.rows import Rows
 from engram.integrations.sources import Source, open_source
 from engram.integrations.tensors import NAMES, Stored
 from engram.tables import EncodedTable, HostTable
-from engram.tables.files import load_manifest, manifest_digest, whole_folder, write_rows
+from engram.tables.files import load_manifest, manifest_digest, read_folder, whole_folder, write_rows
 
 FORMAT = "engram-offload-1"
 _SAMPLE = 256  # rows compared with their source
@@ -120,17 +120,27 @@ def _store(
     return _open(home)
 
 
-def _open(home: Path) -> dict[int, HostTable]:
+def _open(folder: Path) -> dict[int, HostTable]:
+    return read_folder(folder, lambda pinned: _tables_of(folder, pinned))
+
+
+def _tables_of(shown: Path, home: Path) -> dict[int, HostTable]:
+    """home: where the files of the folder `shown` are read (see pinned_folder)."""
     tables: dict[int, HostTable] = {}
     manifest = load_manifest(home)
     if manifest.get("format") != FORMAT or manifest.get("digest") != manifest_digest(manifest):
         raise ValueError(f"{home / 'manifest.json'} is no {FORMAT} manifest, or was altered: give another folder")
     for layer, table in manifest["tables"].items():
         path, shape = home / table["file"], (table["rows"], table["dim"])
+        if table["file"] not in manifest["files"]:  # of which load_manifest has checked every name
+            raise ValueError(
+                f"{home / 'manifest.json'} names {table['file']!r} for layer {layer}, not one of its files"
+            )
         if table["form"] == "fp8":
             tables[int(layer)] = EncodedTable(*shape, "fp8", path, mode="r")
         else:
             tables[int(layer)] = HostTable(*shape, getattr(torch, table["form"]), path, mode="r")
+        tables[int(layer)].path = shown / table["file"]
     return tables
 
 

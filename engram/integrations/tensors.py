@@ -245,9 +245,15 @@ class Streamed:
 
     def __init__(self, path: Path, head: bytes, size: int, stored: dict[str, Stored]):
         self.path, self.stored = path, stored
-        self._file = open(path, "wb", buffering=0)
-        self._file.write(head)
-        self._file.truncate(len(head) + size)
+        self._file = open(path, "w+b", buffering=0)
+        self._head = head
+        view = memoryview(head)
+        try:
+            while len(view):  # a write may take a part only: at a limit, or cut short by a signal
+                view = view[self._file.write(view) :]
+            self._file.truncate(len(head) + size)
+        except OSError as error:
+            raise OSError(error.errno, f"could not write the header of {path}: {error.strerror}") from error
         self.digests = {name: xxhash.xxh3_128() for name in stored}
         self._written = dict.fromkeys(stored, 0)
 
@@ -266,12 +272,18 @@ class Streamed:
         self._written[name] += len(data)
 
     def close(self) -> None:
-        """Syncs the file. Raises ValueError where a tensor was not filled."""
+        """Syncs the file. Raises ValueError where a tensor was not filled, OSError where the header reads otherwise."""
         for name, stored in self.stored.items():
             if self._written[name] != stored.nbytes:
                 raise ValueError(f"{self.path}: {self._written[name]:,} of {stored.nbytes:,} bytes of {name} written")
         os.fsync(self._file.fileno())
+        self._file.seek(0)
+        head = b""
+        while len(head) < len(self._head) and (piece := self._file.read(len(self._head) - len(head))):
+            head += piece
         self._file.close()
+        if head != self._head:
+            raise OSError(f"{self.path}: the header does not read back as it was written")
 
 
 class Writer(Streamed):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,17 @@ from torch import Tensor, nn
 from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer
 from engram.tables.files import (
+    NotSynced,
     check_digest,
+    discard,
     file_digest,
     file_entry,
     load_manifest,
     manifest_digest,
+    read_folder,
     read_rows,
     remove_partial,
     step_folders,
-    sync,
     whole_folder,
     write_rows,
 )
@@ -102,7 +103,7 @@ def save_checkpoint(
         raise ValueError(f"facts and settings of a checkpoint are finite JSON values: {error}") from None
     adam = {f"{i}.{k}": torch.as_tensor(v) for i, values in state["state"].items() for k, v in values.items()}
     try:
-        remove_partial(home, "step-*")  # of a run that was killed here: each holds whole tables
+        remove_partial(home, r"step-\d+")  # of a run that was killed here: each holds whole tables
         with whole_folder(target, overwrite=True) as partial:  # there already: the same step once more, after a resume
             for name, tensors in (("model", dense), ("optimizer", adam)):
                 path = partial / f"{name}.safetensors"
@@ -112,14 +113,13 @@ def save_checkpoint(
                 manifest["files"][f"{name}.rows"] = write_rows(partial / f"{name}.rows", rows)
             manifest["digest"] = manifest_digest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            sync(partial / "manifest.json")
+    except NotSynced:
+        raise
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"could not write the checkpoint {target}: {error}. Nothing half-written was left") from error
     others = [path for path in checkpoints(home) if path != target]
     for path in others[: max(0, len(others) + 1 - keep)] if keep else []:
-        old = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        os.rename(path, old)  # in one step: what is called step-<step> is whole
-        shutil.rmtree(old)
+        discard(path)
     return target
 
 
@@ -140,7 +140,10 @@ def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no checkpoint there. ValueError: an altered manifest; a missing, truncated, changed or
         foreign file, by name.
     """
-    path = Path(checkpoint)
+    return read_folder(checkpoint, lambda path: _read_manifest(path, Path(checkpoint).name))
+
+
+def _read_manifest(path: Path, name: str) -> dict[str, Any]:
     home = path / "manifest.json"
     if not home.is_file():
         raise FileNotFoundError(f"{path} is no checkpoint: it has no manifest.json")
@@ -152,12 +155,12 @@ def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         _check_shape(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{home} is damaged: {error!r}") from error
-    number = re.fullmatch(r"step-([0-9]+)", path.name)
+    number = re.fullmatch(r"step-([0-9]+)", name)
     if number and int(number[1]) != manifest["step"]:
         raise ValueError(f"{path} holds step {manifest['step']}, not {int(number[1])}: rename it to what it holds")
-    for name, entry in manifest["files"].items():
-        if name.endswith(".safetensors") and file_digest(path / name) != entry["xxh3_128"]:
-            raise ValueError(f"{path / name} does not have the digest its manifest names: it was changed or torn")
+    for file, entry in manifest["files"].items():
+        if file.endswith(".safetensors") and file_digest(path / file) != entry["xxh3_128"]:
+            raise ValueError(f"{path / file} does not have the digest its manifest names: it was changed or torn")
     return manifest  # digests of .rows files are checked as they are read
 
 
@@ -183,8 +186,11 @@ def load_checkpoint(
     Raises:
         FileNotFoundError, ValueError: see read_manifest; also tensors that do not fit the model, named one by one.
     """
-    path = Path(checkpoint)
-    manifest = read_manifest(path)
+    return read_folder(checkpoint, lambda path: _load(path, Path(checkpoint).name, model, optimizer))
+
+
+def _load(path: Path, name: str, model: nn.Module, optimizer: EngramOptimizer | None) -> dict[str, Any]:
+    manifest = _read_manifest(path, name)
     dense = read_tensors(path / "model.safetensors", "the weights of a checkpoint")
     current, tables = _split_model(model)
     odd = set(dense) ^ set(current) | {k for k in set(dense) & set(current) if dense[k].shape != current[k].shape}
@@ -198,8 +204,8 @@ def load_checkpoint(
         model.load_state_dict({**dense, **tables})
     except RuntimeError as error:  # torch's own wording for shapes
         raise ValueError(f"{path} does not fit this model: {error}") from error
-    for name, rows in raw.items():
-        read_rows(path / f"{name}.rows", rows, manifest["files"][f"{name}.rows"]["xxh3_128"])
+    for key, rows in raw.items():
+        read_rows(path / f"{key}.rows", rows, manifest["files"][f"{key}.rows"]["xxh3_128"])
     if optimizer is not None:
         try:
             _load_optimizer(path, manifest, optimizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import tokenizers
 import xxhash
 
 from engram.lm.corpus import END_OF_TEXT, Document
+from engram.tables.files import write_whole
 
 END_OF_TEXT_ID = 0
 SMALLEST_VOCAB = 257  # the special token and the 256 bytes; at this size the tokenizer is a plain byte tokenizer
@@ -114,22 +114,8 @@ def _train(texts: Sequence[str], vocab_size: int, file: Path) -> tokenizers.Toke
     tokenizer.train_from_iterator(texts, trainer)
     body = tokenizer.to_str()
     try:
-        _write_whole(file, f"{xxhash.xxh3_128_hexdigest(body.encode())}\n{body}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, f"{xxhash.xxh3_128_hexdigest(body.encode())}\n{body}".encode())
     except OSError as error:
         warnings.warn(f"the tokenizer was not cached in {file.parent}: {error}", stacklevel=3)
     return tokenizer
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """The file appears complete or not at all, whatever happens and whoever else writes it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".bpe-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise

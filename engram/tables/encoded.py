@@ -15,6 +15,7 @@ from torch import Tensor
 from engram.config import whole
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
+from engram.tables.files import partial_folder, put, write_whole
 from engram.tables.table import HostTable, as_output, as_tensor
 from engram.tables.weak import WeakList
 from engram.untrusted import read_tensors
@@ -97,9 +98,11 @@ class EncodedTable(HostTable):
                 for start in sorted({0, max(0, (self.rows - _LOOK) // 2), max(0, self.rows - _LOOK)}):
                     self.validate(start, min(start + _LOOK, self.rows))
             elif books is not None and self.path is not None:
-                safetensors.torch.save_file({"codebooks": books}, self.codebook_path)
+                write_whole(self.codebook_path, safetensors.torch.save({"codebooks": books}))
         except BaseException:
             self.close()
+            if not existed and self.path is not None:  # rows without their codebooks could never be opened
+                self.path.unlink(missing_ok=True)
             raise
 
     @property
@@ -229,7 +232,8 @@ def encode_table(
     table stays sparse. "pq4" and "pq8" are trained first. A file appears under its name when it is complete.
 
     Raises:
-        ValueError: rows that are not finite, a width the codec cannot hold, an existing file at `path`.
+        ValueError: rows that are not finite, a width the codec cannot hold, an existing file at `path`. OSError: no
+        disk space; nothing half-written stays behind.
     """
     final = None if path is None else Path(path)
     if final is not None and final.exists():
@@ -238,9 +242,31 @@ def encode_table(
         codec = get_codec(codec, table.dim)
         if isinstance(codec, PQ):
             codec = PQ.train(table.gather(_written_rows(table, _SAMPLE)).float(), codec.width)
-    partial = None if final is None else final.with_name(f"{final.name}.partial-{os.getpid()}")
     block = block or max(1, (1 << 20) // table.dim)
-    encoded = EncodedTable(table.rows, table.dim, codec, partial)
+    if final is None:
+        return _fill(EncodedTable(table.rows, table.dim, codec), table, block)
+    with partial_folder(final) as partial:
+        encoded = _fill(EncodedTable(table.rows, table.dim, codec, partial / final.name), table, block)
+        try:
+            place_table(encoded, final)
+        except BaseException:
+            encoded.close()
+            raise
+    return encoded
+
+
+def place_table(encoded: EncodedTable, final: Path) -> None:
+    """Rename the synced files of a table to their places: the rows come last, so they are never without codebooks."""
+    books = encoded.codebook_path if isinstance(encoded.codec, PQ) else None
+    rows, encoded.path = encoded.path, final
+    assert rows is not None
+    if books is not None:
+        put(books, encoded.codebook_path)
+    put(rows, final)
+
+
+def _fill(encoded: EncodedTable, table: HostTable, block: int) -> EncodedTable:
+    """Encode all rows of `table` into a new one, which is closed if that fails."""
     try:
         for lo in range(0, table.rows, block):
             hi = min(lo + block, table.rows)
@@ -250,18 +276,9 @@ def encode_table(
                     encoded._store(rows, first=lo)
                 except ValueError as error:
                     raise ValueError(f"rows {lo:,} to {hi - 1:,} of the table cannot be encoded: {error}") from error
-        if final is not None:
-            encoded.flush()
-            books, encoded.path = encoded.codebook_path, final
-            if isinstance(encoded.codec, PQ):
-                os.replace(books, encoded.codebook_path)
-            assert partial is not None
-            os.replace(partial, final)
+        encoded.flush()
     except BaseException:
         encoded.close()
-        if partial is not None:
-            for left in (partial, partial.with_name(f"{partial.name}.codebooks")):
-                left.unlink(missing_ok=True)
         raise
     return encoded
 

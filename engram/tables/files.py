@@ -1,4 +1,4 @@
-"""Rows on disk: raw bytes with a digest over every block, and folders that appear whole or not at all.
+"""Rows on disk: raw bytes with a digest over every block, and files and folders that are whole or absent.
 
     FOLDER/manifest.json      "files": {name: {"bytes", "xxh3_128", "blocks": [xxh3-128 of each 16 MiB]}} and facts
           /layer-<i>.rows     raw rows of one table; blocks that were never written are holes
@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from engram.tables.mapping import NO_LOCKS
 from engram.untrusted import open_regular, read_json
 
 BLOCK = 16 << 20  # bytes
+_TRIES = 20  # of read_folder
+T = TypeVar("T")
 
 
 def _bytes_of(rows: Tensor) -> np.ndarray:
@@ -128,13 +131,51 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
 
 
+@cache
+def zero_digest(count: int) -> str:
+    """xxh3-128 of `count` zero bytes."""
+    digest, zeros = xxhash.xxh3_128(), bytes(min(count, 1 << 20))
+    for start in range(0, count, 1 << 20):
+        digest.update(zeros[: count - start])
+    return digest.hexdigest()
+
+
+def written_blocks(entry: dict[str, Any]) -> list[int]:
+    """Numbers of the blocks of a file that hold something else than zeros, by their digests in its manifest."""
+    blocks, size = entry["blocks"], int(entry["bytes"])
+    whole, last = zero_digest(BLOCK), zero_digest(size - (len(blocks) - 1) * BLOCK)
+    return [i for i, digest in enumerate(blocks) if digest != (last if i == len(blocks) - 1 else whole)]
+
+
 def sync(path: Path) -> None:
-    """Forces a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Force a file, or a folder's list of names, to the disk."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs no read-only descriptor
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP):
+            raise  # some file systems cannot sync a folder, and say so by these
     finally:
         os.close(handle)
+
+
+class NotSynced(OSError):
+    """A file or folder is whole and in place, but the disk did not confirm its name."""
+
+
+def _sync_name(path: Path) -> None:
+    """Sync the folder that holds `path`, after a rename."""
+    try:
+        sync(path.parent)
+    except OSError as error:
+        raise NotSynced(
+            error.errno,
+            f"{path} is whole and in place, and what it replaced is gone, but the disk did not confirm the new name "
+            f"({error.strerror or error}): after a power loss it may be missing. Check the disk and write it again",
+        ) from error
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -163,15 +204,38 @@ def step_folders(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes the whole file or leaves what was there: a full disk or a kill never shows half a file."""
+    """Write the whole file, or leave what was there: a full disk, a kill or a power loss never shows half a file.
+
+    Raises:
+        OSError: the file cannot be written. NotSynced: it is in place, but the disk did not confirm it.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with partial_folder(path) as partial:
+        with open(partial / path.name, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        put(partial / path.name, path)
+
+
+def put(file: Path, target: Path) -> None:
+    """Rename a synced file to its place, replacing what is there."""
+    os.replace(file, target)
+    _sync_name(target)
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A new empty folder beside `target`, to prepare files in that are then renamed to their places. It is removed
+    when the block ends. The next writer of the same target removes what a killed one left."""
+    remove_partial(target.parent, re.escape(target.name))
+    partial, handle = _new_partial(target)
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield partial
+    finally:
+        if handle is not None:
+            os.close(handle)
+        _remove(partial)
 
 
 @contextmanager
@@ -180,49 +244,109 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
     At every moment, also after a kill, `target` is the old folder, the new one or, if it was not there before, absent.
     Where the system cannot exchange two folders in one step (not Linux), there is one moment between two renames at
-    which the old one has the name .<target>.old-*. Leftovers of killed writers are removed by the next one.
+    which the old one has the name .<target>.old-*. Every file in it is synced before. Leftovers of killed writers are
+    removed by the next one. An old folder that readers have pinned (see pinned_folder) is removed by the last of them.
 
     Raises:
         FileExistsError: the target is there, without overwrite; before the block begins, if it is there by then.
+        NotSynced: the new folder is in place, but the disk did not confirm it.
     """
     target = Path(os.path.realpath(target))  # a link stays one
-    there = FileExistsError(f"{target} exists: give a new folder")
     if target.exists() and not overwrite:
-        raise there
+        raise _exists(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial(target.parent, target.name)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{time.time_ns()}")
-    partial.mkdir()
-    handle = _hold(partial)
+    remove_partial(target.parent, re.escape(target.name))
+    partial, handle = _new_partial(target)
     try:
         yield partial
-        sync(partial)
-        if not target.exists():
-            os.rename(partial, target)
-        elif not overwrite:
-            raise there  # since then
-        elif not _exchange(partial, target):
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            os.rename(target, old / target.name)
-            os.rename(partial, target)
-            sync(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        sync(target.parent)
+        for folder, _, names in os.walk(partial):
+            for path in (*(Path(folder) / name for name in names), Path(folder)):
+                sync(path)
+        _place(partial, target, overwrite)
+        if handle is not None:  # readers of the new folder lock it from here on
+            os.close(handle)
+            handle = None
+        _sync_name(target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # after an exchange this is the old folder
         if handle is not None:
             os.close(handle)
+        _remove(partial)  # after an exchange this is the old folder
 
 
-def remove_partial(home: Path, name: str) -> None:
-    """Removes what killed writers of whole_folder left in `home` beside folders of this name (a pattern of glob)."""
-    for left in home.glob(f".{name}.partial-*"):
-        if (handle := _hold(left)) is not None:  # nobody is writing it
-            shutil.rmtree(left, ignore_errors=True)
+def _exists(target: Path) -> FileExistsError:
+    return FileExistsError(f"{target} exists: give a new folder")
+
+
+def _place(partial: Path, target: Path, overwrite: bool) -> None:
+    """Rename `partial` to `target`. The old target, if there is one, is then called `partial` or is removed."""
+    while True:
+        if not target.exists():
+            try:
+                os.rename(partial, target)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                continue  # another writer came first
+        if not overwrite:
+            raise _exists(target)
+        if _exchange(partial, target):
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        try:
+            os.rename(target, old / target.name)
+        except OSError as error:
+            os.rmdir(old)
+            if isinstance(error, FileNotFoundError):  # another writer is between its two renames
+                continue
+            raise
+        try:
+            os.rename(partial, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another writer came between
+                shutil.rmtree(old, ignore_errors=True)
+                continue
+            os.rename(old / target.name, target)
+            os.rmdir(old)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return
+
+
+def _new_partial(target: Path) -> tuple[Path, int | None]:
+    """A new locked folder .<target>.partial-<pid>-<ns>, and its lock (None where the system has none)."""
+    while True:
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{time.time_ns()}")
+        try:
+            partial.mkdir()
+        except FileExistsError:  # by another thread, or put there to be followed
+            continue
+        try:
+            handle = _hold(partial)
+            if handle is None or os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return partial, handle
+            os.close(handle)
+        except (BlockingIOError, FileNotFoundError):
+            pass  # another writer took it for a leftover, before it was locked
+        except BaseException:
+            partial.rmdir()
+            raise
+
+
+def remove_partial(home: Path, names: str) -> None:
+    """Remove what killed writers left in `home` beside targets of these names (a regular expression)."""
+    pattern = re.compile(rf"\.(?:{names})\.partial-\d+(-\d+)?")
+    for left in _listed(home, pattern):
+        try:
+            handle = _hold(left)
+        except OSError:  # somebody writes or reads it, or it is gone
+            continue
+        if handle is not None:
+            _delete(left)
             os.close(handle)
 
 
-def try_lock(handle: int) -> bool | None:
+def try_lock(handle: int, shared: bool = False) -> bool | None:
     """Lock an open file or folder for as long as its descriptor is open; False if another one holds it, None if this
     system or this file system has no locks."""
     try:
@@ -230,39 +354,197 @@ def try_lock(handle: int) -> bool | None:
     except ImportError:  # Windows
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in (*NO_LOCKS, errno.EINVAL, errno.EBADF):  # EBADF: NFS, for what is open for reading alone
             return None
         raise
     return True
 
 
-def _hold(folder: Path) -> int | None:
-    """Locks a folder for as long as this process lives; None if another process holds it."""
-    try:
-        import fcntl
+def discard(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name. Readers who have pinned it keep it."""
+    old = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{time.time_ns()}")
+    os.rename(folder, old)
+    _remove(old)
 
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
+
+def _remove(path: Path) -> None:
+    """Remove a folder of ours that has a partial name, or leave it to the reader who has pinned it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = _hold(path)
     except OSError:
+        return
+    _delete(path)
+    if handle is not None:
         os.close(handle)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _listed(home: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Entries of a folder whose whole name matches."""
+    try:
+        return sorted(home / name for name in os.listdir(home) if pattern.fullmatch(name))
+    except OSError:
+        return []
+
+
+def _hold(path: Path) -> int | None:
+    """Lock a file or folder for as long as the descriptor is open; None where the system has no such locks.
+
+    Raises:
+        BlockingIOError: another process or thread holds it. OSError: it cannot be opened.
+    """
+    if os.name == "nt":  # no such locks, and it opens no folders
         return None
-    return handle
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        locked = try_lock(handle)
+    except OSError:
+        locked = None
+    if locked:
+        return handle
+    os.close(handle)
+    if locked is None:
+        return None
+    raise BlockingIOError(errno.EWOULDBLOCK, f"{path} is held by another process or thread")
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names in one step (Linux renameat2). False where the system or the file system cannot."""
+    """Swap two names in one step (Linux renameat2). False where the system or the file system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     at, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(at, os.fsencode(a), at, os.fsencode(b), ctypes.c_uint(swap)) == 0
+
+
+class Replaced(OSError):
+    """A folder was replaced by another one while its files were read."""
+
+
+@contextmanager
+def pinned_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path that goes on naming the folder that is there now, also if a writer replaces it meanwhile.
+
+    The folder is opened once, and its files are opened through that descriptor (/proc/self/fd). A shared lock keeps
+    whole_folder from deleting the old one before the block ends. Where the system has no such paths, the path is the
+    folder's own, and the folder that is there at the end must be the one of the beginning. Errors that leave the block
+    name the folder itself. A path that is not a folder is given back as it is.
+
+    Raises:
+        Replaced: the block failed, or may have read two folders, because the folder was replaced or removed.
+    """
+    shown = Path(folder)
+    handle = _open_folder(shown)
+    through = Path(f"/proc/self/fd/{handle}")
+    path = through if handle is not None and through.is_dir() else shown
+    before = _stamp(path)
+    try:
+        yield path
+        if path == shown and _stamp(shown) != before:
+            raise _replaced(shown)
+    except Exception as error:
+        if before is not None and not isinstance(error, Replaced) and _stamp(shown) != before:
+            raise _replaced(shown) from error
+        _rename_in(error, str(path), str(shown))
+        raise
+    finally:
+        if handle is not None:
+            _let_go(handle, shown)
+
+
+def read_folder(folder: str | os.PathLike[str], read: Callable[[Path], T]) -> T:
+    """read(path), with the folder pinned; again with the new folder, each time that it was replaced meanwhile.
+
+    Raises:
+        Replaced: it was replaced again and again.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            with pinned_folder(folder) as path:
+                return read(path)
+        except Replaced:
+            continue
+    with pinned_folder(folder) as path:
+        return read(path)
+
+
+def _replaced(folder: Path) -> Replaced:
+    return Replaced(
+        errno.ESTALE, f"{folder} was replaced or removed by another process while it was read: read it again"
+    )
+
+
+def _open_folder(folder: Path) -> int | None:
+    """A descriptor of a folder, locked against removal where that can be; None for what is not a folder."""
+    flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+    for _ in range(100):
+        try:
+            handle = os.open(folder, flags)
+            break
+        except OSError:
+            if not _between_renames(folder):
+                return None
+            time.sleep(0.01)
+    else:
+        return None
+    with suppress(OSError):
+        try_lock(handle, shared=True)
+    return handle
+
+
+def _between_renames(folder: Path) -> list[Path]:
+    """The old folders of writers that cannot exchange two names, while the new one has not its name yet."""
+    olds = _listed(folder.parent, re.compile(rf"\.{re.escape(folder.name)}\.old-\w+"))
+    return [old / folder.name for old in olds if (old / folder.name).exists()] if not folder.exists() else []
+
+
+def _let_go(handle: int, shown: Path) -> None:
+    """Close a pinned folder; the last reader of one that was replaced removes it."""
+    left = None
+    with suppress(OSError):
+        if not (shown.exists() and os.path.samestat(os.fstat(handle), os.stat(shown))):
+            left = Path(os.readlink(f"/proc/self/fd/{handle}"))  # where a writer has put it; Linux alone knows
+    os.close(handle)
+    if left is not None and (match := re.fullmatch(r"\.(.+)\.partial-\d+-\d+", left.name)):
+        remove_partial(left.parent, re.escape(match[1]))
+
+
+def _stamp(folder: Path) -> tuple[int, int, bytes] | None:
+    """What tells a folder from one that replaced it; None for what is not a folder."""
+    try:
+        status = os.stat(folder)
+        manifest = folder / "manifest.json"
+        return (status.st_dev, status.st_ino, manifest.read_bytes() if manifest.is_file() else b"")
+    except OSError:
+        return None
+
+
+def _rename_in(error: BaseException, old: str, new: str) -> None:
+    """Replace a path in the texts of an error."""
+    if old == new:
+        return
+    error.args = tuple(_renamed(a, old, new) for a in error.args)
+    if isinstance(error, OSError):
+        for name in ("strerror", "filename", "filename2"):
+            if (value := getattr(error, name)) is not None:
+                setattr(error, name, _renamed(value, old, new))
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return value.replace(old, new) if isinstance(value, str) else value
 
 
 def load_manifest(folder: str | os.PathLike[str], name: str = "manifest.json") -> dict[str, Any]:
@@ -276,8 +558,8 @@ def load_manifest(folder: str | os.PathLike[str], name: str = "manifest.json") -
     home = Path(folder)
     path = home / name
     if not path.is_file():
-        old = [str(p) for p in home.parent.glob(f".{home.name}.old-*/{home.name}")]
-        hint = f"; a save was cut short, rename {old[0]} to {home}" if old and not home.exists() else ""
+        old = _between_renames(home)
+        hint = f"; a save was cut short, rename {old[0]} to {home}" if old else ""
         raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no {name}{hint}")
     manifest = read_json(path, "the manifest of a saved memory or checkpoint")
     try:
@@ -366,29 +648,43 @@ def _verify_files(
     home: Path, name: str, on_bytes: Callable[[str, int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """Verify the files that the manifest of this name lists, and the manifest itself."""
-    path, results = home / name, []
+    return read_folder(home, lambda pinned: _verify_pinned(home, pinned, name, on_bytes))
+
+
+def _verify_pinned(
+    home: Path, pinned: Path, name: str, on_bytes: Callable[[str, int, int], None] | None
+) -> list[dict[str, Any]]:
+    path, results = home / name, list[dict[str, Any]]()
     try:
-        if name == "run.json" and not _has_files(path):  # older than its digests
+        if name == "run.json" and not _has_files(pinned / name):  # older than its digests
             manifest: dict[str, Any] = {"files": {}}
         else:
-            manifest = load_manifest(home, name)
-        if not check_digest(path, manifest):
+            manifest = load_manifest(pinned, name)
+        if not check_digest(pinned / name, manifest):
             note = f"{path} has no digest, because an older version wrote it: what it says was not checked"
-            results.append(_result(path, path.stat().st_size, note=note))
+            results.append(_result(path, (pinned / name).stat().st_size, note=note))
     except ValueError as error:
-        return [_result(home, problem=str(error))]
+        _check_same(home, pinned)
+        return [_result(home, problem=str(error).replace(str(pinned), str(home)))]
     total = sum(int(entry["bytes"]) for entry in manifest["files"].values())
     for name, entry in manifest["files"].items():
-        path, problem, bad = home / name, None, []
+        path, bad = home / name, list[int]()
+        problem: str | None = None
         try:
-            bad = bad_blocks(path, entry, on_bytes=lambda n, path=path: on_bytes and on_bytes(str(path), n, total))  # type: ignore[misc]
+            bad = bad_blocks(
+                pinned / name,
+                entry,
+                on_bytes=lambda n, path=path: on_bytes and on_bytes(str(path), n, total),  # type: ignore[misc]
+            )
         except (OSError, ValueError) as error:
-            problem = str(error)
+            problem = str(error).replace(str(pinned), str(home))
         blocks = max(len(entry.get("blocks", [])), 1)
         if bad:
             listed = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
             where = f"block {listed} of {blocks} (16 MiB each, from byte {bad[0] * BLOCK:,})"
             problem = f"{path}: {where if blocks > 1 else 'the file'} does not have its digest: changed or torn"
+        if problem:
+            _check_same(home, pinned)
         result = _result(path, int(entry["bytes"]), problem)
         results.append(result | {"blocks": blocks, "bad_blocks": bad})
     return results
@@ -401,3 +697,9 @@ def _has_files(path: Path) -> bool:
     except ValueError:
         return True  # damaged: load_manifest says how
     return not {"format", "files", "digest"}.isdisjoint(values)
+
+
+def _check_same(shown: Path, pinned: Path) -> None:
+    """Raise Replaced if another folder has taken the place of the pinned one."""
+    if not (shown.exists() and os.path.samefile(shown, pinned)):
+        raise _replaced(shown)

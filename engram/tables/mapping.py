@@ -15,6 +15,7 @@ from engram.tables.weak import WeakList
 # What flock answers on file systems that cannot lock: Lustre without -o flock, NFS without its lock daemon, FUSE.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _on_huge_pages: WeakList[mmap.mmap] = WeakList()  # memory that may be committed 2 MiB at a time
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 
 
 def map_memory(nbytes: int, what: str) -> mmap.mmap:
@@ -55,11 +56,20 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
         ValueError: a file of another size. BlockingIOError: the file is held by another table. FileNotFoundError:
         nothing there to read. PermissionError: a file that may not be opened so. OSError: no disk space.
     """
+    if writable and path.is_symlink():
+        raise OSError(
+            errno.ELOOP,
+            f"{path} is a symbolic link, and rows are written in place: another memory's rows may be behind it. Link "
+            f"their whole folder instead, or give the path of {os.path.realpath(path)} itself",
+        )
     fresh = not path.exists()
     if fresh and not writable:
         raise FileNotFoundError(f"{path} does not exist: a table opened for reading needs its file of rows")
+    create = os.O_CREAT | os.O_EXCL if fresh else 0
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o644)
+        file = os.open(path, os.O_RDWR | _NOFOLLOW | create if writable else os.O_RDONLY, 0o644)
+    except FileExistsError:  # since then
+        return map_file(path, nbytes, what, writable)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -74,8 +84,6 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
             try:
                 _reserve(file, nbytes)
             except OSError as error:
-                if fresh:
-                    path.unlink(missing_ok=True)
                 raise OSError(
                     error.errno, f"no room for a table of {nbytes:,} bytes at {path}: {error.strerror}"
                 ) from error
@@ -90,8 +98,12 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         return memory, file
-    except BaseException:
+    except BaseException as error:
         os.close(file)
+        if fresh:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise OSError(error.errno, f"no address space to map {path}, {nbytes:,} bytes: {error.strerror}") from error
         raise
 
 

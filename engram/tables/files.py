@@ -10,6 +10,7 @@ engram/saved.py's matter; digests and `verify` are the same for memories and for
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re

@@ -154,6 +154,7 @@ class EngramMemory(nn.Module):
         self._frozen = False
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
         self.recalls: WeakList[Recall] = WeakList()  # that live, told of every change of rows
+        self.recalls_are_stale = False  # rows have changed, and an interrupt kept patch() from renewing them
         self.attachment: Any = None  # to a model of another library (engram.attach)
 
     def _make_tables(self, folder: Path | None) -> None:
@@ -305,6 +306,7 @@ class EngramMemory(nn.Module):
         """Before all rows change: recalls in flight will fetch theirs anew."""
         for recall in self.recalls.living():
             recall.renew()
+        self.recalls_are_stale = False
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
         history = recall.inputs_before(layer) if self.config.conv_kernel else None

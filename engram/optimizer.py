@@ -30,6 +30,7 @@ class EngramOptimizer(torch.optim.AdamW):
         super().__init__(groups, **kwargs)
         self.memories, self.rows = memories, rows
         self.touched = 0
+        self._progress: list[str] | None = None  # what the step under way has updated; None between steps
         self._saved_beside: list[str] | None = None  # digests of the fusion weights that a loaded state belongs to
         for memory in memories:
             memory.has_optimizer = True
@@ -50,6 +51,9 @@ class EngramOptimizer(torch.optim.AdamW):
 
         torch.amp.GradScaler.step has row gradients divided too. Where it found infinities, or a row gradient holds one,
         nothing moves.
+
+        If it is interrupted, each row is left as it was or updated as a whole, and the gradients of rows that were
+        reached are dropped, so that no later step applies them twice: see `interrupted`.
 
         Raises:
             RuntimeError: several processes train: row gradients stay in the process that found them, so each would get
@@ -76,35 +80,89 @@ class EngramOptimizer(torch.optim.AdamW):
             if infinite or not all(grad.isfinite().all() for pending in kept for _, grad in pending):
                 return None
         self._check_weights()
-        loss = _dense_step(self, closure)
-        lr = next(group["lr"] for group in self.param_groups if group.get("name") == "tables")
-        for memory, layers in zip(self.memories, self.rows, strict=True):
-            unused = layers and not memory.training and not any(memory.gradients.values())
-            if unused and any(weight.grad is not None for weight in memory.fusions.parameters()):
-                warnings.warn(
-                    "the fusion weights of this memory learn and its rows do not: it is in eval() mode, in which rows "
-                    "are only read. Call model.train() before training, or memory.requires_grad_(False) to freeze both",
-                    stacklevel=2,
-                )
-            for layer, optimizer in layers.items():
-                memory.drop_stale_gradients(layer)
-                pending = memory.gradients[layer]
-                if not pending:
-                    continue
-                optimizer.lr = lr
-                if len(pending) == 1:
-                    ids, grad = pending[0]
-                else:  # gradient accumulation: duplicates across passes sum like those within one
-                    ids = torch.cat([ids.flatten() for ids, _ in pending])
-                    grad = torch.cat([grad.flatten(0, -2).cpu() for _, grad in pending])
-                if scale is not None:
-                    grad = grad / scale.to(grad.device)
-                began = time.perf_counter()
-                self.touched += optimizer.step(ids, grad)
-                memory.patch(layer, ids)
-                memory.clock["updating"] += time.perf_counter() - began
-                pending.clear()
+        if self.interrupted is not None:
+            warnings.warn(f"the last step was interrupted: {self.interrupted}", stacklevel=2)
+            for row_optimizer in self.row_optimizers:
+                row_optimizer.resume()
+        self._progress = []
+        try:
+            loss = _dense_step(self, closure)
+            self._progress.append("the dense weights")
+            lr = next(group["lr"] for group in self.param_groups if group.get("name") == "tables")
+            for memory, layers in zip(self.memories, self.rows, strict=True):
+                self._warn_of_unused_rows(memory, layers)
+                for layer, optimizer in layers.items():
+                    self._step_rows(memory, layer, optimizer, lr, scale)
+                    self._progress.append(self._name(memory, layer))
+        except BaseException as error:
+            error.add_note(f"optimizer.step() was interrupted: {self.interrupted}")
+            raise
+        self._progress = None
         return loss
+
+    def _step_rows(
+        self, memory: EngramMemory, layer: int, optimizer: RowOptimizer, lr: float, scale: torch.Tensor | None
+    ) -> None:
+        """Update the rows of one layer with the gradients that wait for it. They are taken before the first row
+        changes: if this is interrupted, no later step applies them again."""
+        memory.drop_stale_gradients(layer)
+        pending = list(memory.gradients[layer])
+        if not pending:
+            return
+        optimizer.lr = lr
+        if len(pending) == 1:
+            ids, grad = pending[0]
+        else:  # gradient accumulation: duplicates across passes sum like those within one
+            ids = torch.cat([ids.flatten() for ids, _ in pending])
+            grad = torch.cat([grad.flatten(0, -2).cpu() for _, grad in pending])
+        if scale is not None:
+            grad = grad / scale.to(grad.device)
+        began = time.perf_counter()
+        memory.recalls_are_stale = True  # until they are patched, whatever happens before
+        memory.gradients[layer].clear()
+        self.touched += optimizer.step(ids, grad)
+        memory.patch(layer, ids)
+        memory.recalls_are_stale = False
+        memory.clock["updating"] += time.perf_counter() - began
+
+    def _name(self, memory: EngramMemory, layer: int) -> str:
+        which = f" of memory {self.memories.index(memory)}" if len(self.memories) > 1 else ""
+        return f"the rows of layer {layer}{which}"
+
+    def _warn_of_unused_rows(self, memory: EngramMemory, layers: dict[int, Any]) -> None:
+        unused = layers and not memory.training and not any(memory.gradients.values())
+        if unused and any(weight.grad is not None for weight in memory.fusions.parameters()):
+            warnings.warn(
+                "the fusion weights of this memory learn and its rows do not: it is in eval() mode, in which rows "
+                "are only read. Call model.train() before training, or memory.requires_grad_(False) to freeze both",
+                stacklevel=3,
+            )
+
+    @property
+    def interrupted(self) -> str | None:
+        """What the last step has updated and what it has not, if it was interrupted (KeyboardInterrupt, an error) after
+        it had begun; else None. Each row is as it was or updated as a whole. The next step warns of it and goes on from
+        there, with the gradients of new backward passes; loading a state, of the last checkpoint, sets it to None."""
+        if self._progress is None:
+            return None
+        left = []
+        for memory, layers in zip(self.memories, self.rows, strict=True):
+            for layer, optimizer in layers.items():
+                name, rows = self._name(memory, layer), optimizer.interrupted
+                if rows is not None:
+                    left.append(f"{len(rows):,} of {name}")
+                elif name not in self._progress:
+                    left.append(name)
+        done = " and ".join(self._progress) or "nothing, or some of the dense weights"
+        return (
+            f"it has updated {done}{', but not ' if left else ''}{' and '.join(left)}. Load the last checkpoint to "
+            f"repeat it as a whole; training that goes on from here leaves out the rest of that step"
+        )
+
+    def close(self) -> None:
+        """Let the state of the rows go, with its files, so that another optimizer can be built. No step after that."""
+        for row_optimizer in self.row_optimizers:
+            row_optimizer.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -115,6 +173,8 @@ class EngramOptimizer(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """AdamW's, with the row optimisers' state (live tensors) under "rows", and under "memories" digests of the
         fusion weights that it belongs to."""
+        if self.interrupted is not None:
+            warnings.warn(f"this is the state after a step that was interrupted: {self.interrupted}", stacklevel=2)
         rows = [{layer: o.state_dict() for layer, o in layers.items()} for layers in self.rows]
         return {**super().state_dict(), "rows": rows, "memories": self._digests()}
 
@@ -147,7 +207,7 @@ class EngramOptimizer(torch.optim.AdamW):
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("rows", "memories")})
         for optimizer, saved in pairs:
             optimizer.load_state_dict(saved)
-        self._saved_beside = state_dict.get("memories")
+        self._saved_beside, self._progress = state_dict.get("memories"), None
 
 
 def _digest(memory: EngramMemory) -> str:
@@ -204,9 +264,16 @@ def build_optimizer(
         raise ValueError(f"table_optimizer is {', '.join(map(repr, make))}, not {table_optimizer!r}")
     memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
     rows: list[dict[int, Any]] = []
-    for memory in memories:
-        trained = memory.tables.items() if memory.trains_tables else ()
-        rows.append({layer: make[table_optimizer](table) for layer, table in trained})
+    try:
+        for memory in memories:
+            rows.append({})
+            for layer, table in memory.tables.items() if memory.trains_tables else ():
+                rows[-1][layer] = make[table_optimizer](table)
+    except BaseException:
+        for layers in rows:
+            for made in layers.values():
+                made.close()
+        raise
     weights = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": [p for p in weights if p.dim() == 2 and min(p.shape) > 8]},

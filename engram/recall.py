@@ -110,6 +110,8 @@ class Recall:
     def rows(self, layer: int) -> Tensor:
         """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
         memory = self._memory
+        if memory.recalls_are_stale:
+            memory._renew_recalls()
         with self._own():
             rows = self._rows.get(layer)
             if rows is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import engram
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.lm.evaluate import eval_mode, evaluate
+from engram.tables import RowRMS
 from tests.toy import VOCAB, corpus
 
 CONFIG = EngramConfig(layers=(0, 1), heads=2, head_dim=8, rows_per_head=997)
@@ -235,3 +237,121 @@ def test_the_gains_of_a_model_in_half_precision_learn(dtype):
         step(model, optimizer, text(seed=seed))
     assert all((gain != 1).any() for gain in gains.values())
     assert {p.dtype for p in model.double().memory.parameters()} == {torch.float64}
+
+
+def interrupt(monkeypatch, owner, name: str, call: int) -> None:
+    """Has the `call`-th call of a method (from 0) raise KeyboardInterrupt."""
+    real, calls = getattr(owner, name), []
+
+    def method(*arguments, **named):
+        calls.append(name)
+        if len(calls) - 1 == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "updated"),
+    [
+        (torch.optim.AdamW, "step", 0, "nothing, or some of the dense weights, but not the rows of layer 0 and "),
+        (RowRMS, "step", 0, "the dense weights, but not the rows of layer 0 and the rows of layer 1"),
+        (RowRMS, "step", 1, "the dense weights and the rows of layer 0, but not the rows of layer 1"),
+        (EngramMemory, "patch", 1, "the dense weights and the rows of layer 0, but not the rows of layer 1"),
+    ],
+)
+def test_a_step_that_is_interrupted_says_what_it_has_updated_and_the_next_one_warns(
+    monkeypatch, owner, name, call, updated
+):
+    model = make()
+    optimizer = build_optimizer(model)
+    step(model, optimizer, text())
+    loss_of(model, text(seed=1)).backward()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as raised:
+        interrupt(patched, owner, name, call)
+        optimizer.step()
+    assert f"it has updated {updated}" in optimizer.interrupted
+    assert "Load the last checkpoint" in "".join(raised.value.__notes__)
+    with pytest.warns(UserWarning, match="this is the state after a step that was interrupted"):
+        optimizer.state_dict()
+    with pytest.warns(UserWarning, match=f"the last step was interrupted: it has updated {updated}"):
+        step(model, optimizer, text(seed=2))
+    assert optimizer.interrupted is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer, text(seed=3))
+
+
+def test_gradients_of_an_interrupted_step_are_never_applied_twice(monkeypatch):
+    model = make()
+    optimizer = build_optimizer(model, lr=0.0)
+    loss_of(model, text()).backward()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, EngramMemory, "patch", 0)  # the rows of layer 0 are updated by then
+        optimizer.step()
+    first, before = (table.tensor for table in model.memory.tables.values())
+    once, before = first.clone(), before.clone()
+    with pytest.warns(UserWarning, match="was interrupted"):
+        optimizer.step()  # without a new backward pass: what waits is what was never used
+    second = model.memory.tables[1].tensor
+    assert torch.equal(first, once) and once.any() and not torch.equal(second, before)
+
+
+def test_rows_fetched_ahead_of_an_interrupted_step_are_fetched_anew(monkeypatch):
+    model = make()
+    optimizer, ahead = build_optimizer(model), model.memory.recall(text(seed=1)[:, :-1])
+    loss_of(model, text(seed=1)).backward()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, EngramMemory, "patch", 0)
+        optimizer.step()
+    assert rows(model).any()
+    with torch.no_grad():
+        assert torch.equal(loss_of(model, text(seed=1), ahead), loss_of(model, text(seed=1)))
+
+
+def test_a_loaded_state_ends_the_warnings_of_an_interrupted_step(monkeypatch):
+    model = make()
+    optimizer = build_optimizer(model)
+    step(model, optimizer, text())
+    saved = copy.deepcopy(optimizer.state_dict())
+    loss_of(model, text(seed=1)).backward()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, RowRMS, "step", 1)
+        optimizer.step()
+    optimizer.load_state_dict({k: v for k, v in saved.items() if k != "memories"})
+    assert optimizer.interrupted is None
+
+
+@pytest.mark.parametrize("let_go", ["optimizer", "memory", "table"])
+def test_files_of_an_optimizer_that_a_traceback_keeps_alive_can_be_let_go(tmp_path, let_go):
+    """As a notebook does after Ctrl-C: the traceback holds the frames, and they the optimizer and its tensors."""
+    memory = EngramMemory(CONFIG, TokenMap.identity(VOCAB), 32, folder=tmp_path)
+    optimizer = build_optimizer(memory)
+    kept = [state.tensor for each in optimizer.row_optimizers for state in each.state.values()]
+    with pytest.raises(BlockingIOError, match=r"layer-0.rows.v is held by an earlier optimizer.*close\(\)"):
+        build_optimizer(memory)
+    if let_go == "optimizer":
+        optimizer.close()
+        build_optimizer(memory).close()
+        memory.close()
+    elif let_go == "memory":
+        memory.close()
+    else:
+        for table in memory.tables.values():
+            table.close()
+    again = EngramMemory(CONFIG, TokenMap.identity(VOCAB), 32, folder=tmp_path)
+    build_optimizer(again).close()
+    again.close()
+    assert all(tensor is not None for tensor in kept)
+
+
+def test_an_optimizer_that_cannot_be_built_holds_no_files(tmp_path):
+    memory = EngramMemory(CONFIG, TokenMap.identity(VOCAB), 32, folder=tmp_path)
+    other = RowRMS(memory.tables[1])
+    with pytest.raises(BlockingIOError, match="layer-1") as kept:
+        build_optimizer(memory)
+    other.close()
+    build_optimizer(memory).close()
+    assert kept.value is not None
+    memory.close()

@@ -611,3 +611,20 @@ def test_tied_embeddings_are_saved_and_come_back_tied(tmp_path):
     load_checkpoint(latest_checkpoint(tmp_path), loaded)
     assert_same(weights(trained), weights(loaded))
     assert loaded.head.weight is loaded.embedding.weight
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+def test_a_run_that_was_ended_can_be_repeated_while_its_traceback_lives(tmp_path, ends):
+    config = EngramConfig(layers=(0, 1), heads=2, head_dim=8, rows_per_head=97)
+    memory = EngramMemory(config, TokenMap.identity(VOCAB), 32, folder=tmp_path)
+    m = Transformer(TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=2, heads=2, max_length=16), memory)
+
+    def end(step: int, loss: float) -> None:
+        if step == 3:
+            raise ends
+
+    with pytest.raises(ends) as kept:
+        train(m, corpus(), CONFIG, on_step=end)
+    assert kept.tb is not None  # as a notebook keeps it: with the frames that hold optimizer and state
+    train(m, corpus(), CONFIG)
+    memory.close()

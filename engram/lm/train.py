@@ -191,8 +191,9 @@ def train(
     batches: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> TrainLog:
     """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
-    with the weights and rows that an undisturbed run ends with, bit for bit. Tables in files hold what the killed run
-    left in them: where it had no checkpoint yet, begin again with new files.
+    with the weights and rows that an undisturbed run ends with, bit for bit; on another number of torch threads
+    (torch.set_num_threads) they differ in their last bits, because torch then sums in another order. Tables in files
+    hold what the killed run left in them: where it had no checkpoint yet, begin again with new files.
 
     Args:
         model: weights and (maybe) memory to train. data: the training text. config: how.
@@ -232,6 +233,7 @@ def train(
             weight_decay=config.weight_decay,
             table_optimizer=config.table_optimizer,
         )
+        stack.enter_context(closing(optimizer))  # its files would be held for as long as a traceback lives
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         log, first = TrainLog(), 0

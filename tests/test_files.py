@@ -358,6 +358,88 @@ for work in (table.gather, table.prefetch, lambda ids: table.write(ids, torch.on
 
 
 @linux
+@pytest.mark.parametrize("file", ["layer-3.rows", "layer-1.rows.v"])
+def test_a_truncated_file_is_an_error_and_no_crash_wherever_its_rows_are_used(tmp_path, elsewhere, file):
+    code = """
+import copy
+from engram import Transformer, TransformerConfig
+from engram.lm.checkpoint import load_checkpoint, save_checkpoint
+home, file = Path(sys.argv[1]), sys.argv[2]
+m = EngramMemory(CONFIG.replace(head_dim=32), TokenMap.identity(VOCAB), HIDDEN, folder=home / "tables")
+model = Transformer(TransformerConfig(VOCAB, HIDDEN, 4, 2, 16), m)
+optimizer = build_optimizer(model)
+model(torch.ones(1, 8, dtype=torch.int64)).sum().backward()
+optimizer.step()
+checkpoint = save_checkpoint(home / "run", model, optimizer, 1, {})
+state, rows = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+os.truncate(home / "tables" / file, 5000)
+table = ".v" not in file
+for name, work in {
+    "save_checkpoint": lambda: save_checkpoint(home / "run", model, optimizer, 2, {}),
+    "load_checkpoint": lambda: load_checkpoint(checkpoint, model, optimizer),
+    "save": lambda: m.save(home / "saved") if table else optimizer.state_dict(),
+    "state_dict": lambda: copy.deepcopy(model.state_dict() if table else optimizer.state_dict()),
+    "load_state_dict": lambda: model.load_state_dict(state) if table else optimizer.load_state_dict(rows),
+    "encode": lambda: m.encode_tables("int8") if table else optimizer.row_optimizers[0].state_dict(),
+    "step": lambda: (model(torch.ones(1, 8, dtype=torch.int64)).sum().backward(), optimizer.step()),
+}.items():
+    try:
+        work()
+        print(name, "did not notice")
+    except OSError as error:
+        print(name, "OK" if file in str(error) and "was truncated to 5,000 bytes" in str(error) else error)
+"""
+    status, out = elsewhere(code, tmp_path, file)
+    assert status == 0, out
+    assert out.count("OK") == 7, out
+
+
+@linux
+def test_a_forked_process_reads_the_files_of_its_parent_and_cannot_write_them(tmp_path, elsewhere):
+    code = """
+path = Path(sys.argv[1]) / "rows"
+table = HostTable(100, 8, path=path)
+table.write(torch.arange(100), torch.ones(100, 8))
+kinds = [RowRMS(table)]
+saved = kinds[0].state_dict()
+kinds[0].step(torch.tensor([1]), torch.zeros(1, 8))
+from engram.tables import EncodedTable
+encoded = EncodedTable(100, 32, "fp8", path.with_name("encoded"))
+before = table.tensor.clone()
+if (child := os.fork()) == 0:
+    assert table.gather(torch.tensor([5])).all() and encoded.gather(torch.tensor([5])).shape == (1, 32)
+    for work in (
+        lambda: table.write(torch.tensor([5]), torch.zeros(1, 8)),
+        lambda: encoded.write(torch.tensor([5]), torch.ones(1, 32)),
+        lambda: kinds[0].step(torch.tensor([5]), torch.ones(1, 8)),
+        lambda: kinds[0].load_state_dict(saved),
+        lambda: RowAdam(table),
+    ):
+        try:
+            work()
+            os._exit(1)
+        except PermissionError as error:
+            assert "was opened by process" in str(error)
+    table.close()  # lets go of the child's hold, not of the parent's lock
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(table.tensor, before)
+try:
+    HostTable(100, 8, path=path)
+    print("not locked any more")
+except BlockingIOError:
+    pass
+memory = HostTable(10, 4)  # not in a file: a child has a copy of its own
+if (child := os.fork()) == 0:
+    RowRMS(memory).step(torch.tensor([1]), torch.ones(1, 4))
+    os._exit(0 if memory.tensor[1].all() else 1)
+assert os.waitpid(child, 0)[1] == 0 and not memory.tensor.any()
+"""
+    status, out = elsewhere(code, tmp_path)
+    assert (status, out) == (0, "")
+
+
+@linux
 def test_holes_of_a_file_get_their_space_before_it_is_written(tmp_path):
     entry = write_rows(tmp_path / "rows", torch.zeros(BLOCK // 32, 8))
     assert (tmp_path / "rows").stat().st_blocks == 0 and len(entry["blocks"]) == 1

@@ -304,3 +304,50 @@ def test_build_optimizer_makes_each_kind_of_row_optimiser(kind):
     assert type(made) is KINDS[kind] and made.table is memory.tables[1]
     with pytest.raises(ValueError, match="'rms', 'adam', 'adagrad', 'sinkhorn', not 'sgd'"):
         build_optimizer(memory, table_optimizer="sgd")
+
+
+@pytest.fixture
+def flush_denormals():
+    """flush_denormals(on): of this thread alone, after those of the pool have begun."""
+    kernels.spread(1000, 1, lambda lo, hi: None)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush denormals")
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.skipif(kernels.native is None, reason="torch's own threads flush as they like")
+@pytest.mark.parametrize("kind", ["rms", "adam", "adagrad"])
+@pytest.mark.parametrize("scale", [1e-20, 3e-20, 1e-21])
+def test_denormal_moments_depend_neither_on_flushing_nor_on_the_number_of_threads(
+    kind, scale, monkeypatch, flush_denormals
+):
+    results = []
+    grad = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)) * scale
+    for flush in (False, True):
+        for cores in (1, 2, 4):
+            flush_denormals(False)  # of torch.randn and the like, which are not looked at here
+            monkeypatch.setattr(kernels, "CORES", cores)
+            table = HostTable(3000, 32)
+            optimizer = KINDS[kind](table)
+            flush_denormals(flush)
+            for _ in range(3):
+                optimizer.step(torch.arange(3000), grad)
+            states = [state.tensor.view(torch.int32) for state in optimizer.state.values()]
+            results.append([table.tensor.view(torch.int32), *states])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+    assert ((results[0][1] & 0x7FFFFFFF > 0) & (results[0][1] & 0x7FFFFFFF < 1 << 23)).any()  # denormals
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("ids", "shape"),
+    [([3], (4, 3)), ([3], (4,)), ([1, 2], (8,)), ([[1], [2]], (2, 4)), ([1, 2], (4, 2)), ([1], (2, 1, 4))],
+)
+def test_a_gradient_of_another_shape_is_refused_and_not_reshaped(path_of, kind, ids, shape):
+    optimizer = KINDS[kind](HostTable(10, 4))
+    with pytest.raises(ValueError, match="need a real gradient"):
+        optimizer.step(torch.tensor(ids), torch.ones(shape))
+    with pytest.raises(ValueError, match="need a real gradient"):
+        optimizer.step(torch.tensor([1]), torch.ones(1, 4, dtype=torch.complex64))
+    assert optimizer.steps == 0 and not optimizer.table.tensor.any()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from engram.tables import kernels, reference
+from engram.tables import EncodedTable, kernels, reference
 from engram.tables.table import HostTable
 
 
@@ -189,3 +191,87 @@ def test_without_a_compiled_library_a_warning_says_so():
     run = [sys.executable, "-c", code]
     quiet = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "ENGRAM_KERNELS": "torch"})
     assert quiet.stdout.strip() == "None", quiet.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((2.7, 4), "rows"),
+        ((10, 4.0), "dim"),
+        ((10, True), "dim"),
+        (("10", 4), "rows"),
+        ((torch.tensor(2.5), 4), "rows"),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_refused(arguments, name):
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        HostTable(*arguments)
+    if name == "rows":
+        with pytest.raises(TypeError, match="rows must be an int"):
+            EncodedTable(arguments[0], 32, "fp8")
+    assert HostTable(np.int64(10), np.int32(4)).tensor.shape == (10, 4)
+
+
+def test_a_seed_and_a_spread_of_initial_rows_that_cannot_be_are_refused():
+    with pytest.raises(TypeError, match="seed must be an int"):
+        HostTable(10, 4, init="normal", seed=1.5)
+    for std in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="std is a standard deviation"):
+            HostTable(10, 4, init="normal", std=std)
+
+
+@pytest.mark.parametrize("rows", [[[1.0] * 4], np.ones((1, 4), np.float32), torch.ones(1, 4, dtype=torch.complex64)])
+def test_rows_to_write_are_tensors_of_real_numbers(rows):
+    with pytest.raises(TypeError, match="rows must be a tensor of real numbers"):
+        HostTable(10, 4).write(torch.tensor([1]), rows)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 1, 4), (4, 1), (1, 5)])
+def test_rows_to_write_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="need rows"):
+        HostTable(10, 4).write(torch.tensor([1]), torch.ones(shape))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_reading_goes_on_and_writing_warns(monkeypatch, tmp_path, code):
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "rows.bin"
+    HostTable(10, 4, path=path).close()
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HostTable(10, 4, path=path, mode="r").close()
+    with pytest.warns(UserWarning, match=rf"rows.bin lies on a file system without locks \({os.strerror(code)}\)"):
+        table = HostTable(10, 4, path=path)
+    table.write(torch.tensor([1]), torch.ones(1, 4))
+    assert table.gather(torch.tensor([1])).all()
+    table.close()
+    code = errno.EIO
+    with pytest.raises(OSError, match=r"rows.bin cannot be locked: "):
+        HostTable(10, 4, path=path)
+
+
+@pytest.mark.skipif(kernels.native is None, reason="torch's own threads flush as they like")
+def test_rows_read_and_encoded_do_not_depend_on_flushing_of_denormals():
+    ids = torch.arange(4000)
+    normal = HostTable(4000, 32, init="normal", std=1e-39)
+    half = HostTable(4000, 32, torch.bfloat16, init="normal", std=1e-39)
+    small = normal.gather(ids)
+    found = []
+    try:
+        for flush in (False, True):
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("this machine cannot flush denormals")
+            encoded = [EncodedTable(4000, 32, codec) for codec in ("fp8", "int8", "int4")]
+            for table in encoded:
+                table._store(small, first=0)
+            read = [table.gather(ids) for table in (normal, *encoded)] + [half.gather(ids, torch.empty(4000, 32))]
+            found.append([table.tensor.clone() for table in encoded] + [rows.view(torch.int32) for rows in read])
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert small.any()

@@ -136,7 +136,7 @@ class RowOptimizer:
                 f"rows (.interrupted): they have not learned from that step. Load a checkpoint to repeat it as a whole",
                 stacklevel=3,
             )
-            self._unfinished = None
+            self.resume()
         self.table.changed(ids)
         for state in self.state.values():
             if state.path is not None:  # the rows' own pages are here since the forward pass, their state's may not be
@@ -157,6 +157,10 @@ class RowOptimizer:
         rows, done = self._unfinished
         left = rows[done == 0]
         return left if left.numel() else None
+
+    def resume(self) -> None:
+        """Go on after an interrupted step without a warning."""
+        self._unfinished = None
 
     def _update(self, entries: Entries, work: Callable[[int, int], Any], *held: Any) -> int:
         """Spread an update over the rows of a step. If it is interrupted, each row is updated as a whole or not at all,

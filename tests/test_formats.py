@@ -456,8 +456,9 @@ NAN_VALUE = e4m3((ROWS, 64), 0).view(torch.uint8).index_fill(0, torch.tensor([77
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
-    ("embed.scale", e8m0((ROWS, 1), 0), r"embed.scale is F8_E8M0 \[\d+, 1\], expected F8_E8M0 \[\d+, 2\]"),
-    ("embed.scale", torch.ones(ROWS, 2), r"layers.1.engram.embed.scale is F32 .* expected F8_E8M0"),
+    ("embed.scale", e8m0((ROWS, 3), 0), r"embed.scale is F8_E8M0 \[\d+, 3\], expected .* such as \[\d+, 2\]"),
+    ("embed.scale", torch.ones(ROWS, 2).int(), r"layers.1.engram.embed.scale is I32 .* expected F8_E8M0"),
+    ("embed.scale", torch.ones(ROWS - 1, 1), r"layers.1.engram.embed.scale is F32 .* expected F8_E8M0"),
     ("embed.scale", None, r"layers.1.engram.embed.scale is missing: layers.1.engram.embed.weight is e4m3"),
     ("embed.scale", NAN_SCALE, r"layers.1.engram.embed.weight, rows 0 to \d+: row 77 .* NaN"),
     ("embed.weight", NAN_VALUE, r"layers.1.engram.embed.weight, rows 0 to \d+: row 77 .* NaN"),

@@ -34,7 +34,10 @@ HY4 = (
 TABLE = {
     "demo": re.compile(rf"((?:{_LAYER}(\d+)\.)?(?:engram\.)?)multi_head_embedding\.embedding\.weight"),
     "deepseek-v4.1": re.compile(rf"({_LAYER}layers\.(\d+)\.engram\.)(?:embed|embed_tokens)\.weight"),
-    "qwen": re.compile(rf"({_LAYER}layers\.(\d+)\.ple\.)ple_embedding\.ngram_embedding\.(?:shard_(\d+)\.)?weight"),
+    "qwen": re.compile(
+        rf"({_LAYER}layers\.(\d+)\.ple\.)ple_embedding\.ngram_embedding\."
+        r"(?:shard_(\d+)\.weight|shards\.(\d+)(?:\.weight)?|weight)"
+    ),
 }
 
 

@@ -1,6 +1,9 @@
 """convert and inspect: memories between our folder, the released dialects and GGUF, a block of rows at a time.
 
-    engram                      our folder (engram/saved.py); e4m3 rows stay e4m3, in rows of dim + dim / 32 bytes
+    engram                      our folder (engram/saved.py); e4m3 rows stay e4m3, in rows of dim + dim / 32 bytes, if
+                                their scales are powers of two that such rows can hold: e8m0 scales per 32 values or
+                                more, or one scale for all. Rows with other scales, and int8 rows, are value * scale
+                                in float32, rounded to the config's table_dtype (bfloat16 unless a config is given)
     demo                        float32 rows, one state dict
     deepseek-v4.1               e4m3 and e8m0 tensors; with shards > 1 one file per tensor-parallel rank
     deepseek-v4.1-interleaved   the same in one uint8 tensor, values and scales of a row side by side
@@ -83,15 +86,13 @@ class Recoder:
         return stored
 
 
-def _target_form(to: str, form: str) -> str:
-    """How rows of a form are stored in a format."""
+def _target_form(to: str, rows: Rows) -> str:
+    """How rows are stored in a format: as they are where it can hold them, else rounded to what it can."""
     if to == "demo":
         return "float32"
     if to.startswith("deepseek"):
         return "fp8"
-    if to == "engram":
-        return "float32" if form == "float16" else form
-    return {"fp8": "bfloat16", "float16": "float32"}.get(form, form)
+    return "bfloat16" if rows.kept == "fp8" and to != "engram" else rows.kept
 
 
 def convert(
@@ -148,7 +149,7 @@ def convert(
             )
     if to in ("engram", "gguf") and opened.token_map is None:
         raise ValueError(f"{source} comes without its tokenizer: give token_map (--tokenizer), which addresses need")
-    recoders = {i: Recoder(rows, _target_form(to, rows.form)) for i, rows in opened.rows.items()}
+    recoders = {i: Recoder(rows, _target_form(to, rows)) for i, rows in opened.rows.items()}
     total, done = sum(_bytes(opened, i, r.form) for i, r in recoders.items()), [0]
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < total:
@@ -240,6 +241,6 @@ def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) ->
         return found
     found["config"] = json.loads(source.config.to_json())
     for layer, rows in source.rows.items():
-        size = _bytes(source, layer, rows.form)
-        found["tables"][layer] = {"rows": rows.rows, "dim": rows.dim, "form": rows.form, "bytes": size}
+        size = rows.nbytes if rows.parts else _bytes(source, layer, rows.form)
+        found["tables"][layer] = {"rows": rows.rows, "dim": rows.dim, "form": rows.description, "bytes": size}
     return found

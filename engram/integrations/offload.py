@@ -169,8 +169,8 @@ def load_offloaded(
     source = open_source(checkpoint)
     if source.kind != "qwen":
         raise ValueError(f"{checkpoint} is a {source.kind} memory: load_offloaded reads Qwen4-Exp checkpoints")
-    forms = {i: "float32" if rows.form == "float16" else rows.form for i, rows in source.rows.items()}
-    recoders = {layer: Recoder(rows, forms[layer]) for layer, rows in source.rows.items()}
+    forms = {layer: rows.kept for layer, rows in source.rows.items()}
+    recoders = {layer: Recoder(rows, rows.kept) for layer, rows in source.rows.items()}
 
     def blocks(layer: int) -> Iterator[Tensor]:
         rows, block = recoders[layer].rows.rows, recoders[layer].block
@@ -198,9 +198,16 @@ def load_offloaded(
     Hosted.__name__ = base.__name__
     Hosted._keys_to_ignore_on_load_unexpected = [
         *(base._keys_to_ignore_on_load_unexpected or []),
-        r"ngram_embedding\.(shard_\d+\.)?weight",
+        r"ngram_embedding\.",  # shards and their scales, whatever they are called
     ]
-    model = Hosted.from_pretrained(checkpoint, config=config, **kwargs)
+    kwargs.pop("output_loading_info", None)
+    model, loaded = Hosted.from_pretrained(checkpoint, config=config, output_loading_info=True, **kwargs)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"{checkpoint} lacks {missing[0]}"
+            + (f" and {len(missing) - 1:,} more of the model's weights" if len(missing) > 1 else "")
+            + ", which would be random: its tensors are not named as transformers names them, or are incomplete"
+        )
     model.__class__ = base
     for layer, module in _embeddings(model).items():
         module.ngram_embedding.table = tables[layer]

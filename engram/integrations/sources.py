@@ -27,7 +27,7 @@ from engram.integrations.dialects import (
     layout_of,
     unknown_in_hf,
 )
-from engram.integrations.rows import FORMS, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
+from engram.integrations.rows import FORMS, SCALES, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
 from engram.integrations.tensors import Checkpoint, Stored, open_checkpoint
 from engram.tables import EncodedTable
 from engram.untrusted import of_library, read_json, read_tokenizer
@@ -241,18 +241,20 @@ def _scales(checkpoint: Checkpoint, name: str, scale_name: str | None, shape: tu
     scale = _alike(checkpoint, scale_name)
     if stored.dtype == "U8":  # as files were written before safetensors had a name for it
         scale = scale.view(torch.float8_e8m0fnu)
-    blocks = [b for b in ((32, 32), (128, 128), (1, 32)) if stored.shape == tuple(map(_blocks, shape, b))]
-    if not blocks or stored.dtype not in ("F8_E8M0", "U8", "F32") or scale.float().isnan().any():
+    if stored.shape in ((), (1,), (shape[0],)) and len(shape) == 2:  # of the whole tensor, or of each row
+        scale = scale.view(-1, 1)
+    blocks = [b for b in ((32, 32), (128, 128), (1, 32), (1, shape[1]), shape) if scale.shape == _blocks(shape, b)]
+    if not blocks or stored.dtype not in SCALES or scale.float().isnan().any():
         raise ValueError(
             f"{stored.path}: tensor {scale_name} is {stored.dtype} {list(stored.shape)} for {name} {list(shape)}: "
-            f"expected a scale per 32 x 32, 128 x 128 or 1 x 32 values, F8_E8M0 or F32, none of them NaN"
+            f"expected a scale per 32 x 32, 128 x 128 or 1 x 32 values, per row or for all, none of them NaN"
         )
     wide = scale.float().repeat_interleave(blocks[0][0], 0).repeat_interleave(blocks[0][1], 1)
     return wide[: shape[0], : shape[1]]
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
+def _blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // each) for size, each in zip(shape, block, strict=True))
 
 
 def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:

@@ -24,7 +24,8 @@ app = typer.Typer(
 Corpus = Annotated[
     str,
     typer.Option(
-        help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib, botocore; or a folder or file of text."
+        help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib, botocore; or a folder or file: .txt, .md, "
+        'and .jsonl, .json or .parquet with a "text"; also .gz.'
     ),
 ]
 Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000, 1.1M, 500k.")]

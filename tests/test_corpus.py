@@ -79,6 +79,154 @@ def test_text_that_is_not_utf8_is_refused_by_file_name(tmp_path):
         load_corpus(str(tmp_path))
 
 
+def lines(values) -> bytes:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+
+
+RECORDS = [{"text": "café one", "id": 1}, {"id": 2, "text": "two\u2028three"}, {"text": "four"}]
+TEXTS = ["café one", "two\u2028three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", lines(RECORDS)),
+        ("a.ndjson", b"\xef\xbb\xbf" + lines(RECORDS).replace(b"\n", b"\r\n\r\n")),
+        ("a.JSONL", lines(TEXTS)),
+        ("a.jsonl.gz", gzip.compress(lines(RECORDS))),
+        ("a.json", json.dumps(RECORDS, indent=1).encode()),
+        ("a.json", json.dumps(TEXTS).encode()),
+        ("a.json.gz", gzip.compress(json.dumps(RECORDS).encode())),
+        ("a.txt.gz", gzip.compress("<|endoftext|>".join(TEXTS).encode())),
+        ("a.gz", gzip.compress("<|endoftext|>".join(TEXTS).encode())),
+    ],
+)
+def test_each_kind_of_file_is_read_alone_and_in_a_folder(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    alone = load_corpus(str(tmp_path / name))
+    assert [(d.name, d.text) for d in alone] == [(f"{name}#{i}", text) for i, text in enumerate(TEXTS)]
+    if name != "a.gz":  # in a folder it may be anything
+        assert [(d.name, d.text) for d in load_corpus(str(tmp_path))] == [(d.name, d.text) for d in alone]
+
+
+def test_parquet_is_read_with_pyarrow_and_refused_by_name_without(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4], "text": [*TEXTS, None]}), file)
+    with pytest.warns(UserWarning, match='3 documents read from 1 files; skipped: 1 records without a string "text"'):
+        assert [d.text for d in load_corpus(str(file))] == TEXTS
+    parquet.write_table(pyarrow.table({"content": TEXTS}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"no text in it.*1 .parquet files without a string \"text\".*'content'"):
+        load_corpus(str(tmp_path / "b.parquet"))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
+        load_corpus(str(file))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"a\.parquet is read with pyarrow, which is not installed: pip install"):
+        load_corpus(str(tmp_path))
+
+
+def test_linked_folders_are_followed_and_nothing_is_read_twice(tmp_path):
+    root, elsewhere = tmp_path / "in" / "data", tmp_path / "elsewhere"
+    (root / "own").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    (root / "own" / "z.txt").write_text("z")
+    (root / "b.txt").write_text("b")
+    for i in range(5):
+        (elsewhere / "deep" / f"{i}.txt").write_text(f"far {i}")
+    (root / "a-link").symlink_to(root / "own")  # sorts before the folder itself, which keeps its name
+    (root / "part").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere / "deep")
+    (elsewhere / "back").symlink_to(root)
+    (elsewhere / "deep" / "self").symlink_to(elsewhere)
+    (root / "c.txt").symlink_to(root / "b.txt")
+    os.link(root / "b.txt", root / "d.txt")
+    found = {d.name: d.text for d in load_corpus(str(root))}
+    assert sorted(found.values()) == sorted(["z", "b", *(f"far {i}" for i in range(5))])
+    assert {"own/z.txt", "b.txt"} <= set(found)
+    (root / "up").symlink_to(tmp_path)
+    (root / "gone.txt").symlink_to(tmp_path / "nothing")
+    (root / "round.txt").symlink_to(root / "round.txt")
+    with pytest.warns(UserWarning, match="7 documents read from 7 files; skipped: ") as said:
+        assert {d.name: d.text for d in load_corpus(str(root))} == found
+    assert "1 links to a folder that holds this one" in str(said[0].message)
+    assert "2 broken links" in str(said[0].message) and len(said) == 1
+
+
+def test_what_is_skipped_is_counted_in_one_line(tmp_path):
+    for name, content in {
+        "a.txt": b"read",
+        ".hidden.md": b"read too",
+        "empty.txt": b"",
+        "blank.md": b" \n",
+        "empty.jsonl": b"",
+        "code.py": b"x",
+        "more.py": b"x",
+        "picture.png": b"\x89PNG",
+        "nameless": b"x",
+        "settings.json": b'{"tab": 4}',
+        "comments.json": b"// none\n{}",
+        "other.jsonl": lines([{"content": "x"}, {"content": "y"}]),
+        "some.jsonl": lines([{"text": "yes"}, {"text": None}, {"id": 3}, {"text": ""}]),
+        "copy.txt": b"read",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.warns(UserWarning) as said:
+        found = load_corpus(str(tmp_path))
+    assert [d.text for d in found] == ["read too", "read", "yes"] and len(said) == 1
+    line = str(said[0].message)
+    assert "4 documents read from 4 files; skipped: " in line and "\n" not in line
+    for part in ("3 empty files", "2 .py files", '2 records without a string "text"'):
+        assert part in line
+    left = sum(int(n) for n in re.findall(r"(\d+) [\w.]", line.split("skipped: ")[1]))
+    assert left == 15  # and none in silence
+    assert "(the first has 'content')" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": "tw', r"a\.jsonl, line 2, is not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n', r"a\.jsonl, line 2, is not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: the text of record 0 holds half a surrogate"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1, is not JSON"),
+        ("a.jsonl.gz", gzip.compress(lines(RECORDS) * 50)[:-9], r"a\.jsonl\.gz is damaged, or is not gzip"),
+        ("a.txt.gz", b"plain text", r"a\.txt\.gz is damaged, or is not gzip"),
+        ("a.txt", "wide".encode("utf-16-le"), r"a\.txt is not UTF-8 text: it is binary or UTF-16"),
+        ("a.txt", "wide".encode("utf-16"), r"a\.txt is not UTF-8 text: it is binary or UTF-16"),
+        ("a.md", bytes(range(256)), r"a\.md is not utf-8 text"),
+    ],
+)
+def test_a_file_that_is_torn_or_no_text_is_refused_by_name_alone_and_in_a_folder(tmp_path, name, content, message):
+    (tmp_path / "fine.txt").write_text("fine")
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            load_corpus(str(path))
+
+
+@pytest.mark.parametrize("content", [b"// none\n{}", b"[" * 100_000, b'["a", ', b"nothing"])
+def test_a_json_file_given_itself_must_be_json(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is not JSON"):
+        load_corpus(str(tmp_path / "a.json"))
+
+
+def test_a_file_of_any_other_name_is_text_if_it_is_given_itself(tmp_path):
+    (tmp_path / "notes.rst").write_bytes(b"\xef\xbb\xbfone\r\ntwo\x00 three and more words")
+    assert [d.text for d in load_corpus(str(tmp_path / "notes.rst"))] == ["one\ntwo\x00 three and more words"]
+
+
+def test_a_file_name_that_is_no_text_does_not_stop_the_digest(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
+        file.write("text")
+    found = load_corpus(str(tmp_path))
+    assert found[0].name == "caf\\xe9.txt" and corpus_digest(found)
+
+
 @pytest.mark.parametrize("name", ["wikipedia", "", "stdlib+nowhere"])
 def test_an_unknown_corpus_names_the_known_ones(name):
     with pytest.raises(FileNotFoundError, match="wiki, shakespeare, kjv, stdlib"):

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import re
 import sysconfig
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+
+from engram.lm.text_files import KINDS, Reading, read_texts
 
 DEFAULT_CORPUS = "wiki+shakespeare+kjv"
 END_OF_TEXT = "<|endoftext|>"
@@ -57,8 +60,9 @@ def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
     """Documents of a '+'-joined list of corpora, in a fixed order, exact duplicates of a text dropped (first one kept).
 
     A part is "wiki" (lead sections of Wikipedia articles), "shakespeare" (by scene), "kjv" (by chapter), "stdlib"
-    (Python's own modules), "botocore" (documentation of web services), or the path of a text file or of a folder: every
-    *.txt and *.md under it, utf-8, is one document, or several where <|endoftext|> separates them.
+    (Python's own modules), "botocore" (documentation of web services), or the path of a file or folder of texts, as
+    engram.lm.text_files.read_texts reads them: .txt and .md, .jsonl, .json and .parquet with a "text", and .gz of them.
+    If anything in such a part is skipped, one UserWarning says how much was read and what was skipped and why.
     Raises FileNotFoundError (unknown part, package not installed), ValueError (nothing to read in it, not utf-8).
     """
     # A path may hold a '+' itself, so what exists as a whole is not taken apart.
@@ -66,23 +70,27 @@ def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
     for part in parts:  # before reading any of them
         if part not in READERS and not (part and Path(part).exists()):
             raise FileNotFoundError(
-                f"corpus {part!r} is neither one of {', '.join(READERS)} nor an existing text file or folder of them"
+                f"corpus {part!r} is neither one of {', '.join(READERS)} nor an existing file or folder of texts"
             )
     documents: list[Document] = []
     seen: set[str] = set()
     for part in parts:
-        found = False
-        for document in READERS[part]() if part in READERS else _read_path(part):
+        found, copies, reading = False, 0, Reading()
+        for document in READERS[part]() if part in READERS else _read_path(part, reading):
             if not document.text.strip():
                 continue
             found = True
             if document.text not in seen:
                 seen.add(document.text)
                 documents.append(document)
+            else:
+                copies += 1
         if not found:
-            raise ValueError(
-                f"corpus {part!r}: no text in it; every document is empty or there is no *.txt or *.md file"
-            )
+            raise ValueError(f"corpus {part!r}: no text in it ({reading.summary()}); files are {KINDS}")
+        if copies and part not in READERS:
+            reading.skipped["exact copies of other documents"] += copies
+        if reading.skipped:
+            warnings.warn(f"corpus {part!r}: {reading.summary()}", stacklevel=2)
     return documents
 
 
@@ -303,20 +311,8 @@ def _plain_html(markup: str) -> str:
     return re.sub(r" *\n[\s]*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
-def _read_path(part: str) -> Iterator[Document]:
-    root = Path(part)
-    files = [root]
-    if root.is_dir():
-        files = [file for file in root.rglob("*") if file.suffix.lower() in (".txt", ".md") and file.is_file()]
-        files.sort(key=lambda file: file.relative_to(root).as_posix())
-    for file in files:
-        try:
-            texts = file.read_text(encoding="utf-8-sig").split(END_OF_TEXT)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not utf-8 text (byte {error.start}); convert it or take it away") from error
-        name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        for number, text in enumerate(texts):
-            yield Document(part, name if len(texts) == 1 else f"{name}#{number}", text)
+def _read_path(part: str, reading: Reading) -> Iterator[Document]:
+    return (Document(part, name, text) for name, text in read_texts(part, END_OF_TEXT, reading))
 
 
 READERS = {

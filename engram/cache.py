@@ -281,17 +281,10 @@ class MemoryCache:
             pieces=(),
         )
 
-    def check_rewind(self, positions: int) -> None:
-        """Raises ValueError if `rewind(positions)` would."""
-        left = self.length - positions
-        if positions < 0 or left < 0:
-            raise ValueError(f"cannot rewind {positions} positions of {self.length}")
-        if 0 < left < self._state.floor:
-            possible = self.length - self._state.floor
-            raise ValueError(
-                f"cannot rewind {positions} positions: this cache keeps what a rewind of {possible} needs. Make it "
-                f"with a larger margin, MemoryCache(rewind={self.margin - possible + positions})"
-            )
+    @property
+    def rewindable(self) -> int:
+        """Positions that `rewind` can take back at this moment, other than all of them."""
+        return self.length - max(0, self._state.floor)
 
     def rewind(self, positions: int) -> None:
         """Takes back the last `positions` tokens, as if they had never been seen.
@@ -299,8 +292,14 @@ class MemoryCache:
         Raises:
             ValueError: more positions than there are, or more than the cache was made for (all of them is possible).
         """
-        self.check_rewind(positions)
         state, left = self._state, self.length - positions
+        if positions < 0 or left < 0:
+            raise ValueError(f"cannot rewind {positions} positions of {self.length}")
+        if left and positions > self.rewindable:
+            raise ValueError(
+                f"cannot rewind {positions} positions: this cache keeps what a rewind of {self.rewindable} needs. Make "
+                f"it with a larger margin, MemoryCache(rewind={self.margin - self.rewindable + positions})"
+            )
         if not left:
             self._state = _State(None, None, {}, (), state.number, 0)
         elif positions:

@@ -25,7 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from engram.addressing import TokenMap
 from engram.config import EngramConfig
-from engram.integrations.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of
+from engram.integrations.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of, suspend
 from engram.integrations.inputs import documents, padding, placeholder_ids
 from engram.memory import EngramMemory
 from engram.recall import MemoryCache, Recall, uncompiled
@@ -186,12 +186,13 @@ class _Pass(threading.local):
 
     Attributes:
         given: what each model was given of _READ, and its cache as "cache", whatever the model calls that argument.
-        recall: its rows; None between passes.
+        recall: its rows. cache: where its keys and values go, if that was given. Both None between passes.
     """
 
     def __init__(self) -> None:
         self.given: dict[nn.Module, dict[str, Any]] = {}
         self.recall: Recall | None = None
+        self.cache: Cache | None = None
 
 
 class Attachment:
@@ -237,7 +238,7 @@ class Attachment:
         cache = next((given[name] for name in self.caches[module] if given.get(name) is not None), None)
         self.now.given[module] = read if cache is None else read | {"cache": cache}
         if module is self.decoder:
-            self.now.recall = None
+            self.now.recall = self.now.cache = None
             self.now.recall = self._recall()
 
     def _first(self, name: str) -> Any:
@@ -259,7 +260,7 @@ class Attachment:
                 f"input_ids are {tuple(ids.shape)}, but the decoder gets {tuple(embeds.shape[:2])} positions"
             )
         cache = self._first("cache")
-        state = MemoryCache() if cache is None else state_of(cache, self.number)
+        state = MemoryCache() if cache is None else state_of(cache, self.number, time)
         given = (self.now.given[m] for m in reversed(self.models) if m in self.now.given)
         mask = next((g["attention_mask"] for g in given if "attention_mask" in g), None)  # before models convert it
         dead = padding(mask, batch, time, state.length)
@@ -271,14 +272,21 @@ class Attachment:
         places, ends = self._first("position_ids"), self._first("cu_seq_lens_q")
         runs = documents(places, ends, mask, dead, batch, time, state.length)
         runs = None if runs is None else runs.to(ids.device)
-        return self.memory.recall(ids, documents=runs, cache=state, dead=dead)
+        recall = self.memory.recall(ids, documents=runs, cache=state, dead=dead)
+        self.now.cache = cache
+        if cache is not None:
+            suspend(cache)  # until _leave
+        return recall
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         given = self.now.given.pop(module, {})
         if module is not self.decoder:
             return
         recall, self.now.recall = self.now.recall, None
+        cache, self.now.cache = self.now.cache, None
         state = None if recall is None else recall.cache
+        if state is not None and cache is not None and output is not None:  # None: an error ended the pass
+            follow(cache, state, self.number)
         # A cache that the decoder made itself for this pass: it may come back with the next token.
         parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
         made = next((part for part in parts if isinstance(part, Cache)), None)

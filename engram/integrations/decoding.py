@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from engram.recall import MemoryCache
+from engram.cache import REWIND, MemoryCache
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers has called the argument over time
 
@@ -45,30 +47,63 @@ def _cache_classes(annotation: Any, scope: dict[str, Any]) -> list[type]:
     return [k for k in parts if inspect.isclass(k) and k.__name__.endswith("Cache")]
 
 
+@contextmanager
+def _changing(cache: Any) -> Iterator[MemoryCache]:
+    """Take the memory's state out of a cache while both are changed, so that an interruption between the two leaves a
+    cache that is refused. An error of transformers leaves the state as it was: its length shows what was changed."""
+    state = cache.engram
+    cache.engram = None
+    if state is None:  # an earlier change or forward pass was interrupted: this one cannot mend it
+        yield MemoryCache()
+        return
+    try:
+        yield state
+    except Exception:
+        cache.engram = state
+        raise
+    cache.engram = state
+
+
+def _check_crop(state: MemoryCache, removed: int) -> None:
+    """Raise ValueError if the memory cannot follow a crop of so many positions."""
+    if state.rewindable < removed < state.length:  # transformers itself refuses to remove more than there are
+        raise ValueError(
+            f"this crop takes back {removed} of {state.length} positions, and the memory keeps what a crop of "
+            f"{state.rewindable} needs: draft fewer tokens at a time, or start with an empty cache"
+        )
+
+
 class _Followed:
     """Mixed into the class of a cache that a memory follows."""
 
-    engram: MemoryCache
+    engram: MemoryCache | None  # None while it changes, and for good if that was interrupted
     engram_owner: int
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.engram.select(beam_idx)
+        with _changing(self) as state:
+            super().reorder_cache(beam_idx)  # type: ignore[misc]
+            state.select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self.engram.select(indices)
+        with _changing(self) as state:
+            super().batch_select_indices(indices)  # type: ignore[misc]
+            state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.engram.ids is not None:
-            self.engram.select(torch.arange(len(self.engram.ids)).repeat_interleave(repeats))
+        with _changing(self) as state:
+            super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+            if state.ids is not None:
+                state.select(torch.arange(len(state.ids)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         before = positions(self)
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-        if before == self.engram.length:
-            self.engram.rewind(before - positions(self))
+        with _changing(self) as state:
+            follows = before == state.length
+            if follows:  # before the keys and values are cut
+                _check_crop(state, -tokens_to_remove if tokens_to_remove <= 0 else before - tokens_to_remove)
+            super().crop(tokens_to_remove)  # type: ignore[misc]
+            if follows:
+                state.rewind(before - positions(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the name of the class beneath: this one has no place to be imported from."""
@@ -101,8 +136,18 @@ def follow(cache: Cache, state: MemoryCache, owner: int) -> None:
     cache.engram, cache.engram_owner = state, owner  # type: ignore[attr-defined]
 
 
-def state_of(cache: Any, owner: int) -> MemoryCache:
+def suspend(cache: Any) -> None:
+    """Take the memory's state out of a cache for the length of a forward pass: if the pass does not end well, some
+    layers have its keys and values and others do not, and the cache is refused from then on."""
+    cache.engram = None
+
+
+def state_of(cache: Any, owner: int, time: int) -> MemoryCache:
     """The memory's state of a cache: a new one for an empty cache, else the one that has followed it.
+
+    Args:
+        time: positions of the forward pass that begins. Assisted decoding may take any of them back, so the state
+            keeps what such a crop needs, however many there are.
 
     Raises:
         TypeError: tuples of tensors, as older versions of transformers kept keys and values. ValueError: a cache of
@@ -126,7 +171,7 @@ def state_of(cache: Any, owner: int) -> MemoryCache:
     if state is None or getattr(cache, "engram_owner", None) != owner:
         raise ValueError(
             f"the cache holds {past} positions that this memory has not seen: it was filled by another model or "
-            f"before the memory was attached. Start with an empty cache"
+            f"before the memory was attached, or a forward pass or a change of it broke off. Start with an empty cache"
         )
     if state.length != past:
         raise ValueError(
@@ -134,4 +179,5 @@ def state_of(cache: Any, owner: int) -> MemoryCache:
             f"other means than its methods (crop, reorder_cache, batch_select_indices, batch_repeat_interleave, "
             f"reset), or a forward pass broke off. Start with an empty cache"
         )
+    state.margin = max(REWIND, time)
     return state

@@ -30,7 +30,7 @@ from engram.recall import Recall, uncompiled
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
 from engram.tables.encoded import place_table
-from engram.tables.files import partial_folder, write_whole
+from engram.tables.files import partial_folder, step_folders, write_whole
 from engram.tables.table import as_ids
 from engram.tables.weak import WeakList
 from engram.untrusted import parse_json, read_json
@@ -92,7 +92,8 @@ class EngramMemory(nn.Module):
         config: shape and rules. token_map: of the tokenizer whose ids will come in. hidden_size: d.
         streams: residual streams M of the backbone.
         folder: keep the tables in files layer-<i>.rows of this folder instead of RAM. Rows that are there are gone on
-            with, if they belong to the same addresses, token map and initial rows (its rows.json says so).
+            with, if they belong to the same addresses, token map and initial rows (its rows.json says so). Rows that a
+            killed train() left are refused, or, if that run has checkpoints, must not be used before one is loaded.
         tables: {layer: table} to read from instead of new ones, all of them encoded or none.
 
     Raises:
@@ -131,6 +132,9 @@ class EngramMemory(nn.Module):
         self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
         self.tables: dict[int, HostTable] = dict(tables or {})
         self.codec: str | None = None
+        self._rows_folder: Path | None = None  # with a rows.json of this memory
+        self._marked = False  # rows.json says that rows are unfinished
+        self._cut_short: str | None = None  # why the rows that were opened must not be used
         if tables is None:
             self._make_tables(None if folder is None else Path(folder))
         shapes = {layer: (table.rows, table.dim) for layer, table in self.tables.items()}
@@ -182,8 +186,45 @@ class EngramMemory(nn.Module):
             raise
 
     def claim(self, folder: Path) -> None:
-        """Writes into a folder whose rows it holds."""
+        """Record in rows.json which memory owns the row files in `folder`."""
         write_whole(folder / "rows.json", json.dumps(self._facts()).encode())
+        self._rows_folder = folder
+
+    def mark_unfinished(self, run: str | os.PathLike[str] | None) -> None:
+        """Record in rows.json that the rows in files are being changed: until mark_finished they are not those of any
+        checkpoint, and after a kill they are refused. run: folder of the checkpoints to go on from, if there is one."""
+        if self._rows_folder is not None:
+            mark = {"run": None if run is None else os.path.abspath(run)}
+            write_whole(self._rows_folder / "rows.json", json.dumps({**self._facts(), "unfinished": mark}).encode())
+            self._marked = True
+
+    def mark_finished(self) -> None:
+        """Record that all rows are those of one checkpoint, or of training that has ended."""
+        self._cut_short = None
+        if self._rows_folder is not None and self._marked:
+            self.flush()
+            self.claim(self._rows_folder)
+            self._marked = False
+
+    def flush(self) -> None:
+        """Force rows in files to the disk."""
+        for table in self.tables.values():
+            table.flush()
+
+    def check_finished(self) -> None:
+        """Raise ValueError if the rows in files were left by training that was cut short, and no checkpoint was loaded
+        over them since."""
+        if self._cut_short is not None:
+            raise ValueError(self._cut_short)
+
+    def _check_mark(self, folder: Path, mark: Any) -> None:
+        """Refuse rows that a killed run left, unless a checkpoint of that run can be loaded over them first."""
+        run = mark.get("run") if isinstance(mark, dict) else None
+        why = f"{folder} holds rows of training that was cut short: they are not those of any step"
+        start = f"delete {folder / 'rows.json'} and the *.rows beside it to start again with new rows"
+        if not isinstance(run, str) or not any((step / "manifest.json").is_file() for step in step_folders(run)):
+            raise ValueError(f"{why}, and there is no checkpoint to go on from: {start}")
+        self._cut_short = f"{why}. Load a checkpoint of {run} over them (training in that folder does), or {start}"
 
     def _check_rows_of(self, folder: Path) -> None:
         facts = folder / "rows.json"
@@ -200,6 +241,10 @@ class EngramMemory(nn.Module):
                 f"{folder} holds rows of another memory ({', '.join(other)} differ): they would be read wrongly, or "
                 f"training would begin with them. Give another folder, or delete the rows"
             )
+        self._rows_folder = folder
+        if found.get("unfinished") is not None:
+            self._marked = True
+            self._check_mark(folder, found["unfinished"])
 
     def detach(self) -> nn.Module:
         """Undoes engram.attach: gives back the model as it was, without hooks or memory.
@@ -247,6 +292,7 @@ class EngramMemory(nn.Module):
             IndexError: an id outside the vocabulary. ValueError: placeholder ids, shapes that do not match, or a cache
             together with a lookback.
         """
+        self.check_finished()
         if cache is not None and lookback is not None:
             raise ValueError("a decoding cache has its own look-back: give no lookback with it")
         for name, given in (("documents", documents), ("dead", dead)):
@@ -389,6 +435,7 @@ class EngramMemory(nn.Module):
         """
         if self.codec is not None:
             raise ValueError(f"the tables are {self.codec} already: encoding twice would lose precision twice")
+        self.check_finished()
         name = get_codec(codec, self.config.head_dim).name
         paths = {layer: None if folder is None else Path(folder) / f"layer-{layer}.{name}" for layer in self.tables}
         for path in filter(None, paths.values()):  # before the work
@@ -414,7 +461,7 @@ class EngramMemory(nn.Module):
             raise
         self._renew_recalls()
         self.close()
-        self.tables, self.codec = {**encoded}, name
+        self.tables, self.codec, self._rows_folder = {**encoded}, name, None
         for pending in self.gradients.values():
             pending.clear()
 
@@ -515,6 +562,9 @@ class EngramMemory(nn.Module):
         targets = {f"{prefix}tables.{layer}": table.tensor for layer, table in self.tables.items()}
         targets |= {f"{prefix}codebooks.{layer}": books for layer, books in self._codebooks().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        replaces = all(key in state_dict and state_dict[key].data_ptr() != t.data_ptr() for key, t in targets.items())
+        if replaces:
+            self.mark_unfinished(None)
         for key, target in targets.items():
             saved = state_dict.get(key)
             if key in unexpected:
@@ -525,6 +575,8 @@ class EngramMemory(nn.Module):
                 errors.append(f"{key} is {tuple(saved.shape)}, the table is {tuple(target.shape)}")
             else:
                 target.copy_(saved)
+        if replaces and not errors:
+            self.mark_finished()
         for table in self.tables.values():
             if isinstance(table, EncodedTable):
                 table.validate()

@@ -63,6 +63,7 @@ def save_memory(
     rows: writes the rows of a layer to a path and returns write_rows' entry, where they are not in the memory's tables.
     """
     target = Path(folder)
+    memory.check_finished()
     if target.exists():
         if not overwrite:
             raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace a saved memory")

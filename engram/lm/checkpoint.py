@@ -186,11 +186,11 @@ def load_checkpoint(
     Raises:
         FileNotFoundError, ValueError: see read_manifest; also tensors that do not fit the model, named one by one.
     """
-    return read_folder(checkpoint, lambda path: _load(path, Path(checkpoint).name, model, optimizer))
+    return read_folder(checkpoint, lambda path: _load(path, Path(checkpoint), model, optimizer))
 
 
-def _load(path: Path, name: str, model: nn.Module, optimizer: EngramOptimizer | None) -> dict[str, Any]:
-    manifest = _read_manifest(path, name)
+def _load(path: Path, shown: Path, model: nn.Module, optimizer: EngramOptimizer | None) -> dict[str, Any]:
+    manifest = _read_manifest(path, shown.name)
     dense = read_tensors(path / "model.safetensors", "the weights of a checkpoint")
     current, tables = _split_model(model)
     odd = set(dense) ^ set(current) | {k for k in set(dense) & set(current) if dense[k].shape != current[k].shape}
@@ -204,6 +204,9 @@ def _load(path: Path, name: str, model: nn.Module, optimizer: EngramOptimizer | 
         model.load_state_dict({**dense, **tables})
     except RuntimeError as error:  # torch's own wording for shapes
         raise ValueError(f"{path} does not fit this model: {error}") from error
+    memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
+    for memory in memories:
+        memory.mark_unfinished(shown.parent)
     for key, rows in raw.items():
         read_rows(path / f"{key}.rows", rows, manifest["files"][f"{key}.rows"]["xxh3_128"])
     if optimizer is not None:
@@ -211,6 +214,8 @@ def _load(path: Path, name: str, model: nn.Module, optimizer: EngramOptimizer | 
             _load_optimizer(path, manifest, optimizer)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not fit this optimiser: {error}") from error
+    for memory in memories:
+        memory.mark_finished()
     return manifest
 
 

@@ -193,7 +193,7 @@ def train(
     """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
     with the weights and rows that an undisturbed run ends with, bit for bit; on another number of torch threads
     (torch.set_num_threads) they differ in their last bits, because torch then sums in another order. Tables in files
-    hold what the killed run left in them: where it had no checkpoint yet, begin again with new files.
+    hold what the killed run left in them: if it had no checkpoint yet, they are refused.
 
     Args:
         model: weights and (maybe) memory to train. data: the training text. config: how.
@@ -254,6 +254,9 @@ def train(
         log.row_state_bytes = sum(row_optimizer.nbytes for row_optimizer in optimizer.row_optimizers)
         model.train()
         memory = model.memory
+        if memory is not None and first < config.steps:
+            memory.check_finished()
+            memory.mark_unfinished(folder)
         ahead: Recall | None = None  # of the batch after the current one
         upcoming = batch_at(first) if first < config.steps else None
         for step in range(first, config.steps):
@@ -304,4 +307,6 @@ def train(
                 save_checkpoint(folder, model, optimizer, done, facts, keep_checkpoints)
             if on_step is not None:
                 on_step(done, loss)
+        if memory is not None:
+            memory.mark_finished()
         return log

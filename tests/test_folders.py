@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -13,7 +14,7 @@ import pytest
 import torch
 from test_files import CONFIG, HIDDEN, VOCAB, elsewhere, flip, linux, memory, same, saved  # noqa: F401
 
-from engram import EngramMemory, TokenMap, build_optimizer
+from engram import EngramConfig, EngramMemory, TokenMap, build_optimizer
 from engram.lm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from engram.saved import _check_some_blocks, read_facts
 from engram.tables import files
@@ -663,3 +664,116 @@ def test_a_linked_folder_is_trained_and_linked_rows_are_read(saved, tmp_path):  
     (saved / "layer-1.rows").symlink_to("../blob")
     for mode in ("copy", "shared"):
         assert same(EngramMemory.load(saved, mode), memory())
+
+
+# What is converted and offloaded.
+
+
+@pytest.mark.parametrize("to", ["engram", "deepseek-v4.1", "gguf"])
+@pytest.mark.parametrize("system", ["as it is", "no locks"])
+def test_what_is_converted_is_one_memory_though_its_source_is_replaced(tmp_path, monkeypatch, to, system):
+    import engram.integrations.formats as formats
+
+    config = EngramConfig(
+        layers=(1, 3), heads=2, head_dim=64, rows_per_head=997, pad_id=2, conv_kernel=0, boundary="dead"
+    )  # one that every format can hold
+    one, two = memory(config=config), memory(seed=1, config=config)
+    source = one.save(tmp_path / "source")
+    formats.convert(source, tmp_path / "expected", to)
+    without(system, monkeypatch)
+    name = {"engram": "write_engram", "gguf": "write_gguf"}.get(to, "write_safetensors")
+    done = replace_once(monkeypatch, f"engram.integrations.formats.{name}", lambda: two.save(source, overwrite=True))
+    try:
+        formats.convert(source, tmp_path / "found", to)
+    except Replaced as error:
+        assert system == "no locks" and f"{source} was replaced" in str(error)
+        assert not (tmp_path / "found").exists()
+    else:
+        for path in [tmp_path / "expected", *(tmp_path / "expected").rglob("*")]:
+            twin = tmp_path / "found" / path.relative_to(tmp_path / "expected")
+            varies = path.name in ("token_map.safetensors", "manifest.json")  # the order of metadata
+            assert path.is_dir() or varies or path.read_bytes() == twin.read_bytes()
+    assert done and same(EngramMemory.load(source), two)
+    assert not [left for left in names(tmp_path) if left.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["../theirs", "layer-1.other", "/etc/passwd", "sub/rows", ".."])
+def test_offloaded_tables_lie_in_files_that_their_manifest_lists(tmp_path, name):
+    from engram.integrations.offload import FORMAT, _open, _store
+    from engram.tables.files import manifest_digest
+
+    rows = torch.arange(40, dtype=torch.float32).view(10, 4)
+    tables = _store({1: (10, 4, "float32")}, lambda layer: iter([rows]), tmp_path / "home")
+    assert torch.equal(tables[1].tensor, rows) and tables[1].path == tmp_path / "home" / "layer-1.float32"
+    (tmp_path / "theirs").write_bytes(bytes(160))
+    manifest = json.loads((tmp_path / "home" / "manifest.json").read_text())
+    assert manifest["format"] == FORMAT
+    manifest["tables"]["1"]["file"] = name
+    manifest["digest"] = manifest_digest(manifest)
+    (tmp_path / "home" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'home'}.manifest\.json names"):
+        _open(tmp_path / "home")
+
+
+@pytest.mark.parametrize("part", [1, 7, 100])
+def test_a_header_that_is_written_in_parts_is_whole(tmp_path, monkeypatch, part):
+    from engram.integrations import gguf, tensors
+
+    class Short:
+        """A file whose writes take a part only."""
+
+        def __init__(self, path, *args, **kwargs):
+            self.file = open(path, *args, **kwargs)
+
+        def write(self, data):
+            return self.file.write(data[:part])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    rows = torch.arange(12, dtype=torch.float32).view(3, 4)
+    monkeypatch.setattr(tensors, "open", Short, raising=False)
+    writers = {
+        "x.safetensors": lambda path: tensors.Writer(path, {"rows": ("F32", (3, 4))}, {"about": "a test"}),
+        "x.gguf": lambda path: gguf.GgufWriter(path, {"rows": ("F32", (3, 4))}, {"about": "a test"}),
+    }
+    for name, make in writers.items():
+        writer = make(tmp_path / name)
+        writer.append("rows", rows)
+        writer.close()
+    monkeypatch.undo()
+    found = tensors.read_header(tmp_path / "x.safetensors")[0]["rows"], gguf.read_gguf(tmp_path / "x.gguf")[0]["rows"]
+    assert all(torch.equal(stored.read(), rows) for stored in found)
+
+
+@pytest.mark.parametrize("at", [0, 9, 40])
+def test_a_header_that_reads_otherwise_than_it_was_written_is_noticed(tmp_path, at):
+    from engram.integrations import gguf, tensors
+
+    makers = (
+        lambda path: tensors.Writer(path, {"rows": ("F32", (3, 4))}, {}),
+        lambda path: gguf.GgufWriter(path, {"rows": ("F32", (3, 4))}, {}),
+    )
+    for number, make in enumerate(makers):
+        path = tmp_path / str(number)
+        writer = make(path)
+        writer.append("rows", torch.zeros(3, 4))
+        flip(path, at)
+        with pytest.raises(OSError, match=f"{path}: the header does not read back"):
+            writer.close()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_header_that_cannot_be_written_names_its_file(tmp_path, monkeypatch, error):
+    from engram.integrations import tensors
+
+    class Full:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def write(self, data):
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(tensors, "open", Full, raising=False)
+    with pytest.raises(OSError, match=f"could not write the header of {tmp_path / 'x'}: {os.strerror(error)}"):
+        tensors.Writer(tmp_path / "x", {"rows": ("F32", (3, 4))}, {})

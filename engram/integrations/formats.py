@@ -36,7 +36,7 @@ from engram.integrations.sources import Source, dialect_of_tensors, open_source
 from engram.integrations.targets import write_engram, write_gguf, write_safetensors
 from engram.integrations.tensors import open_checkpoint
 from engram.tables import EncodedTable
-from engram.tables.files import partial_folder, put, verify, whole_folder
+from engram.tables.files import partial_folder, pinned_folder, put, verify, whole_folder
 
 FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")
 BLOCK = 64 << 20  # bytes of a block's rows as float32
@@ -124,7 +124,20 @@ def convert(
         ValueError: what is wrong with which tensor. FileExistsError: a target that is there. OSError: no disk space, or
         a disk that gives back something else than was written.
     """
-    target = Path(target)
+    with pinned_folder(source) as pinned:  # so that all of it is one memory, also if a writer replaces it meanwhile
+        return _convert(pinned, Path(target), to, config, token_map, shards, by, on_bytes)
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    to: str,
+    config: EngramConfig | None,
+    token_map: TokenMap | None,
+    shards: int,
+    by: str,
+    on_bytes: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
     if by not in ("row", "head") or shards < 1:

@@ -6,6 +6,7 @@ of the caller's size, whatever the tensor's. The format is eight bytes of header
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -236,6 +237,13 @@ def _check_numbers(files: list[Path]) -> None:
                 raise ValueError(f"the shard {files[0].parent / name} is missing: there are {count} of them")
 
 
+def _write_at(file: io.FileIO, data: memoryview, at: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), data, at)
+    file.seek(at)  # Windows
+    return file.write(data)
+
+
 class Streamed:
     """A new file whose tensors are filled a block of rows at a time, in order, with a digest over each.
 
@@ -266,7 +274,7 @@ class Streamed:
         done, start = 0, self.stored[name].offset + self._written[name]
         try:
             while done < len(data):
-                done += os.pwrite(self._file.fileno(), data[done:].data, start + done)
+                done += _write_at(self._file, data[done:].data, start + done)
         except OSError as error:
             raise OSError(error.errno, f"could not write tensor {name} to {self.path}: {error.strerror}") from error
         self._written[name] += len(data)

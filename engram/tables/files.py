@@ -87,8 +87,7 @@ def write_rows(
             if on_bytes is not None:
                 on_bytes(len(block))
         file.truncate(size)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
     return {"bytes": size, "xxh3_128": digest.hexdigest(), "blocks": blocks}
 
 
@@ -214,8 +213,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     with partial_folder(path) as partial:
         with open(partial / path.name, "xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(partial / path.name)
         put(partial / path.name, path)
 
 

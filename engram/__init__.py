@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from engram import _command  # noqa: F401  (first: it must run before torch is imported)
 from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.bench import bench
 from engram.config import EngramConfig

@@ -122,6 +122,10 @@ class EngramMemory(nn.Module):
             raise ValueError(
                 f"pad_id {config.pad_id} is outside the token map's vocabulary of {len(token_map.table):,}"
             )
+        if token_map.table[config.pad_id] < 0:
+            raise ValueError(
+                f"pad_id {config.pad_id} is a dead id of the token map: name one that the tokenizer had at first"
+            )
         if folder is not None and (Path(folder) / "manifest.json").exists():
             raise ValueError(
                 f"{folder} is a saved memory, which is not trained in place: EngramMemory.load it, with rows_in= where "
@@ -129,6 +133,8 @@ class EngramMemory(nn.Module):
             )
         self.layout = hash_layout(config, token_map)
         self.hasher = NgramHasher(self.layout, token_map)
+        # Ids that the model may be given. Those beyond the token map (embeddings are padded, tokenizers grow) are dead.
+        self.vocab_size = len(token_map.table)
         self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
         self.tables: dict[int, HostTable] = dict(tables or {})
         self.codec: str | None = None
@@ -230,7 +236,7 @@ class EngramMemory(nn.Module):
         facts = folder / "rows.json"
         try:
             found = read_json(facts, "the record of a folder of rows")
-            other = [name for name, value in self._facts().items() if found.get(name) != value]
+            other = [name for name, value in self._facts().items() if not self._same(name, found.get(name), value)]
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{facts} does not say whose rows lie beside it ({type(error).__name__}): give another folder, or "
@@ -256,7 +262,31 @@ class EngramMemory(nn.Module):
             raise ValueError("this memory is not attached to a model")
         attachment, self.attachment = self.attachment, None
         attachment.remove()
+        self.vocab_size = len(self.hasher.token_map.table)
         return attachment.model
+
+    def extend(self, grown: Any) -> None:
+        """Take up tokens that were added to the tokenizer since the rows were addressed; see TokenMap.extend. Rows and
+        digests stay; the token map itself changes only if a new token joins the class of an old one.
+
+        Args:
+            grown: the tokenizer after tokens were added, or its TokenMap.
+
+        Raises:
+            ValueError: another tokenizer, or one that lacks ids of the token map.
+        """
+        extended = self.hasher.token_map.extend(grown)
+        if (extended.table[len(self.hasher.token_map.table) :] >= 0).any():
+            self.hasher = NgramHasher(self.layout, extended)
+        self.vocab_size = max(self.vocab_size, len(extended.table))
+
+    def unnamed(self, ids: Tensor) -> Tensor | None:
+        """True at the ids (of the model's vocabulary) that the token map gives no class; None if there are none."""
+        token_map, known = self.hasher.token_map, len(self.hasher.token_map.table)
+        result = (ids >= known) & (ids < self.vocab_size)
+        if token_map.has_dead:
+            result |= (token_map.mark_dead(ids) < 0) & (ids >= 0)
+        return result if bool(result.any()) else None
 
     def __contains__(self, layer: int) -> bool:
         return layer in self.tables
@@ -280,6 +310,7 @@ class EngramMemory(nn.Module):
 
         Args:
             ids: int64 [B, T] token ids; -1 is a DEAD position with boundary="dead", else not allowed.
+                An id of the model's vocabulary (vocab_size) that the token map does not name is DEAD too.
             documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
             lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece. They complete
                 n-grams; a convolution sees nothing of that piece, other than with a cache.
@@ -309,6 +340,10 @@ class EngramMemory(nn.Module):
         if self.config.boundary == "dead" and bool((host == -1).any()):
             placeholders = (host == -1).to(ids.device)
             dead = placeholders if dead is None else dead | placeholders
+        if (unnamed := self.unnamed(host)) is not None:
+            dead = unnamed.to(ids.device) if dead is None else dead | unnamed.to(ids.device)
+        if lookback is not None and (unnamed := self.unnamed(lookback)) is not None:
+            lookback = lookback.masked_fill(unnamed, -1)
         if dead is not None:
             begins = dead.cumsum(1)  # each begins a run, of which it is padding
             runs = begins if runs is None else runs + begins
@@ -501,7 +536,8 @@ class EngramMemory(nn.Module):
                 trained: the memory comes in eval() mode, forward passes in train() mode and optimisers raise
                 PermissionError; the fusion weights can be trained in eval() mode. Some blocks of every table are
                 checked, all of them by `engram verify`.
-            token_map: of the tokenizer in use; one that the rows were not written with is refused. Default: the saved.
+            token_map: of the tokenizer in use; one that the rows were not written with is refused, other than the same
+                tokenizer with tokens added (see TokenMap.extend). Default: the saved.
             rows_in: with "copy", a folder that keeps the new tables in files instead of RAM, for training
                 tables larger than memory.
 
@@ -529,6 +565,10 @@ class EngramMemory(nn.Module):
         }
         return facts if self.codec is None else {**facts, "codec": self.codec}
 
+    def _same(self, name: str, saved: Any, mine: Any) -> bool:
+        """Return True if a saved fact agrees with this memory's. A token map may have been extended meanwhile."""
+        return saved == mine or (name == "token_map" and self.hasher.token_map.is_extended_from(str(saved)))
+
     def get_extra_state(self) -> Tensor:
         facts = json.dumps(self._facts(), sort_keys=True)
         return torch.tensor(list(facts.encode()), dtype=torch.uint8, device="cpu")
@@ -537,7 +577,7 @@ class EngramMemory(nn.Module):
         saved, mine = (parse_json(bytes(s.tolist())) for s in (state, self.get_extra_state()))
         names = ("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")
         for name, what in (*names, ("codec", "row codec")):
-            if saved.get(name) != mine.get(name):
+            if not self._same(name, saved.get(name), mine.get(name)):
                 raise ValueError(
                     f"the saved memory has another {what} ({saved.get(name)}) than this model ({mine.get(name)}): its "
                     f"rows would be read wrongly"

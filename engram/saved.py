@@ -232,11 +232,11 @@ def _load(
     saved_map = TokenMap.load(home / "token_map.safetensors")
     if saved_map.digest != manifest["token_map"]["digest"]:
         raise ValueError(f"{home / 'token_map.safetensors'} is another token map than the rows were written with")
-    if token_map is not None and token_map.digest != saved_map.digest:
-        raise ValueError(
-            f"{home} was saved with the token map {saved_map.digest[:12]} ({saved_map.size:,} ids), this one is "
-            f"{token_map.digest[:12]} ({token_map.size:,} ids): another tokenizer or version, every row would be wrong"
-        )
+    if token_map is not None:
+        try:
+            saved_map.extend(token_map)
+        except ValueError as error:
+            raise ValueError(f"{home}: {error}") from None
     config, hidden_size, streams = _read_shape(home / "config.json")
     if shared:
         _check_some_blocks(home, manifest)
@@ -281,6 +281,8 @@ def _load(
                 if isinstance(table, EncodedTable):
                     table.codebook_path.unlink(missing_ok=True)
         raise
+    if token_map is not None:
+        memory.extend(token_map)
     return memory.eval() if shared else memory
 
 

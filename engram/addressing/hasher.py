@@ -55,6 +55,8 @@ class NgramHasher:
     else the layout's boundary rule names, every older position of that window is pad as well. The window of a DEAD
     position is all pad; its rows are not to be used.
 
+    A dead id of the token map (see TokenMap.extend) counts as -1.
+
     ValueError: a negative id in ids, wrong shapes, a token map of another size than the layout was built for.
     IndexError: an id outside the token map. TypeError: other dtypes or kinds.
     Source: the paper, section 2.2, and the released demo; the dialects are listed in paper_notes/dialects.md.
@@ -118,6 +120,8 @@ class NgramHasher:
             if documents.shape != ids.shape:
                 raise ValueError(f"documents has shape {list(documents.shape)}, ids {list(ids.shape)}: must be equal")
 
+        if self.token_map.has_dead:
+            ids, lookback = self._mark_dead(ids, lookback)
         shape = (len(self.layout.layers), *ids.shape, self.layout.columns)
         if out is not None:
             self._check_out(out, ids, shape)
@@ -140,6 +144,17 @@ class NgramHasher:
             rows = torch.from_numpy(rows) if isinstance(ids, torch.Tensor) else rows
         rows = rows if out is None else out
         return {layer: rows[i] for i, layer in enumerate(self.layout.layers)}
+
+    def _mark_dead(self, ids: Any, lookback: Any) -> tuple[Any, Any]:
+        """Write -1 for the ids that the token map calls dead: they are boundaries, as any -1 is."""
+        marked = self.token_map.mark_dead(ids)
+        if self.layout.boundary != "dead" and bool((marked != ids).any()):
+            row, t = torch.as_tensor(marked != ids).nonzero()[0].tolist()
+            raise ValueError(
+                f"ids[{row}, {t}] is {int(ids[row, t])}, a dead id of the token map (added to the tokenizer after the "
+                f"rows were addressed): it cannot be hashed. EngramMemory.recall skips such ids"
+            )
+        return marked, None if lookback is None else self.token_map.mark_dead(lookback)
 
     @staticmethod
     def _check_out(out: Any, ids: Any, shape: tuple[int, ...]) -> None:

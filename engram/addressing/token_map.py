@@ -28,7 +28,8 @@ class TokenMap:
     """Surjection of raw token ids [0, V) onto compressed ids [0, V').
 
     table: int64 [V], read-only; every value of [0, V') occurs. -1 is a dead id, which only `extend` gives: it is never
-    hashed, ends n-grams and gets nothing. Source: the paper, section 2.1, and the released demo.
+    hashed, ends n-grams and gets nothing. size: V'. has_dead: True if there are dead ids. Source: the paper, section
+    2.1, and the released demo.
     """
 
     def __init__(self, table: np.ndarray):
@@ -46,6 +47,7 @@ class TokenMap:
         table.setflags(write=False)
         self.table = table
         self.size = size
+        self.has_dead = before is not table
 
     @cached_property
     def digest(self) -> str:
@@ -207,6 +209,18 @@ class TokenMap:
             self._refuse(ids)
         ids = ids.astype(np.int64)
         return np.where(ids < 0, ids, self.table[np.maximum(ids, 0)])
+
+    @overload
+    def mark_dead(self, ids: np.ndarray) -> np.ndarray: ...
+    @overload
+    def mark_dead(self, ids: torch.Tensor) -> torch.Tensor: ...
+    def mark_dead(self, ids: Any) -> Any:
+        """Return the raw ids with -1 in the place of dead ones; all others, also those outside the map, as they are."""
+        last = len(self.table) - 1
+        if isinstance(ids, torch.Tensor):
+            dead = (ids <= last) & (self(ids.clamp(max=last)) == -1)
+            return ids.masked_fill(dead, -1)
+        return np.where((ids <= last) & (self(np.minimum(ids, last)) == -1), -1, ids)
 
     def _refuse(self, ids: np.ndarray) -> None:
         place = tuple(int(i) for i in np.argwhere(ids >= len(self.table))[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram.lm.evaluate import eval_mode
-from engram.lm.tokenizer import END_OF_TEXT_ID
+from engram.lm.tokenizer import END_OF_TEXT_ID, token_ids
 from engram.memory import EngramMemory
 from engram.recall import Recall
 
@@ -46,7 +46,8 @@ class Explanation:
 
     Attributes:
         ids: token ids. tokens: their text, or the ids as text where no tokenizer was given.
-        compressed: what the hash sees of each id (token map): two n-grams equal in these read the same rows.
+        compressed: what the hash sees of each id (token map): two n-grams equal in these read the same rows. -1 at an
+            id that the token map does not name.
         orders: n-gram lengths. dead: bool [T], True at positions that are no text.
         lengths: int64 [T, N], how many tokens of each n-gram are text: fewer than the order where it was cut at the
             start of the text, at another document, at an end-of-sequence or dead token; 0 at dead positions.
@@ -100,14 +101,13 @@ class _Seen:
 
 
 @torch.no_grad()
-def explain(
-    model: nn.Module, text_or_ids: str | Sequence[int] | Tensor, tokenizer: Any = None, losses: bool = True
-) -> Explanation:
+def explain(model: nn.Module, text_or_ids: Any, tokenizer: Any = None, losses: bool = True) -> Explanation:
     """Looks at one text through the memory of a Transformer, or of a model of transformers with an attached memory.
 
     Args:
-        model: left as it was. text_or_ids: a text, which needs the tokenizer, or ids [T]. A text gets the special
-            tokens that the model's texts begin with: <|endoftext|> for a Transformer, the tokenizer's own for others.
+        model: left as it was. text_or_ids: a text, which needs the tokenizer, or ids [T] or [1, T] as lists, array or
+            tensor, or what a tokenizer or its chat template returns. A text gets the special tokens that the model's
+            texts begin with: <|endoftext|> for a Transformer, the tokenizer's own for others.
         tokenizer: tokenizers.Tokenizer or one of transformers; also names the n-grams.
         losses: also find the loss with the memory off at each position, which takes a forward pass for each.
 
@@ -139,7 +139,7 @@ def explain(
     return Explanation(
         ids=listed,
         tokens=[_text([i], tokenizer) for i in listed],
-        compressed=memory.hasher.token_map(ids[0]).tolist(),
+        compressed=_compressed(memory, ids[0]).tolist(),
         orders=memory.config.orders,
         dead=np.zeros(len(listed), bool) if seen.recall.dead is None else seen.recall.dead[0].cpu().numpy(),
         lengths=lengths.numpy(),
@@ -166,7 +166,7 @@ def window_lengths(memory: EngramMemory, ids: Tensor, recall: Recall) -> Tensor:
     runs = torch.zeros_like(ids) if recall.documents is None else recall.documents.cpu()
     ends = torch.zeros_like(dead)
     if memory.config.boundary == "eos":
-        ends = memory.hasher.token_map(ids) == memory.layout.pad_id
+        ends = _compressed(memory, ids) == memory.layout.pad_id
     longest = memory.config.orders[-1]
     alive = ~dead
     counts = [alive.long()]
@@ -178,8 +178,8 @@ def window_lengths(memory: EngramMemory, ids: Tensor, recall: Recall) -> Tensor:
     return torch.stack([counts[order - 1] for order in memory.config.orders], dim=-1)
 
 
-def _ids(given: str | Sequence[int] | Tensor, tokenizer: Any, memory: EngramMemory) -> Tensor:
-    """int64 [1, T]."""
+def _ids(given: Any, tokenizer: Any, memory: EngramMemory) -> Tensor:
+    """int64 [1, T]. Padding (attention_mask 0) is left out."""
     if isinstance(given, str):
         if tokenizer is None:
             raise ValueError("a text needs the model's tokenizer: explain(model, text, tokenizer), or give ids")
@@ -187,11 +187,21 @@ def _ids(given: str | Sequence[int] | Tensor, tokenizer: Any, memory: EngramMemo
         encoded = tokenizer.encode(given, add_special_tokens=not own)
         ids_of = getattr(encoded, "ids", encoded)  # tokenizers gives an Encoding, transformers a list
         given = [END_OF_TEXT_ID, *ids_of] if own else ids_of
-    ids = torch.as_tensor(given)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or len(ids) != 1 or ids.shape[1] == 0:
+    ids = token_ids(given)
+    if len(ids) == 1 and isinstance(given, Mapping) and given.get("attention_mask") is not None:
+        mask = torch.as_tensor(given["attention_mask"], device=ids.device)
+        if mask.numel() != ids.numel():
+            raise ValueError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}: must be equal")
+        ids = ids[mask.reshape(ids.shape) != 0][None]
+    if len(ids) != 1 or ids.shape[1] == 0:
         raise ValueError(f"explain looks at one text of one token or more, not at ids of shape {list(ids.shape)}")
-    return ids.to(torch.int64)
+    return ids
+
+
+def _compressed(memory: EngramMemory, ids: Tensor) -> Tensor:
+    """Compressed ids, -1 where the token map names none."""
+    unnamed = memory.unnamed(ids)
+    return memory.hasher.token_map(ids if unnamed is None else ids.masked_fill(unnamed, -1))
 
 
 def _logits(model: nn.Module, memory: EngramMemory, ids: Tensor, seen: _Seen) -> Tensor:

@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from engram.addressing import TokenMap
 from engram.config import EngramConfig
 from engram.integrations.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of, suspend
-from engram.integrations.inputs import documents, padding, placeholder_ids
+from engram.integrations.inputs import documents, padding, placeholder_ids, vocabulary
 from engram.memory import EngramMemory
 from engram.recall import MemoryCache, Recall, uncompiled
 
@@ -57,7 +57,9 @@ def attach(
         model: a decoder model, or one wrapped by PEFT or torch.compile. Attach after PEFT, which freezes all weights it
             finds; on a model spread by device_map, after loading.
         memory: configuration of a new memory, an EngramMemory, or the folder where one was saved.
-        tokenizer: of the model, or its TokenMap. Needed for a configuration, else checked against the memory's.
+        tokenizer: of the model, or its TokenMap. Needed for a configuration, else checked against the memory's: it may
+            have gained tokens since. Those are dead, as are the embeddings that no token names: never hashed, they end
+            n-grams and get nothing from the memory, unless their text has a class already (TokenMap.extend).
 
     Raises:
         ValueError: a model without decoder layers as this looks for them, one that keeps its decoding state elsewhere
@@ -87,12 +89,8 @@ def attach(
         memory = EngramMemory(memory, token_map, size, streams)
     elif not isinstance(memory, EngramMemory):
         memory = EngramMemory.load(memory, token_map=token_map)
-    if token_map is not None and token_map.digest != memory.hasher.token_map.digest:
-        raise ValueError(
-            f"the memory was made with the token map {memory.hasher.token_map.digest[:12]} "
-            f"({memory.hasher.token_map.size:,} ids), this tokenizer has {token_map.digest[:12]} "
-            f"({token_map.size:,} ids): another tokenizer or version, every row would be wrong"
-        )
+    if token_map is not None:
+        memory.extend(token_map)  # raises if it belongs to another tokenizer
     if memory.attachment is not None:
         raise ValueError("this memory is attached to a model already: detach() it there first")
     if memory.config.layers[-1] >= len(layers):
@@ -272,6 +270,8 @@ class Attachment:
         places, ends = self._first("position_ids"), self._first("cu_seq_lens_q")
         runs = documents(places, ends, mask, dead, batch, time, state.length)
         runs = None if runs is None else runs.to(ids.device)
+        known = len(self.memory.hasher.token_map.table)
+        self.memory.vocab_size = max(known, vocabulary(self.decoder))  # each time: embeddings may have been resized
         recall = self.memory.recall(ids, documents=runs, cache=state, dead=dead)
         self.now.cache = cache
         if cache is not None:

@@ -21,6 +21,12 @@ def placeholder_ids(config: Any) -> tuple[int, ...]:
     return tuple(sorted({i for i in found if isinstance(i, int)}))
 
 
+def vocabulary(decoder: Any) -> int:
+    """Return the number of ids that a decoder has embeddings for; tokenizers often name fewer."""
+    size = getattr(decoder.config.get_text_config(), "vocab_size", None) or 0
+    return max(size, getattr(decoder.get_input_embeddings(), "num_embeddings", 0))
+
+
 def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
     """True [B, T] at the positions of this pass that an attention mask calls padding; None where there are none.
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram.lm.evaluate import eval_mode
+from engram.lm.tokenizer import token_ids
 from engram.lm.transformer import Cache, Transformer
 
 
 @torch.no_grad()
 def generate(
     model: Transformer,
-    ids: Tensor,
+    ids: Any,
     tokens: int,
     *,
     temperature: float = 1.0,
@@ -30,7 +31,8 @@ def generate(
     """Continues a prompt.
 
     Args:
-        ids: int64 [B, T] prompt, T >= 1. tokens: how many to add at most.
+        ids: prompt [B, T] or [T], T >= 1, as integer tensor, array or lists, or what a tokenizer returns.
+        tokens: how many to add at most.
         temperature: 0 takes the likeliest token. top_k: sample among the k likeliest. seed: of the sampling.
         stop_id: end when every sequence has produced this token (later tokens of a finished one repeat it).
         prefill: the prompt goes through the model in pieces of this many tokens.
@@ -38,14 +40,18 @@ def generate(
         on_token: called with the number of tokens added so far, after each.
 
     Returns:
-        int64 [B, T + added].
+        int64 [B, T + added], on the model's device.
 
     Raises:
-        ValueError: an empty prompt, more tokens than the model's max_length holds, a number that makes no sense.
+        TypeError: ids that are not integers. ValueError: an empty or padded prompt, more tokens than the model's
+        max_length holds, a number that makes no sense.
     """
     if tokens < 0 or not 0 <= temperature < math.inf or min(prefill, 1 if top_k is None else top_k) < 1:
         raise ValueError(f"{tokens=} and {temperature=} are 0 or more, {prefill=} and {top_k=} are 1 or more")
-    if ids.dim() != 2 or ids.shape[1] == 0:
+    if isinstance(ids, Mapping) and not bool((torch.as_tensor(ids.get("attention_mask", 1)) != 0).all()):
+        raise ValueError("the prompts are padded (attention_mask 0): generate() takes prompts of one length")
+    ids = token_ids(ids).to(model.embedding.weight.device)
+    if ids.shape[1] == 0:
         raise ValueError(f"the prompt must be [batch, time] with time >= 1, not {tuple(ids.shape)}")
     if ids.shape[1] + tokens > model.config.max_length:
         raise ValueError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
+import torch
 import xxhash
 
 from engram.lm.corpus import END_OF_TEXT, Document
@@ -78,6 +79,38 @@ def encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> En
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         bytes=np.array([len(document.text.encode()) for document in documents], dtype=np.int64),
     )
+
+
+def token_ids(given: Any) -> torch.Tensor:
+    """Return int64 ids [batch, time] of whatever holds them.
+
+    Args:
+        given: ids [time] or [batch, time] as lists, NumPy array or tensor of any integer type, or what a tokenizer or
+            its chat template returns: a mapping with "input_ids" (BatchEncoding), a tokenizers.Encoding.
+
+    Raises:
+        TypeError: no integers. ValueError: sequences of different lengths, or another number of dimensions.
+    """
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ValueError(f"these are no token ids: a mapping of {', '.join(map(str, given))} without input_ids")
+        given = given["input_ids"]
+    given = getattr(given, "ids", given)  # tokenizers.Encoding
+    if not isinstance(given, torch.Tensor):
+        try:
+            array = np.asarray(given)
+        except ValueError as error:  # ragged
+            raise ValueError("token ids must be [time] or [batch, time], all sequences of one length") from error
+        if array.size and not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"token ids must be integers, not {array.dtype} ({type(given).__name__})")
+        given = torch.from_numpy(array.astype(np.int64))
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"token ids must be integers, not {given.dtype}")
+    ids = given.to(torch.int64)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2:
+        raise ValueError(f"token ids must be [time] or [batch, time], not of shape {list(ids.shape)}")
+    return ids
 
 
 def _cache_file(texts: Sequence[str], vocab_size: int, cache: str | Path | None) -> Path:

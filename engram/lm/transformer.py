@@ -204,6 +204,8 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.memory = memory
+        if memory is not None:
+            memory.vocab_size = max(memory.vocab_size, config.vocab_size)
         cos, sin = rotary(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

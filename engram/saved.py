@@ -236,7 +236,7 @@ def _load(
         try:
             saved_map.extend(token_map)
         except ValueError as error:
-            raise ValueError(f"{home}: {error}") from None
+            raise ValueError(f"{shown}: {error}") from None
     config, hidden_size, streams = _read_shape(home / "config.json")
     if shared:
         _check_some_blocks(home, manifest)

@@ -259,10 +259,10 @@ def test_a_saved_memory_comes_back_as_an_adapter(tmp_path):
     engram.attach(other, tmp_path / "adapter", IDENTITY)
     assert torch.equal(other(text()).logits, logits)
     with pytest.raises(ValueError, match="another tokenizer or version"):
-        engram.attach(build("llama"), tmp_path / "adapter", TokenMap.identity(VOCAB + 1))
+        engram.attach(build("llama"), tmp_path / "adapter", TokenMap.identity(VOCAB - 1))
     with pytest.raises(ValueError, match="another tokenizer or version"):
         memory.detach()
-        engram.attach(model, memory, TokenMap.identity(VOCAB + 1))
+        engram.attach(model, memory, TokenMap.identity(VOCAB - 1))
 
 
 def test_a_model_saved_with_its_memory_comes_back_whole(tmp_path):

@@ -448,6 +448,14 @@ def test_a_second_trainer_of_a_folder_is_refused_until_the_first_is_gone(tmp_pat
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_run_that_does_not_begin_leaves_no_new_folder_and_removes_no_old_one(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(ValueError, match="one batch needs 4 windows"):
+            train(model(), corpus(1, 20), CONFIG, folder=tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and not list((tmp_path / "old").iterdir())
+
+
 def test_a_folder_is_free_again_after_an_interrupted_run_and_refused_to_a_second_thread(tmp_path):
     problems = []
 

@@ -82,7 +82,8 @@ class Progress:
 
             columns = (TextColumn("{task.description:<18}", markup=False), BarColumn())
             amount = TextColumn("{task.fields[amount]}", markup=False)
-            self._live = Bars(*columns, amount, TimeRemainingColumn(), console=Console(file=self.stream))
+            console = Console(file=self.stream)
+            self._live = Bars(*columns, amount, TimeRemainingColumn(), console=console, transient=True)
             self._live.start()
         else:
             self._printer.start()

@@ -22,12 +22,13 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder during the block, so that no other process or thread writes a run there. Blocks of one thread nest.
 
     The lock is one of the kernel on FOLDER/.lock, so it ends with its process, also after a kill. If the file system
-    has no locks, a warning says so.
+    has no locks, a warning says so. A folder that did not exist and is empty at the end is removed.
 
     Raises:
         BlockingIOError: another process or thread holds the folder. OSError: the folder cannot be written.
     """
     home = Path(folder)
+    new = not home.exists()
     home.mkdir(parents=True, exist_ok=True)
     key = (os.getpid(), os.path.realpath(home))
     if key in _held.get():
@@ -42,6 +43,8 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         if os.getpid() == key[0]:  # a forked child must not remove its parent's lock
             with suppress(OSError):
                 (home / LOCK).unlink()
+                if new:  # and still empty, else rmdir fails: nothing came of the run
+                    home.rmdir()
         os.close(handle)
 
 

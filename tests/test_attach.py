@@ -452,6 +452,137 @@ def test_a_forward_pass_that_broke_off_leaves_no_ids_behind():
         model.model(inputs_embeds=model.get_input_embeddings()(text()))
 
 
+def ended_by(module, error, run) -> None:
+    """Calls run() while the forward pass of a module raises."""
+
+    def fail(*args):
+        raise error
+
+    handle = module.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(type(error)):
+            run()
+    finally:
+        handle.remove()
+
+
+def parts(model) -> dict[str, torch.nn.Module]:
+    layers = model.model.layers
+    return {
+        "embedding": model.get_input_embeddings(),
+        "first layer": layers[0],
+        "inside a layer": layers[1].mlp,
+        "last layer": layers[2],
+        "norm": model.model.norm,
+        "head": model.lm_head,
+    }
+
+
+@pytest.mark.parametrize("where", ["embedding", "first layer", "inside a layer", "last layer", "norm", "head"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), GeneratorExit(), SystemExit(1), RuntimeError("no memory left")])
+@torch.no_grad()
+def test_nothing_of_a_forward_pass_survives_whatever_ended_it(where, error):
+    model, _ = attached("llama")
+    ids, more = (
+        text(),
+        {"attention_mask": torch.tensor([[0] * 8 + [1] * 4] * 2), "position_ids": torch.arange(12)[None]},
+    )
+    hidden, logits = model.model(ids).last_hidden_state, model(ids, use_cache=False).logits
+    longer = model.model(text(1, 20)).last_hidden_state
+    for called in (model, model.model)[: 1 if where == "head" else 2]:
+        ended_by(parts(model)[where], error, lambda called=called: called(ids, **more))
+        with pytest.raises(RuntimeError, match="outside a forward pass"):
+            model.model.layers[0](torch.zeros(2, 12, 32))
+        assert torch.equal(model.model(ids).last_hidden_state, hidden)
+        assert torch.equal(model.model(text(1, 20)).last_hidden_state, longer)
+        assert torch.equal(model(ids, use_cache=False).logits, logits)
+        ended_by(parts(model)[where], error, lambda called=called: called(ids, **more))
+        with pytest.raises(ValueError, match="inputs_embeds without input_ids"):
+            model.model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+@torch.no_grad()
+def test_an_interrupted_pass_in_another_thread_leaves_this_one_alone():
+    model, _ = attached("llama")
+    ids, mask = text(), torch.tensor([[0] * 8 + [1] * 4] * 2)
+    want, found = model.model(ids).last_hidden_state, []
+
+    def interrupted():
+        ended_by(model.model.layers[2], KeyboardInterrupt(), lambda: model(ids, attention_mask=mask))
+        found.append(model.model(ids).last_hidden_state)
+
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    thread.join()
+    found.append(model.model(ids).last_hidden_state)
+    assert len(found) == 2 and all(torch.equal(hidden, want) for hidden in found)
+
+
+@torch.no_grad()
+def test_a_generate_that_was_interrupted_changes_nothing_that_follows():
+    model, _ = attached("llama")
+    ids, steps = text(time=6), []
+    kwargs = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    want, hidden = model.generate(ids, **kwargs), model.model(ids).last_hidden_state
+
+    def stop(*args):
+        steps.append(args)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    handle.remove()
+    assert torch.equal(model.model(ids).last_hidden_state, hidden)
+    assert torch.equal(model.generate(ids, **kwargs), want)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory left")])
+@torch.no_grad()
+def test_a_cache_that_a_broken_pass_filled_in_part_is_refused(error):
+    model, _ = attached("llama")
+    ids = text()
+    full, cache = model(ids).logits, hf.DynamicCache(config=model.config)
+    model(ids[:, :5], **{CACHE: cache})
+    ended_by(model.model.layers[1], error, lambda: model(ids[:, 5:8], **{CACHE: cache}))
+    assert cache.get_seq_length() == 8  # of the first layer, the others hold 5
+    with pytest.raises(ValueError, match="broke off"):
+        model(ids[:, 8:], **{CACHE: cache})
+    cache.reset()
+    close(model(ids, **{CACHE: cache}).logits, full)
+    ended_by(model.lm_head, error, lambda: model(text(2, 3), **{CACHE: cache}))  # after all layers: it is whole
+    cache.crop(-3)
+    close(model(ids[:, :1], **{CACHE: cache}).logits, model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:])
+
+
+@torch.no_grad()
+def test_a_forward_pass_within_another_reads_its_own_rows():
+    model, _ = attached("llama")
+    ids, other = text(), text(seed=5)
+    want, within, found = model(ids).logits, model(other, use_cache=False).logits, []
+
+    def run_another(*args):
+        if not found:
+            found.append(None)
+            found[0] = model(other, use_cache=False).logits
+
+    handle = model.model.layers[1].register_forward_pre_hook(run_another)
+    assert torch.equal(model(ids).logits, want) and torch.equal(found[0], within)
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_compiled_pass_that_failed_leaves_nothing_behind():
+    model, _ = attached("llama")
+    ids, mask = text(), torch.tensor([[0] * 8 + [1] * 4] * 2)
+    hidden = model.model(ids).last_hidden_state
+    compiled = torch.compile(model, backend="eager")
+    for error in (KeyboardInterrupt(), RuntimeError("no memory left")):
+        ended_by(model.model.layers[1], error, lambda: compiled(ids, attention_mask=mask))
+        close(model.model(ids).last_hidden_state, hidden)
+
+
 def test_a_model_in_eval_mode_gets_a_memory_in_eval_mode():
     model, memory = attached("llama")
     loss_of(model, text()).backward()

@@ -238,7 +238,7 @@ def _watching(memory: EngramMemory, seen: _Seen) -> Iterator[_Seen]:
             gate = gate.masked_fill(dead[..., None], 0)
         seen.layers[layer] = (gate, update.float().norm(dim=-1), hidden.float().norm(dim=-1))
         if memory.attachment is not None:
-            seen.recall = memory.attachment.now.recall
+            seen.recall = memory.attachment.recall
 
     with _hooked(memory, watch):
         yield seen

@@ -16,7 +16,9 @@ import itertools
 import os
 import sys
 import threading
+from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -179,18 +181,55 @@ def _device(layer: nn.Module) -> torch.device:
     return next(layer.parameters()).device if stated is None else torch.device(stated)
 
 
-class _Pass(threading.local):
-    """The forward pass that is under way in this thread: others may run the same model meanwhile.
+@dataclass
+class _Call:
+    """A call of the decoder or of a model around it.
 
     Attributes:
-        given: what each model was given of _READ, and its cache as "cache", whatever the model calls that argument.
-        recall: its rows. cache: where its keys and values go, if that was given. Both None between passes.
+        frame: of torch, which runs until the call ends. given: what the model was given of _READ, and its cache as
+        "cache", whatever the model calls that argument. recall, cache: of a call of the decoder, its rows and where
+        its keys and values go, if that was given.
+    """
+
+    frame: FrameType
+    module: nn.Module
+    given: dict[str, Any]
+    recall: Recall | None = None
+    cache: Cache | None = None
+
+
+class _Calls(threading.local):
+    """The calls that are under way in this thread, the outermost first: others may run the same model meanwhile.
+
+    torch runs no hook after a forward pass that KeyboardInterrupt, GeneratorExit or the like ended, nor after one that
+    failed within a compiled model. So a call counts only as long as its frame is on the stack.
     """
 
     def __init__(self) -> None:
-        self.given: dict[nn.Module, dict[str, Any]] = {}
-        self.recall: Recall | None = None
-        self.cache: Cache | None = None
+        self.all: list[_Call] = []
+
+    def enter(self, call: _Call) -> None:
+        self.all = [c for c in self.all if _is_running(c.frame)] + [call]
+
+    def leave(self, module: nn.Module) -> _Call | None:
+        """Remove and return the innermost call of a model."""
+        position = next((i for i in reversed(range(len(self.all))) if self.all[i].module is module), None)
+        return None if position is None else self.all.pop(position)
+
+
+def _calling_frame() -> FrameType:
+    """Return the frame in which torch runs the hooks and forward() of the module whose hook calls this."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") != nn.Module.__module__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType) -> bool:
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
 
 
 class Attachment:
@@ -201,7 +240,7 @@ class Attachment:
     ):
         self.model, self.decoder, self.memory = model, decoder, memory
         self.number = next(_numbers)  # caches remember whose state they hold, also as copies
-        self.now = _Pass()
+        self.calls = _Calls()
         self.dead_ids = placeholder_ids(root.config)
         around = [m for m in root.modules() if isinstance(m, PreTrainedModel) and decoder in m.modules()]
         self.models = around[::-1]  # the decoder first, the outermost last
@@ -234,18 +273,30 @@ class Attachment:
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
         read = {name: given[name] for name in _READ if given.get(name) is not None}
         cache = next((given[name] for name in self.caches[module] if given.get(name) is not None), None)
-        self.now.given[module] = read if cache is None else read | {"cache": cache}
+        if cache is not None:
+            read["cache"] = cache
+        call = _Call(_calling_frame(), module, read)
+        self.calls.enter(call)
         if module is self.decoder:
-            self.now.recall = self.now.cache = None
-            self.now.recall = self._recall()
+            call.recall = self._recall(call, self._pass())
 
-    def _first(self, name: str) -> Any:
-        """An argument as the innermost model that was given it has it."""
-        given = self.now.given
-        return next((given[m][name] for m in self.models if m in given and name in given[m]), None)
+    def _pass(self) -> list[dict[str, Any]]:
+        """What the models of the innermost forward pass were given, the decoder first and the outermost last."""
+        calls = self.calls.all[::-1]
+        first = next((i for i, call in enumerate(calls) if i and call.module is self.decoder), len(calls))
+        return [call.given for call in calls[:first]]
 
-    def _recall(self) -> Recall:
-        ids, embeds = self._first("input_ids"), self.now.given[self.decoder].get("inputs_embeds")
+    @property
+    def recall(self) -> Recall | None:
+        """The rows of the forward pass of the decoder that is under way in this thread."""
+        call = self.calls.all[-1] if self.calls.all else None
+        return None if call is None or call.module is not self.decoder or not _is_running(call.frame) else call.recall
+
+    def _recall(self, call: _Call, given: list[dict[str, Any]]) -> Recall:
+        def innermost(name: str) -> Any:
+            return next((g[name] for g in given if name in g), None)
+
+        ids, embeds = innermost("input_ids"), call.given.get("inputs_embeds")
         if ids is None:
             raise ValueError(
                 "the memory is addressed by token ids, and this forward pass has inputs_embeds without input_ids: pass "
@@ -257,47 +308,47 @@ class Attachment:
             raise ValueError(
                 f"input_ids are {tuple(ids.shape)}, but the decoder gets {tuple(embeds.shape[:2])} positions"
             )
-        cache = self._first("cache")
+        cache = innermost("cache")
         state = MemoryCache() if cache is None else state_of(cache, self.number, time)
-        given = (self.now.given[m] for m in reversed(self.models) if m in self.now.given)
-        mask = next((g["attention_mask"] for g in given if "attention_mask" in g), None)  # before models convert it
+        masks = (g["attention_mask"] for g in reversed(given) if "attention_mask" in g)
+        mask = next(masks, None)  # as the outermost model has it: models convert it
         dead = padding(mask, batch, time, state.length)
         for placeholder in self.dead_ids:
             found = ids == placeholder
             if bool(found.any()):
                 dead = found if dead is None else dead.to(ids.device) | found
         dead = None if dead is None else dead.to(ids.device)
-        places, ends = self._first("position_ids"), self._first("cu_seq_lens_q")
+        places, ends = innermost("position_ids"), innermost("cu_seq_lens_q")
         runs = documents(places, ends, mask, dead, batch, time, state.length)
         runs = None if runs is None else runs.to(ids.device)
         known = len(self.memory.hasher.token_map.table)
         self.memory.vocab_size = max(known, vocabulary(self.decoder))  # each time: embeddings may have been resized
         recall = self.memory.recall(ids, documents=runs, cache=state, dead=dead)
-        self.now.cache = cache
+        call.cache = cache
         if cache is not None:
             suspend(cache)  # until _leave
         return recall
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        given = self.now.given.pop(module, {})
-        if module is not self.decoder:
+        call = self.calls.leave(module)
+        if call is None or call.recall is None or output is None:  # None: the pass failed
             return
-        recall, self.now.recall = self.now.recall, None
-        cache, self.now.cache = self.now.cache, None
-        state = None if recall is None else recall.cache
-        if state is not None and cache is not None and output is not None:  # None: an error ended the pass
-            follow(cache, state, self.number)
+        state = call.recall.cache
+        assert state is not None
+        if call.cache is not None:
+            follow(call.cache, state, self.number)
+            return
         # A cache that the decoder made itself for this pass: it may come back with the next token.
         parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
         made = next((part for part in parts if isinstance(part, Cache)), None)
-        if state is not None and made is not None and "cache" not in given and positions(made) == state.length:
+        if made is not None and positions(made) == state.length:
             follow(made, state, self.number)
 
     def _add(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Before a decoder layer: its hidden state and what the memory adds."""
-        recall, memory = self.now.recall, self.memory
+        recall, memory = self.recall, self.memory
         if recall is None:
             raise RuntimeError(
                 f"decoder layer {layer} runs outside a forward pass of its model, so the memory does not know the "

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engram.config import whole
 from engram.tables.encoded import EncodedTable
 from engram.tables.table import HostTable, as_output
 
@@ -37,7 +38,7 @@ class HotRows:
 
     def __init__(self, table: HostTable, nbytes: int):
         dtype = torch.float32 if isinstance(table, EncodedTable) else table.dtype  # of what a gather gives
-        row = table.dim * dtype.itemsize
+        row, nbytes = table.dim * dtype.itemsize, whole("nbytes", nbytes)
         sets = nbytes // (_WAYS * (row + 16))  # a tag and a clock reading beside each row
         if sets < 1:
             raise ValueError(f"nbytes must be at least {_WAYS * (row + 16):,} for rows of {row} bytes, not {nbytes:,}")

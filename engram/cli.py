@@ -541,7 +541,8 @@ def verify(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A saved memory, or safetensors (file or folder) of a released model.")
+        Path,
+        typer.Argument(help="A saved memory, or a released model: safetensors (file or folder) or a GGUF file."),
     ],
     target: Annotated[Path, typer.Argument(help="New folder; with --to gguf a new file.")],
     to: Annotated[
@@ -579,38 +580,28 @@ def convert(
     rows = ", ".join(f"layer {layer}: {count:,} rows" for layer, count in report["rows"].items())
     exact = "nothing was rounded" if report["lossless"] else f"largest rounding error {report['max_error']:.3g}"
     print(f"wrote {target} ({to}): {rows}, {report['bytes']:,} bytes; {exact}; read back and equal")
+    if report["untrained"]:
+        print("note: a GGUF file holds the tables alone: the projections of this memory are new and add nothing yet")
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A saved memory, safetensors (file or folder), or a GGUF file.")],
+    path: Annotated[
+        Path, typer.Argument(help="A saved memory, a run, a checkpoint, safetensors (file or folder), or a GGUF file.")
+    ],
     config: Annotated[str | None, typer.Option(help="A config.json, or a preset, where the source has none.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint holds: tensors, which model's n-gram memory it is, rows and bytes. Reads headers only."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from engram.inspect.show import print_inspection
     from engram.integrations.formats import inspect as run
     from engram.integrations.sources import read_config
 
     found = run(path, None if config is None else read_config(config))
     if as_json:
         print(json.dumps(found))
-        return
-    table = Table(title=f"{path}: {found['kind']}", title_justify="left")
-    for heading in ("tensor", "dtype", "shape", "bytes", "file"):
-        table.add_column(heading, justify="right" if heading == "bytes" else "left")
-    for tensor in found["tensors"]:
-        shape = " x ".join(f"{n:,}" for n in tensor["shape"])
-        table.add_row(tensor["name"], tensor["dtype"], shape, f"{tensor['bytes']:,}", tensor["file"])
-    if found["tensors"]:
-        Console().print(table)
-    for layer, facts in found["tables"].items():
-        size = f"{facts['bytes']:,} bytes ({facts['bytes'] / 2**30:.2f} GiB)"
-        print(f"layer {layer}: {facts['rows']:,} rows x {facts['dim']}, {facts['form']}, {size}")
-    if found["problem"]:
-        print(f"not a memory that can be used: {found['problem']}")
+    else:
+        print_inspection(found)
 
 
 def main() -> None:

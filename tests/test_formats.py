@@ -340,7 +340,7 @@ def test_gguf_holds_the_rows_and_what_addresses_them(config, tmp_path):
     convert(tmp_path / "ours", tmp_path / "t.gguf", "gguf")
     tensors, facts = read_gguf(tmp_path / "t.gguf")
     for layer, table in memory.tables.items():
-        stored = tensors[f"blk.{layer}.engram.weight"]
+        stored = tensors[f"blk.{layer}.engram_embd.weight"]
         assert stored.offset % 32 == 0 and torch.equal(stored.read(), table.tensor)
     assert HashLayout.from_json(facts["engram.layout"]).digest == memory.layout.digest
     assert facts["engram.token_map_digest"] == TOKENS.digest
@@ -352,13 +352,10 @@ def test_gguf_reads_in_the_gguf_package(v41, tmp_path):
     source = open_source(v41)
     reader = gguf.GGUFReader(tmp_path / "t.gguf")
     assert [(t.name, t.tensor_type.name, t.shape.tolist()) for t in reader.tensors] == [
-        (f"blk.{layer}.engram.weight", "BF16", [64, rows]) for layer, rows in rows_of(V41).items()
+        (f"blk.{layer}.engram_embd.weight", "I8", [66, rows]) for layer, rows in rows_of(V41).items()
     ]
-    raw = np.ascontiguousarray(reader.tensors[0].data).tobytes()
-    stored, _ = read_gguf(tmp_path / "t.gguf")
-    assert raw == bytes(
-        stored["blk.1.engram.weight"].read_bytes(stored["blk.1.engram.weight"].offset, len(raw)).numpy()
-    )
+    for tensor, rows in zip(reader.tensors, source.rows.values(), strict=True):  # e4m3 values, then scales
+        assert tensor.data.view(np.uint8).tobytes() == rows.read(0, rows.rows).numpy().tobytes()
     assert reader.fields["engram.streams"].contents() == source.streams
 
 

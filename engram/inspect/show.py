@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import shutil
+import sys
+from typing import Any, TextIO
 
 import numpy as np
 from rich import box
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -118,6 +120,44 @@ def print_plan(name: str, found: Plan, console: Console | None = None) -> None:
     console.print(
         Text(f"a step is {found.batch} x {found.context:,} tokens, rows read twice counted twice", style="dim")
     )
+
+
+def print_inspection(found: dict[str, Any], file: TextIO | None = None) -> None:
+    """Print what engram.integrations.formats.inspect found, a line per tensor, in plain text: rich would take a minute
+    for 100,000 tensors. On a terminal, names are cut in the middle to fit its width; elsewhere nothing is cut.
+    """
+    file = file or sys.stdout
+    headings = ("tensor", "dtype", "shape", "bytes", "file")
+    cells = [
+        [t["name"], t["dtype"], " x ".join(f"{n:,}" for n in t["shape"]), f"{t['bytes']:,}", t["file"]]
+        for t in found["tensors"]
+    ]
+    cells = [[printable(cell).replace("\n", "⏎").replace("\t", "⇥") for cell in row] for row in cells]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(headings, *cells, strict=True)]
+    if file.isatty():
+        room = shutil.get_terminal_size().columns - sum(widths[1:4]) - 2 * (len(widths) - 1)
+        widths[4] = min(widths[4], max(room // 3, 12))
+        widths[0] = min(widths[0], max(room - widths[4], 16))
+    print(printable(f"{found['path']}: {found['kind']}"), file=file)
+    for row in [list(headings), *cells] if cells else []:
+        line = [_fit(cell, width, right=i == 3) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(line).rstrip(), file=file)
+    if found["steps"]:
+        print(f"checkpoints: {', '.join(map(str, found['steps']))}; the tensors are those of the last", file=file)
+    for layer, facts in found["tables"].items():
+        total = f"{facts['bytes']:,} bytes ({facts['bytes'] / 2**30:.2f} GiB)"
+        print(printable(f"layer {layer}: {facts['rows']:,} rows x {facts['dim']}, {facts['form']}, {total}"), file=file)
+    if found["problem"]:
+        print(printable(f"not a memory that can be converted: {found['problem']}"), file=file)
+
+
+def _fit(text: str, width: int, right: bool = False) -> str:
+    """A cell of a table, filled with spaces, or cut in the middle."""
+    if (length := cell_len(text)) > width:
+        half = (width - 1) // 2
+        text = set_cell_size(text, width - 1 - half) + "…" + text[-half:]
+        return set_cell_size(text, width)
+    return " " * (width - length) + text if right else text + " " * (width - length)
 
 
 def size(count: int) -> str:

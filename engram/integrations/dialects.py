@@ -57,14 +57,14 @@ def _number(fields: Mapping[str, Any], name: str, usual: int | None = None) -> i
     return int(value)
 
 
-def _orders(longest: int) -> tuple[int, ...]:
+def longest_orders(longest: int) -> tuple[int, ...]:
     """2 .. the longest n-gram of a config, checked before a tuple is made of it."""
     if not 2 <= longest <= LONGEST:
         raise ValueError(f"the longest n-gram of a memory has 2 to {LONGEST} tokens, not {longest:,}")
     return tuple(range(2, longest + 1))
 
 
-def _vocabulary(size: int) -> int:
+def vocabulary(size: int) -> int:
     """The size of a vocabulary, bounded: a token map takes 8 bytes per id."""
     if not 1 <= size <= LARGEST_VOCABULARY:
         raise ValueError(f"a vocabulary has 1 to {LARGEST_VOCABULARY:,} ids, not {size:,}")
@@ -82,9 +82,7 @@ def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
 def dialect_of_config(published: Mapping[str, Any]) -> str:
     """Which dialect a config.json speaks. Raises ValueError for one without an n-gram memory."""
     text = _text(published)
-    kinds = {str(fields.get("model_type")) for fields in (published, text)}
-    if any(kind.startswith("hy_v4") for kind in kinds):
-        raise ValueError(HY4)
+    refuse_unknown(published)
     for dialect, field in (("deepseek-v4.1", "engram_layer_ids"), ("qwen", "ple_layer_ids"), ("demo", "layer_ids")):
         if text.get(field):
             return dialect
@@ -92,6 +90,13 @@ def dialect_of_config(published: Mapping[str, Any]) -> str:
         "this config names no n-gram memory: expected engram_layer_ids (DeepSeek-V4.1), ple_layer_ids (Qwen4-Exp) or "
         "layer_ids (the released demo)"
     )
+
+
+def refuse_unknown(published: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model whose memory is known to follow rules that are not."""
+    kinds = {str(fields.get("model_type")) for fields in (published, _text(published))}
+    if any(kind.startswith("hy_v4") for kind in kinds):
+        raise ValueError(HY4)
 
 
 def config_from_hf(published: Mapping[str, Any]) -> EngramConfig:
@@ -142,7 +147,7 @@ def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
     vocab = None if text.get("compressed_vocab_size") is None else _number(text, "compressed_vocab_size")
     return EngramConfig(
         layers=tuple(text["layer_ids"]),  # their order decides the primes: refused where it is not ascending
-        orders=_orders(_number(text, "max_ngram_size")),
+        orders=longest_orders(_number(text, "max_ngram_size")),
         heads=heads,
         head_dim=width // heads,
         rows_per_head=rows[0] if len(set(rows)) == 1 else tuple(rows),
@@ -154,7 +159,7 @@ def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
         conv_init="uniform",
         gate_eps=None,
         conv_eps=1e-5,
-        compressed_vocab=None if vocab is None else _vocabulary(vocab),
+        compressed_vocab=None if vocab is None else vocabulary(vocab),
     )
 
 
@@ -162,7 +167,7 @@ def _from_deepseek(text: Mapping[str, Any]) -> EngramConfig:
     eps = float(text.get("rms_norm_eps", 1e-6))
     return EngramConfig(
         layers=tuple(text["engram_layer_ids"]),
-        orders=_orders(_number(text, "engram_max_ngram_size")),
+        orders=longest_orders(_number(text, "engram_max_ngram_size")),
         heads=_number(text, "engram_n_heads"),
         head_dim=_number(text, "engram_head_dim"),
         rows_per_head=_number(text, "engram_vocab_size"),
@@ -171,12 +176,12 @@ def _from_deepseek(text: Mapping[str, Any]) -> EngramConfig:
         gate_eps=eps,
         boundary="dead",
         table_dtype="bfloat16",
-        compressed_vocab=_vocabulary(int(_field(text, "engram_compressed_vocab_size"))),
+        compressed_vocab=vocabulary(int(_field(text, "engram_compressed_vocab_size"))),
     )
 
 
 def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
-    orders, heads = _orders(_number(text, "ngram_size", 3)), _number(text, "heads_per_ngram", 8)
+    orders, heads = longest_orders(_number(text, "ngram_size", 3)), _number(text, "heads_per_ngram", 8)
     eos = _field(text, "eos_token_id")
     if isinstance(eos, list) and not eos:
         raise ValueError("eos_token_id is an empty list: it must name the token that ends a text")
@@ -198,7 +203,7 @@ def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
         generator="splitmix64",
         row_multiple=int(text.get("make_ngram_vocab_size_divisible_by", 128)),
         table_dtype="bfloat16",
-        compressed_vocab=_vocabulary(_number(text, "vocab_size", 248_320)),
+        compressed_vocab=vocabulary(_number(text, "vocab_size", 248_320)),
     )
 
 

@@ -8,7 +8,7 @@
     deepseek-v4.1               e4m3 and e8m0 tensors; with shards > 1 one file per tensor-parallel rank
     deepseek-v4.1-interleaved   the same in one uint8 tensor, values and scales of a row side by side
     qwen                        bfloat16 or float32 rows in `shards` tensors
-    gguf                        one file with the tables alone, for export
+    gguf                        one file with the tables alone, and the keys that address them; fp8 rows as I8
 
 The memory in use does not depend on the table's size: blocks of 64 MiB as float32. What was written is read back whole
 and compared by digest, and random rows are compared with the source through the reader of the target's own format.
@@ -19,8 +19,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,24 @@ import torch
 from torch import Tensor
 
 from engram.addressing import TokenMap
-from engram.config import EngramConfig
-from engram.integrations.dialects import check_dialect
-from engram.integrations.gguf import read_gguf
+from engram.config import EngramConfig, whole
+from engram.integrations.dialects import check_dialect, refuse_unknown
+from engram.integrations.gguf import is_gguf, own_facts, read_gguf
 from engram.integrations.rows import Rows
 from engram.integrations.sources import Source, dialect_of_tensors, open_source
 from engram.integrations.targets import write_engram, write_gguf, write_safetensors
-from engram.integrations.tensors import open_checkpoint
+from engram.integrations.tensors import Stored, open_checkpoint, read_header
 from engram.tables import EncodedTable
-from engram.tables.files import partial_folder, pinned_folder, put, verify, whole_folder
+from engram.tables.files import (
+    load_manifest,
+    partial_folder,
+    pinned_folder,
+    put,
+    step_folders,
+    verify,
+    whole_folder,
+)
+from engram.untrusted import read_json
 
 FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")
 BLOCK = 64 << 20  # bytes of a block's rows as float32
@@ -92,7 +102,7 @@ def _target_form(to: str, rows: Rows) -> str:
         return "float32"
     if to.startswith("deepseek"):
         return "fp8"
-    return "bfloat16" if rows.kept == "fp8" and to != "engram" else rows.kept
+    return "bfloat16" if rows.kept == "fp8" and to == "qwen" else rows.kept
 
 
 def convert(
@@ -118,7 +128,9 @@ def convert(
         on_bytes: told (bytes done, bytes of all), for a progress bar.
 
     Returns:
-        {"target", "to", "rows", "bytes", "max_error", "lossless"}; max_error is of values that had to be rounded.
+        {"target", "to", "rows", "bytes", "max_error", "lossless", "untrained"}; max_error is of values that had to be
+        rounded. untrained: True if the source is GGUF, which holds tables alone, so that the fusion weights are those
+        of a new memory, and add nothing to the hidden state.
 
     Raises:
         ValueError: what is wrong with which tensor. FileExistsError: a target that is there. OSError: no disk space, or
@@ -151,6 +163,11 @@ def _convert(
         for found in verify(source):
             if found["problem"]:
                 raise ValueError(found["problem"])
+    if to != "gguf" and not opened.weights:
+        if to != "engram":
+            raise ValueError(f"{source} holds the tables of a memory alone: {to} needs its other weights too")
+        if not opened.hidden_size:
+            raise ValueError(f"{source} does not say how wide the model is, which a memory needs to know")
     if to not in ("engram", "gguf"):
         check_dialect(opened.config, to.removesuffix("-interleaved"))
     if to == "qwen" and opened.token_map is not None:
@@ -176,6 +193,7 @@ def _convert(
     if to == "gguf":
         with partial_folder(target) as partial:
             write_gguf(opened, recoders, partial / target.name, step)
+            _compare(opened, recoders, open_source(partial / target.name))
             put(partial / target.name, target)
     else:
         with whole_folder(target, overwrite=False) as home:
@@ -190,7 +208,8 @@ def _convert(
     error = max(r.error for r in recoders.values())
     rows = {i: r.rows for i, r in opened.rows.items()}
     facts = {"target": str(target), "to": to, "rows": rows, "bytes": total}
-    return {**facts, "max_error": error, "lossless": error == 0.0}
+    untrained = to == "engram" and not opened.weights
+    return {**facts, "max_error": error, "lossless": error == 0.0, "untrained": untrained}
 
 
 def _bytes(source: Source, layer: int, form: str) -> int:
@@ -208,31 +227,47 @@ def _compare(source: Source, recoders: dict[int, Recoder], written: Source) -> N
         for row in {0, rows - 1, *picked}:
             if not torch.equal(recoder.read(row, row + 1), written.rows[layer].read(row, row + 1)):
                 raise OSError(f"row {row:,} of {written.rows[layer].name} does not read back as it was written")
-        for name, value in source.weights[layer].items():
-            if not torch.allclose(value, written.weights[layer][name], rtol=0, atol=2e-7 * float(value.abs().max())):
+        for name, value in source.weights.get(layer, {}).items():
+            found = written.weights.get(layer, {}).get(name)  # a GGUF file has none
+            if found is not None and not torch.allclose(value, found, rtol=0, atol=2e-7 * float(value.abs().max())):
                 raise OSError(f"the weights {name} of layer {layer} do not read back as they were written")
 
 
 def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) -> dict[str, Any]:
-    """What a memory or checkpoint holds: a folder of ours, safetensors (file or folder) or a GGUF file. Headers only.
+    """What a memory or checkpoint holds, by headers alone; files are known by how they begin, whatever they are called.
+
+    Args:
+        path: a saved memory, a run of `engram train`, a checkpoint of one, offloaded rows, safetensors (file or folder)
+            or a GGUF file.
 
     Returns:
         {"path", "kind", "tensors": [{"name", "dtype", "shape", "bytes", "file"}], "tables": {layer: {"rows", "dim",
-        "form", "bytes"}}, "config": EngramConfig's fields or None, "problem": why it cannot be converted, or None}.
-        kind: "engram", a dialect, "gguf", or "other" where there is no n-gram table.
+        "form", "bytes"}}, "config": EngramConfig's fields or None, "problem": why it cannot be converted, or None,
+        "steps": of a run's checkpoints, whose last one the tensors are}. kind: "engram", a dialect, "gguf", "run",
+        "checkpoint", "offloaded", or "other" if there is no n-gram table.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: a torn file.
+        OSError: nothing there, or not a regular file. ValueError: a torn file.
     """
     given = Path(path)
-    found: dict[str, Any] = {"path": str(given), "kind": "other", "tables": {}, "config": None, "problem": None}
-    if given.is_file() and given.suffix == ".gguf":
+    found: dict[str, Any] = {"path": str(given), "kind": "other", "tensors": [], "tables": {}, "config": None}
+    found |= {"problem": None, "steps": []}
+    steps = step_folders(given)
+    if steps or (given / "run.json").is_file():
+        found |= {"kind": "run", "steps": [int(step.name.removeprefix("step-")) for step in steps]}
+        return _inspect_checkpoint(given, steps[-1] if steps else None, found)
+    manifest = {}
+    if (given / "manifest.json").is_file():
+        manifest = read_json(given / "manifest.json", "a manifest")
+        if not str(manifest.get("format")).startswith("engram-"):
+            return _inspect_checkpoint(given.parent, given, found | {"kind": "checkpoint"})
+    if manifest.get("format") == "engram-offload-1":
+        return _inspect_offloaded(given, manifest, found | {"kind": "offloaded"})
+    if is_gguf(given):
         tensors, facts = read_gguf(given)
         stored = list(tensors.values())
-        found["kind"] = "gguf"
-        if "engram.config" in facts:
-            found["config"] = json.loads(facts["engram.config"])
-    elif (given / "manifest.json").is_file():
+        found |= {"kind": "gguf", "config": own_facts(given, facts)}
+    elif manifest:
         stored, found["kind"] = [], "engram"
     else:
         checkpoint = open_checkpoint(given)
@@ -241,11 +276,12 @@ def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) ->
             found["kind"] = dialect_of_tensors(checkpoint)
         except ValueError as error:
             found["problem"] = str(error)
-    found["tensors"] = [
-        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "bytes": s.nbytes, "file": s.path.name}
-        for s in stored
-    ]
-    if found["kind"] in ("other", "gguf"):
+            try:
+                refuse_unknown(checkpoint.config or {})
+            except ValueError as refusal:
+                found["problem"] = str(refusal)
+    found["tensors"] = _listed(stored)
+    if found["kind"] == "other":
         return found
     try:
         source = open_source(given, config)
@@ -257,3 +293,53 @@ def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) ->
         size = rows.nbytes if rows.parts else _bytes(source, layer, rows.form)
         found["tables"][layer] = {"rows": rows.rows, "dim": rows.dim, "form": rows.description, "bytes": size}
     return found
+
+
+def _listed(stored: Iterable[Stored]) -> list[dict[str, Any]]:
+    return [
+        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "bytes": s.nbytes, "file": s.path.name}
+        for s in stored
+    ]
+
+
+def _inspect_checkpoint(home: Path, step: Path | None, found: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's tensors, and its run's configuration, from the run.json in `home`."""
+    if (home / "run.json").is_file():
+        path = home / "run.json"
+        setting = read_json(path, "the record of a run").get("setting")
+        if not isinstance(setting, dict) or not isinstance(setting.get("memory"), dict):
+            raise ValueError(f"{path} is damaged: it has no setting of a memory")
+        found["config"] = setting["memory"]
+    if step is None:
+        return found | {"problem": f"{home} holds no checkpoint yet"}
+    for name, entry in load_manifest(step)["files"].items():
+        if name.endswith(".safetensors"):
+            found["tensors"] += _listed(read_header(step / name)[0].values())
+            continue
+        size, label = int(entry["bytes"]), name.removesuffix(".rows")
+        found["tensors"].append({"name": label, "dtype": "rows", "shape": [], "bytes": size, "file": name})
+        table = re.fullmatch(r"(?:.*\.)?tables\.(\d+)", label)
+        if table and found["config"] is not None:
+            config = EngramConfig.from_json(json.dumps(found["config"]))
+            rows = size // (config.head_dim * getattr(torch, config.table_dtype).itemsize)
+            found["tables"][int(table[1])] = {
+                "rows": rows,
+                "dim": config.head_dim,
+                "form": config.table_dtype,
+                "bytes": size,
+            }
+    return found | {"problem": "training state: load it with engram train, or save its memory to convert it"}
+
+
+def _inspect_offloaded(home: Path, manifest: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    files = load_manifest(home)["files"]
+    try:
+        for layer, table in manifest["tables"].items():
+            size = int(files[table["file"]]["bytes"])
+            shape = [whole("rows", table["rows"]), whole("dim", table["dim"])]
+            form, file = str(table["form"]), str(table["file"])
+            found["tables"][int(layer)] = {"rows": shape[0], "dim": shape[1], "form": form, "bytes": size}
+            found["tensors"].append({"name": file, "dtype": form, "shape": shape, "bytes": size, "file": file})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{home / 'manifest.json'} is damaged: {error!r}") from error
+    return found | {"problem": "rows alone, of a checkpoint that engram.offload knows: convert the checkpoint"}

@@ -25,8 +25,11 @@ from engram.integrations.dialects import (
     fusion_from,
     fusion_to,
     layout_of,
+    refuse_unknown,
     unknown_in_hf,
 )
+from engram.integrations.gguf import TABLE as GGUF_TABLE
+from engram.integrations.gguf import check_keys, config_of, is_gguf, read_gguf, rows_of, shape_of, token_map_of
 from engram.integrations.rows import FORMS, SCALES, Rows, TableRows, check_buffers, find_tables, scale_of, table_rows
 from engram.integrations.tensors import Checkpoint, Stored, open_checkpoint
 from engram.tables import EncodedTable
@@ -35,8 +38,8 @@ from engram.untrusted import of_library, read_json, read_tokenizer
 
 @dataclass
 class Source:
-    """An opened memory. kind: "engram" or a dialect; weights: {layer: EngramFusion's}, float32; token_map: None where
-    none was found."""
+    """An opened memory. kind: "engram", "gguf" or a dialect; weights: {layer: EngramFusion's}, float32, empty if the
+    file has none; token_map: None if none was found."""
 
     kind: str
     path: Path
@@ -52,7 +55,7 @@ class Source:
 def open_source(
     path: str | os.PathLike[str], config: EngramConfig | None = None, token_map: TokenMap | None = None
 ) -> Source:
-    """Opens a memory: our folder, or safetensors of a released dialect (a file, or a folder with config.json).
+    """Opens a memory: our folder, safetensors of a released dialect (a file, or a folder with config.json), or GGUF.
 
     Args:
         config: where no config.json says it (demo state dicts). token_map: of the model's tokenizer; else looked for
@@ -65,7 +68,11 @@ def open_source(
     given = Path(path)
     if (given / "manifest.json").is_file():
         return _open_engram(given, token_map)
+    if is_gguf(given):
+        return _open_gguf(given, config, token_map)
     checkpoint = open_checkpoint(given)
+    if config is None and checkpoint.config is not None:
+        refuse_unknown(checkpoint.config)
     kind = dialect_of_tensors(checkpoint)
     if config is None:
         if checkpoint.config is None:
@@ -164,8 +171,12 @@ def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | No
             f"ids, {saved.digest[:12]}): another tokenizer or version, every row would be wrong"
         )
     found_map = given or saved
-    if found_map is None:
-        return None
+    if found_map is not None:
+        _check_map(config, found_map)
+    return found_map
+
+
+def _check_map(config: EngramConfig, found_map: TokenMap) -> None:
     if config.pad_id >= len(found_map.table):
         raise ValueError(
             f"the config's pad_id is {config.pad_id}, outside the token map's vocabulary of {len(found_map.table):,}: "
@@ -176,7 +187,6 @@ def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | No
             f"the token map has {found_map.size:,} compressed ids, the config's engram_compressed_vocab_size is "
             f"{config.compressed_vocab:,}: it comes from another tokenizer version, every row would be wrong"
         )
-    return found_map
 
 
 def _read_fusion(source: Source, checkpoint: Checkpoint, layer: int, prefix: str) -> None:
@@ -255,6 +265,47 @@ def _scales(checkpoint: Checkpoint, name: str, scale_name: str | None, shape: tu
 
 def _blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // each) for size, each in zip(shape, block, strict=True))
+
+
+def _open_gguf(path: Path, config: EngramConfig | None, token_map: TokenMap | None) -> Source:
+    """The tables of a GGUF file; it has no other weights of the memory."""
+    tensors, facts = read_gguf(path)
+    tables: dict[int, Stored] = {}
+    for name, stored in tensors.items():
+        if match := GGUF_TABLE.fullmatch(name):
+            if int(match[1]) in tables:
+                raise ValueError(f"{path}: {name} and {tables[int(match[1])].name} are of one layer: which one counts?")
+            tables[int(match[1])] = stored
+    if not tables:
+        raise ValueError(f"{path} holds no n-gram table: expected blk.<layer>.engram_embd.weight")
+    saved = token_map_of(path, facts)
+    if saved is not None and token_map is not None and saved.digest != token_map.digest:
+        raise ValueError(
+            f"the token map given ({token_map.size:,} ids, {token_map.digest[:12]}) is not the one in {path} "
+            f"({saved.size:,} ids, {saved.digest[:12]}): another tokenizer or version, every row would be wrong"
+        )
+    token_map = saved or token_map
+    stated = facts.get("engram.token_map_digest")
+    if token_map is not None and stated not in (None, token_map.digest):
+        raise ValueError(
+            f"{path} was written with the token map {str(stated)[:12]}, this one is {token_map.digest[:12]}"
+        )
+    derived = config is None and "engram.config" not in facts
+    config = config_of(path, facts, token_map) if config is None else config
+    if set(config.layers) != set(tables):
+        raise ValueError(f"{path} holds tables of layers {sorted(tables)}, expected {list(config.layers)}")
+    if derived:  # no key says whether tables are padded
+        bare = config.replace(row_multiple=1)
+        counts = {layer: stored.shape[0] for layer, stored in tables.items() if stored.shape}
+        config = bare if layout_of(bare).rows == counts else config
+    if token_map is not None:
+        _check_map(config, token_map)
+        config = config.replace(compressed_vocab=token_map.size)
+    layout = layout_of(config, 0 if token_map is None else int(token_map.table[config.pad_id]))
+    check_keys(path, facts, config, layout, token_map is not None)
+    rows = {layer: rows_of(tables[layer], config, layout.rows[layer]) for layer in config.layers}
+    hidden_size, streams = shape_of(tensors, facts, config.layers)
+    return Source("gguf", path, config, layout, token_map, hidden_size, streams, rows)
 
 
 def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:

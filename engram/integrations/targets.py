@@ -13,8 +13,9 @@ import xxhash
 from torch import Tensor
 
 from engram.addressing import HashLayout
+from engram.fusion import EngramFusion
 from engram.integrations.dialects import config_to_hf, fusion_to
-from engram.integrations.gguf import GgufWriter
+from engram.integrations.gguf import NAME, GgufWriter, Value, keys_of
 from engram.integrations.sources import Source
 from engram.integrations.tensors import NAMES, Stored, Writer
 from engram.tables.files import bad_blocks, write_rows
@@ -166,7 +167,7 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
             fp8 = form == "fp8"
             tables[layer] = EncodedTable(rows, config.head_dim, "fp8") if fp8 else new_table(config, layer, rows)
         memory = EngramMemory(config, source.token_map, source.hidden_size, source.streams, tables=tables)
-    for layer, weights in source.weights.items():
+    for layer, weights in (source.weights or untrained_weights(source)).items():
         memory.fusions[str(layer)].load_state_dict(weights, assign=True)
 
     def write(layer: int, path: Path) -> dict[str, Any]:
@@ -179,24 +180,42 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
     save_memory(memory, home, rows=write)
 
 
+def untrained_weights(source: Source) -> dict[int, dict[str, Tensor]]:
+    """Fusion weights for tables that came without: those of a new memory, with a value projection of 0, so that nothing
+    is added to the hidden state before they are trained."""
+    weights: dict[int, dict[str, Tensor]] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in source.config.layers:
+            fusion = EngramFusion(source.config, source.hidden_size, source.streams)
+            for name, weight in fusion.named_parameters():
+                if name.startswith("value."):
+                    torch.nn.init.zeros_(weight)
+            weights[layer] = {name: value.detach() for name, value in fusion.state_dict().items()}
+    return weights
+
+
 def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: Step) -> None:
     """The tables alone, with the facts that address them."""
     assert source.token_map is not None
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer, recoder in recoders.items():
-        specs[f"blk.{layer}.engram.weight"] = (_FLOATS[recoder.form], (recoder.rows.rows, recoder.rows.dim))
-    facts: dict[str, int | str] = {
+        dim = recoder.rows.dim
+        width, dtype = (dim + dim // 32, "I8") if recoder.form == "fp8" else (dim, _FLOATS[recoder.form])
+        specs[NAME.format(layer)] = (dtype, (recoder.rows.rows, width))
+    facts: dict[str, Value] = {
+        **keys_of(source.config, source.layout, source.token_map),
         "engram.config": source.config.to_json(),
         "engram.layout": source.layout.to_json(),
         "engram.layout_digest": source.layout.digest,
         "engram.token_map_digest": source.token_map.digest,
-        "engram.hidden_size": source.hidden_size,
-        "engram.streams": source.streams,
     }
+    if source.hidden_size:
+        facts |= {"engram.hidden_size": source.hidden_size, "engram.streams": source.streams}
     writer = GgufWriter(path, specs, facts)
     for layer, recoder in recoders.items():
         for block in _stream(recoder, 0, recoder.rows.rows):
-            writer.append(f"blk.{layer}.engram.weight", block)
+            writer.append(NAME.format(layer), block)
             step(block.nbytes)
     writer.close()
     verify(writer.stored, writer.digests, step)

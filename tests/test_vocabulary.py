@@ -111,6 +111,18 @@ def test_a_transformer_of_a_larger_vocabulary_evaluates_generates_and_explains()
         model.memory.hasher(torch.tensor([[1, NAMED]]))
 
 
+@pytest.mark.parametrize("error", [IndexError, KeyError, TypeError, ValueError])
+def test_explain_names_an_id_by_its_number_if_the_tokenizer_cannot(error: type[Exception]) -> None:
+    class Slow:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            if any(i >= NAMED for i in ids):
+                raise error("no such token")
+            return "".join(f"<{i}>" for i in ids)
+
+    found = engram.explain(own(), [3, 60, 4], Slow(), losses=False)
+    assert found.tokens == ["<3>", "60", "<4>"] and found.ngrams == [["<3>", "<3>"], ["", ""], ["<4>", "<4>"]]
+
+
 @torch.no_grad()
 def test_embeddings_may_be_resized_and_a_memory_that_leaves_is_strict_again() -> None:
     model, memory = attached()

@@ -278,9 +278,11 @@ def _hooked(memory: EngramMemory, act: Any) -> Iterator[None]:
 
 
 def _text(ids: list[int], tokenizer: Any) -> str:
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(ids, skip_special_tokens=False)
+    numbers = " ".join(map(str, ids))
+    try:
+        return numbers if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
+    except (LookupError, TypeError, ValueError):  # slow tokenizers, at an id that names no token
+        return numbers
 
 
 def _known(x: float) -> float | None:

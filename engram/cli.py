@@ -476,7 +476,7 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert, attach; default: some."
+            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert, attach, decode; default: some."
         ),
     ] = None,
     threads: Threads = None,

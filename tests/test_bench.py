@@ -9,6 +9,7 @@ import pytest
 from engram.bench.attach import MEMORY, SHAPE, bench_attach
 from engram.bench.codecs import bench_codecs
 from engram.bench.compare import compare
+from engram.bench.decode import bench_decode
 from engram.bench.disk import bench_disk
 from engram.bench.rows import bench_update, lookup
 
@@ -44,6 +45,15 @@ def test_attach_measures_both_arms_with_the_same_weights():
     small = {"vocab_size": 64, "hidden_size": 18, "intermediate_size": 32, "num_hidden_layers": 3}
     memory = MEMORY.replace(layers=(1,), rows_per_head=64, head_dim=8)
     check(bench_attach(rounds=1, shape={**SHAPE, **small}, memory=memory), "with memory")
+
+
+def test_decode_measures_a_step_and_what_is_held_at_every_position():
+    pytest.importorskip("transformers")
+    rows = bench_decode(positions=(20, 700, 1000), steps=2, model_positions=(1024, 2048))
+    assert len(rows) == 2 * 6 + 4 and rows[0]["ratio"] == 1.0
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
+    held = [row["value"] for row in rows if "state at" in row["what"]]
+    assert held[1] == held[2] and held[4] == held[5]  # past the margin a text's length costs nothing
 
 
 def test_arms_take_turns_and_what_they_need_is_made_off_the_clock():

@@ -9,6 +9,7 @@ from engram.bench.attach import bench_attach
 from engram.bench.codecs import bench_codecs
 from engram.bench.compare import Row
 from engram.bench.convert import bench_convert
+from engram.bench.decode import bench_decode
 from engram.bench.disk import bench_disk
 from engram.bench.hashing import bench_hash
 from engram.bench.rows import bench_lookup, bench_update
@@ -26,6 +27,7 @@ _BENCHES: dict[str, Callable[[], list[Row]]] = {
     "disk": bench_disk,
     "convert": bench_convert,
     "attach": bench_attach,
+    "decode": bench_decode,
 }
 
 
@@ -37,7 +39,8 @@ def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = N
 
     Args:
         names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
-            "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder) and "attach" (transformers).
+            "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder), "attach" and "decode" (a
+            step at growing positions of a text), which need transformers.
         on_name: called with the name of each benchmark before it runs.
 
     Returns:

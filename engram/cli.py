@@ -579,7 +579,7 @@ def convert(
         return
     rows = ", ".join(f"layer {layer}: {count:,} rows" for layer, count in report["rows"].items())
     exact = "nothing was rounded" if report["lossless"] else f"largest rounding error {report['max_error']:.3g}"
-    print(f"wrote {target} ({to}): {rows}, {report['bytes']:,} bytes; {exact}; read back and equal")
+    print(f"wrote {printable(str(target))} ({to}): {rows}, {report['bytes']:,} bytes; {exact}; read back and equal")
     if report["untrained"]:
         print("note: a GGUF file holds the tables alone: the projections of this memory are new and add nothing yet")
 

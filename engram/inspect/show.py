@@ -81,7 +81,9 @@ def print_plan(name: str, found: Plan, console: Console | None = None) -> None:
     each = [f"layer {layer}: {count:,}" for layer, count in found.rows.items()]
     for i, (layer, count) in enumerate(found.addressed.items()):
         each[i] += "" if count == found.rows[layer] else f" ({count:,} of them addressed, the rest fills up)"
-    console.print(Text(f"{name}: {rows:,} rows x {found.row_values} = {rows * found.row_values:,} table parameters"))
+    console.print(
+        Text(f"{printable(name)}: {rows:,} rows x {found.row_values} = {rows * found.row_values:,} table parameters")
+    )
     console.print(Text(f"{', '.join(each)}; {found.rows_per_token} rows read per token"))
     if found.dense is None:
         console.print(Text("dense parameters: not known without --hidden-size (and --streams)"))

@@ -216,9 +216,9 @@ def load_run(
     if newest is None:
         raise FileNotFoundError(f"{home} holds no checkpoint yet")
     run = _read_run(home)
-    arm, setting, tokenizer = run["arm"], run["setting"], _read_tokenizer(home)
     if changed := _changed_files(home, run):
         raise ValueError(f"{home / changed[0]} is missing or was changed: it does not have the digest in run.json")
+    arm, setting, tokenizer = run["arm"], run["setting"], _read_tokenizer(home)
     token_map = TokenMap.load(home / "token_map.safetensors")
     derived = TokenMap.from_tokenizer(tokenizer)
     if derived.digest != token_map.digest:

@@ -315,6 +315,23 @@ def test_a_transformers_pass_that_broke_off_is_noticed_and_taken_back(kernel, bl
             torch.testing.assert_close(found, full[:, start : start + 8], rtol=1e-4, atol=1e-5)
 
 
+def test_a_recall_for_other_positions_than_the_caches_is_refused():
+    memory, ids = make(conv_kernel=0), torch.randint(0, VOCAB, (1, 24))
+    model = Transformer(TransformerConfig(VOCAB, hidden_size=WIDTH, layers=3, heads=2), memory).eval()
+    with torch.no_grad():
+        full, cache = model(ids), Cache()
+        model(ids[:, :8], cache=cache, recall=memory.recall(ids[:, :8]))  # the cache's memory has seen nothing
+        with pytest.raises(RuntimeError, match="at position 8, its memory at 0"):
+            model(ids[:, 8:], cache=cache)
+        cache = Cache()
+        recalls = [memory.recall(piece, cache=cache.memory) for piece in ids.split(8, 1)]
+        for recall in (recalls[1], None):
+            with pytest.raises(RuntimeError, match=r"at position 0, its memory at (8|24)"):
+                model(ids[:, :8], cache=cache, recall=recall)
+        steps = [model(p, cache=cache, recall=r) for p, r in zip(ids.split(8, 1), recalls, strict=True)]
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_of_a_transformers_cache_go_on_apart():
     memory, ids, other = make(), torch.randint(0, VOCAB, (1, 24)), torch.randint(0, VOCAB, (1, 24))
     model = Transformer(TransformerConfig(VOCAB, hidden_size=WIDTH, layers=3, heads=2), memory).eval()

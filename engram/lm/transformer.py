@@ -241,12 +241,12 @@ class Transformer(nn.Module):
             raise ValueError(f"{stop} positions, but the model was built for max_length {self.config.max_length}")
         rope = (self.cos[start:stop], self.sin[start:stop])  # type: ignore[index]
         memory = self.memory
-        if cache is not None:
-            followed = memory is not None and (recall is None or recall.cache is cache.memory)
-            seen = cache.memory.length if recall is None else recall.start
-            cache.check(seen if followed else start)
+        if cache is not None:  # a memory of another kind may keep nothing in the cache
+            cache.check(cache.memory.length or start if recall is None else start)
         if memory is not None and recall is None:
             recall = memory.recall(ids, documents, cache=None if cache is None else cache.memory)
+        if cache is not None and getattr(recall, "cache", None) is cache.memory:
+            cache.check(recall.start)  # type: ignore[union-attr]
         x = self.embedding(ids)
         for i, block in enumerate(self.blocks):
             extra = None

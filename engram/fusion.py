@@ -44,8 +44,24 @@ class EngramFusion(nn.Module):
             self.conv_norm = nn.Parameter(torch.ones(shape))
             # [M*d, 1, taps] as nn.Conv1d stores it; the last tap is lag 0
             self.conv_weight = nn.Parameter(torch.zeros(streams * hidden_size, 1, config.conv_kernel))
-            if config.conv_init == "uniform":
-                nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))
+            self._reset_conv()
+
+    def _reset_conv(self) -> None:
+        if self.config.conv_init == "uniform":
+            nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.conv_weight)
+
+    def reset_parameters(self) -> None:
+        """Gives every weight its initial value, for a module made on the meta device that no file fills."""
+        self.value.reset_parameters()
+        if self.config.gate != "none":
+            self.key.reset_parameters()
+        for name, gain in self.named_parameters(recurse=False):
+            if name.endswith("_norm"):
+                nn.init.ones_(gain)
+        if self.config.conv_kernel:
+            self._reset_conv()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EngramFusion:
         gains = {name: gain.data for name, gain in self.named_parameters() if name.endswith("_norm")}
@@ -92,7 +108,7 @@ class EngramFusion(nn.Module):
                 f"the rows are of {list(rows_BTE.shape[:2])} positions, the hidden state has {list(hidden.shape[:2])}: "
                 f"this recall is of other ids"
             )
-        rows_BTE = rows_BTE.to(self.value.weight.dtype)  # rows arrive as float32, whatever the model computes in
+        rows_BTE = rows_BTE.to(self._dtype(hidden))  # rows arrive as float32, whatever the model computes in
         value_BT1d = self.value(rows_BTE).unsqueeze(2)
         if self.config.gate == "none":
             u = value_BT1d.expand(-1, -1, self.streams, -1)
@@ -107,6 +123,13 @@ class EngramFusion(nn.Module):
             inputs = (normed * self.conv_norm).to(u.dtype).flatten(2)
             y = u + F.silu(self._conv(inputs, documents_BT, history)).view_as(u)
         return (y.squeeze(2) if flat else y), inputs
+
+    def _dtype(self, hidden: Tensor) -> torch.dtype:
+        """What the projections take: the dtype of their weights, or of the hidden state where quantisation keeps the
+        weights in another form (a method, whole numbers, fp8)."""
+        weight = getattr(self.value, "weight", None)
+        plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+        return weight.dtype if plain else hidden.dtype  # type: ignore[union-attr]
 
     def gate(self, rows_BTE: Tensor, hidden_BTMd: Tensor) -> Tensor:
         """The gate [B, T, M] in (0, 1), float32 (float64 for float64 input)."""

@@ -9,6 +9,7 @@ for i, block in enumerate(self.blocks):
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.cache import MemoryCache
 from engram.config import EngramConfig
 from engram.fusion import EngramFusion
-from engram.recall import Recall, uncompiled
+from engram.recall import Recall, refuse_recording, uncompiled
+from engram.state import Tables
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
 from engram.tables.encoded import place_table
@@ -77,6 +80,25 @@ def table_seed(config: EngramConfig, layer: int) -> int:
 def unwritten(dtype: Any, init: Any, std: Any, seed: Any) -> tuple[Any, ...]:
     """What decides how rows that were never written read: zeros are drawn with no std from no seed."""
     return (dtype, init) if init == "zero" else (dtype, init, std, seed)
+
+
+def check_processes() -> None:
+    """Raises RuntimeError where several processes train: row gradients stay in the process that found them, so each
+    would get tables of its own beside equal weights."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and (processes := torch.distributed.get_world_size()) > 1:
+        raise RuntimeError(
+            f"{processes} processes train this memory, which is not supported yet: row gradients are not summed over "
+            f"processes. Train in one, or with rows that do not learn (train_tables=False, encoded tables, "
+            f"memory.requires_grad_(False))"
+        )
+
+
+def _finish_load(memory: EngramMemory, incompatible_keys: Any) -> None:
+    """Once a state dict is read, the memory's tables included."""
+    if memory._replaced:
+        memory.mark_finished()
+    memory._replaced = False
 
 
 class EngramMemory(nn.Module):
@@ -135,8 +157,8 @@ class EngramMemory(nn.Module):
         self.hasher = NgramHasher(self.layout, token_map)
         # Ids that the model may be given. Those beyond the token map (embeddings are padded, tokenizers grow) are dead.
         self.vocab_size = len(token_map.table)
+        self.tables = Tables(tables or {})
         self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
-        self.tables: dict[int, HostTable] = dict(tables or {})
         self.codec: str | None = None
         self._rows_folder: Path | None = None  # with a rows.json of this memory
         self._marked = False  # rows.json says that rows are unfinished
@@ -166,6 +188,8 @@ class EngramMemory(nn.Module):
         self.recalls: WeakList[Recall] = WeakList()  # that live, told of every change of rows
         self.recalls_are_stale = False  # rows have changed, and an interrupt kept patch() from renewing them
         self.attachment: Any = None  # to a model of another library (engram.attach)
+        self._replaced = False  # by the load_state_dict under way: all rows
+        self.register_load_state_dict_post_hook(_finish_load)
 
     def _make_tables(self, folder: Path | None) -> None:
         layers = self.config.layers
@@ -178,9 +202,10 @@ class EngramMemory(nn.Module):
                     f"{folder} holds the rows of layers {there} and not those of {missing}: bring them back, or give "
                     f"another folder"
                 )
-        elif folder is not None and torch.get_default_device().type != "meta":
-            folder.mkdir(parents=True, exist_ok=True)
-            self.claim(folder)
+        elif folder is not None and torch.get_default_device().type == "meta":
+            self.tables.before_rows = partial(self._begin_folder, folder)
+        elif folder is not None:
+            self._begin_folder(folder)
         try:
             for layer, path in paths.items():
                 self.tables[layer] = new_table(self.config, layer, self.layout.rows[layer], path)
@@ -190,6 +215,10 @@ class EngramMemory(nn.Module):
                 if table.path is not None and not there:  # so that it can be tried again
                     table.path.unlink(missing_ok=True)
             raise
+
+    def _begin_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.claim(folder)
 
     def claim(self, folder: Path) -> None:
         """Record in rows.json which memory owns the row files in `folder`."""
@@ -323,7 +352,10 @@ class EngramMemory(nn.Module):
             IndexError: an id outside the vocabulary. ValueError: placeholder ids, shapes that do not match, or a cache
             together with a lookback.
         """
+        refuse_recording(ids)
         self.check_finished()
+        if self.collects_gradients:
+            check_processes()
         if cache is not None and lookback is not None:
             raise ValueError("a decoding cache has its own look-back: give no lookback with it")
         for name, given in (("documents", documents), ("dead", dead)):
@@ -496,7 +528,7 @@ class EngramMemory(nn.Module):
             raise
         self._renew_recalls()
         self.close()
-        self.tables, self.codec, self._rows_folder = {**encoded}, name, None
+        self.tables, self.codec, self._rows_folder = Tables(encoded), name, None
         for pending in self.gradients.values():
             pending.clear()
 
@@ -585,10 +617,13 @@ class EngramMemory(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for layer, table in self.tables.items():
-            destination[f"{prefix}tables.{layer}"] = table.tensor
         for layer, books in self._codebooks().items():
             destination[f"{prefix}codebooks.{layer}"] = books
+
+    @property
+    def codebooks(self) -> SimpleNamespace:
+        """Codebooks of product-quantised tables under the names that state_dict() gives them."""
+        return SimpleNamespace(**{str(layer): books for layer, books in self._codebooks().items()})
 
     def _codebooks(self) -> dict[int, Tensor]:
         codecs = {layer: table.codec for layer, table in self.tables.items() if isinstance(table, EncodedTable)}
@@ -599,24 +634,63 @@ class EngramMemory(nn.Module):
     ) -> None:
         self.check_writable()
         self._renew_recalls()
-        targets = {f"{prefix}tables.{layer}": table.tensor for layer, table in self.tables.items()}
-        targets |= {f"{prefix}codebooks.{layer}": books for layer, books in self._codebooks().items()}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        replaces = all(key in state_dict and state_dict[key].data_ptr() != t.data_ptr() for key, t in targets.items())
-        if replaces:
+        targets = {f"{prefix}tables.{layer}": table.stored_shape for layer, table in self.tables.items()}
+        targets |= {f"{prefix}codebooks.{layer}": books.shape for layer, books in self._codebooks().items()}
+        live = self.state_dict()
+        own = {key: live[key.removeprefix(prefix)].data_ptr() for key in targets}
+        if all(key in state_dict and state_dict[key].data_ptr() != own[key] for key in targets):
             self.mark_unfinished(None)
-        for key, target in targets.items():
+            self._replaced = all(state_dict[key].shape == shape for key, shape in targets.items())
+        for layer, target in self._codebooks().items():  # the rows are read after them, by self.tables
+            key = f"{prefix}codebooks.{layer}"
             saved = state_dict.get(key)
             if key in unexpected:
                 unexpected.remove(key)
             if saved is None:
                 missing.append(key)
             elif saved.shape != target.shape:
-                errors.append(f"{key} is {tuple(saved.shape)}, the table is {tuple(target.shape)}")
+                errors.append(f"{key} is {tuple(saved.shape)}, the codebooks are {tuple(target.shape)}")
             else:
                 target.copy_(saved)
-        if replaces and not errors:
-            self.mark_finished()
-        for table in self.tables.values():
-            if isinstance(table, EncodedTable):
-                table.validate()
+
+    # Copies and pickles.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, Tables(value) if name == "tables" and isinstance(value, dict) else value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngramMemory:
+        """A memory of its own, with the rows of this moment in memory; rows that were opened read-only stay shared. It
+        has no optimiser and no row gradients. A copy of a model with an attached memory gets a copy attached to it.
+
+        Raises:
+            MemoryError: the rows do not fit.
+        """
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        fresh: dict[str, Any] = {
+            "gradients": {layer: [] for layer in self.config.layers},
+            "clock": dict.fromkeys(self.clock, 0.0),
+            "attachment": memo.get(id(self.attachment)),
+            "_replaced": False,
+            "_rows_folder": None,
+            "_marked": False,
+            "_looked": {},
+            "has_optimizer": False,
+        }
+        shared = {"config", "layout", "hasher"}  # which nothing changes
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = (
+                fresh[name] if name in fresh else value if name in shared else copy.deepcopy(value, memo)
+            )
+        return twin
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an EngramMemory is not pickled: its tables may be larger than memory. Save it with memory.save(folder), "
+            "or its values with torch.save(model.state_dict()); copy.deepcopy copies it"
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "torch.nn.DataParallel runs copies of a model, which lose row gradients: use one device per process"
+        )

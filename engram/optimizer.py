@@ -11,10 +11,12 @@ import torch
 import xxhash
 from torch import nn
 
-from engram.memory import EngramMemory
+from engram.memory import EngramMemory, check_processes
 from engram.tables.optimizers import RowAdagrad, RowAdam, RowOptimizer, RowRMS
 from engram.tables.sinkhorn import RowSinkhorn
 from engram.tables.table import HostTable
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class EngramOptimizer(torch.optim.AdamW):
@@ -31,8 +33,19 @@ class EngramOptimizer(torch.optim.AdamW):
         self.memories, self.rows = memories, rows
         self.touched = 0
         self._progress: list[str] | None = None  # what the step under way has updated; None between steps
-        self._saved_beside: list[str] | None = None  # digests of the fusion weights that a loaded state belongs to
+        # Memory number -> digests of the fusion weights that a loaded state belongs to
+        self._saved_beside: dict[int, str | dict[str, str]] = {}
         for memory in memories:
+            memory.has_optimizer = True
+        self._check_processes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in ("memories", "rows", "touched", "_saved_beside", "_progress")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for memory in self.memories:
             memory.has_optimizer = True
 
     @property
@@ -56,16 +69,10 @@ class EngramOptimizer(torch.optim.AdamW):
         reached are dropped, so that no later step applies them twice: see `interrupted`.
 
         Raises:
-            RuntimeError: several processes train: row gradients stay in the process that found them, so each would get
-            tables of its own beside equal weights. Or GradScaler.unscale_ was called, which reaches no row gradient.
+            RuntimeError: several processes train (engram.memory.check_processes). Or GradScaler.unscale_ was called,
+            which reaches no row gradient.
         """
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        processes = torch.distributed.get_world_size() if several else 1
-        if processes > 1 and self.row_optimizers:
-            raise RuntimeError(
-                f"{processes} processes train this memory, but row gradients are not summed over processes: train in "
-                f"one, or with rows that do not learn (train_tables=False, encoded tables)"
-            )
+        self._check_processes()
         self.touched = 0
         scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if infinite is not None:  # GradScaler sets both for the time of this call
@@ -170,51 +177,108 @@ class EngramOptimizer(torch.optim.AdamW):
             for pending in memory.gradients.values():
                 pending.clear()
 
+    def _check_processes(self) -> None:
+        if self.row_optimizers:
+            check_processes()
+
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, with the row optimisers' state (live tensors) under "rows", and under "memories" digests of the
-        fusion weights that it belongs to."""
+        """AdamW's. The state of a table's rows (live tensors) lies under "rows" in the state of a weight of its fusion
+        module (of another weight, where none of them learns), as "<number of the memory>.<layer>": whatever carries the
+        state of weights carries that of rows. With it go digests of the fusion weights that it belongs to.
+        """
         if self.interrupted is not None:
             warnings.warn(f"this is the state after a step that was interrupted: {self.interrupted}", stacklevel=2)
-        rows = [{layer: o.state_dict() for layer, o in layers.items()} for layers in self.rows]
-        return {**super().state_dict(), "rows": rows, "memories": self._digests()}
-
-    def _digests(self) -> list[str]:
-        """Of each memory's fusion weights; "" where it has no rows to train."""
-        return [_digest(memory) if layers else "" for memory, layers in zip(self.memories, self.rows, strict=True)]
+        saved = super().state_dict()
+        state = {key: dict(values) for key, values in saved["state"].items()}
+        numbers = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for number, (memory, layers) in enumerate(zip(self.memories, self.rows, strict=True)):
+            digests = _digests(memory) if layers else {}
+            for layer, optimizer in layers.items():
+                weights = memory.fusions[str(layer)].parameters()
+                # Without a weight that learns, torch keeps what has another name than a number, too
+                home = next((numbers[id(w)] for w in weights if id(w) in numbers), 0 if numbers else "tables")
+                values = {**optimizer.state_dict(whole=bool(self.state)), "beside": digests}
+                state.setdefault(home, {}).setdefault("rows", {})[f"{number}.{layer}"] = values
+        return {**saved, "state": state}
 
     def _check_weights(self) -> None:
         """At the first step after a state was loaded, when everything else has been loaded too."""
-        if self._saved_beside is not None and self._saved_beside != self._digests():
-            raise RuntimeError(
-                "this optimiser's state was saved beside other weights of the memory than it has now, so training "
-                "would go on with other rows: load the memory's state too (checkpoints that PEFT writes hold adapters "
-                "alone: memory.save beside them, engram.attach(model, folder) to go on). To train from these rows on, "
-                "build a new optimiser"
-            )
-        self._saved_beside = None
+        for number, saved in self._saved_beside.items():
+            if not _belongs(self.memories[number], saved):
+                raise RuntimeError(
+                    "this optimiser's state was saved beside other weights of the memory than it has now, so training "
+                    "would go on with other rows: load the memory's state too (checkpoints that PEFT writes hold "
+                    "adapters alone: add engram.MemoryCallback() to the Trainer, or memory.save beside them and "
+                    "engram.attach(model, folder) to go on). To train from these rows on, build a new optimiser"
+                )
+        self._saved_beside = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the saved state belongs to other tables or another kind of optimiser. Where the
-        memory has other weights than it was saved beside, the next step raises RuntimeError."""
-        rows = state_dict.get("rows")
-        if rows is None or [set(layers) for layers in rows] != [set(layers) for layers in self.rows]:
-            raise ValueError("the saved optimiser state belongs to a model with other memory layers")
-        pairs = [
-            (o, saved[layer]) for layers, saved in zip(self.rows, rows, strict=True) for layer, o in layers.items()
-        ]
-        for optimizer, saved in pairs:
-            optimizer.check_state(saved)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("rows", "memories")})
-        for optimizer, saved in pairs:
-            optimizer.load_state_dict(saved)
-        self._saved_beside, self._progress = state_dict.get("memories"), None
+        """Reads what state_dict() wrote, also that of versions that kept "rows" and "memories" beside "state".
+
+        Raises:
+            ValueError: the saved state belongs to other tables or another kind of optimiser. RuntimeError: several
+            processes train; at the next step, rows were trained in the saved state and the memory has other weights
+            than it was saved beside.
+        """
+        self._check_processes()
+        state, rows = _split(state_dict)
+        own = {f"{m}.{layer}": o for m, layers in enumerate(self.rows) for layer, o in layers.items()}
+        if set(rows) != set(own):
+            raise ValueError(
+                f"the saved optimiser state has the rows of {sorted(rows) or 'no table'}, this optimiser trains "
+                f"{sorted(own) or 'none'} (number of the memory.layer): it belongs to another model"
+            )
+        for key, optimizer in own.items():
+            optimizer.check_state(rows[key][0])
+        super().load_state_dict({**state_dict, "state": state})
+        self._saved_beside, self._progress = {}, None
+        for key, optimizer in own.items():
+            values, beside = rows[key]
+            optimizer.load_state_dict(values)
+            if optimizer.steps and beside:  # rows that were never trained are no others than those of now
+                self._saved_beside[int(key.partition(".")[0])] = beside
 
 
-def _digest(memory: EngramMemory) -> str:
-    """Of the bits of its fusion weights, 16 hex digits."""
+def _split(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, tuple[dict[str, Any], Any]]]:
+    """Return the state of the weights, and {"<number of the memory>.<layer>": (state of the rows, the digests that it
+    was saved beside)}.
+
+    Raises:
+        ValueError: not an optimiser's state.
+    """
+    try:
+        state = {key: {k: v for k, v in values.items() if k != "rows"} for key, values in state_dict["state"].items()}
+        rows = {k: dict(v) for values in state_dict["state"].values() for k, v in values.get("rows", {}).items()}
+        for number, layers in enumerate(state_dict.get("rows", ())):
+            beside = dict(enumerate(state_dict.get("memories", ()))).get(number)
+            rows |= {f"{number}.{layer}": {**values, "beside": beside} for layer, values in layers.items()}
+        pairs = {key: (values, values.pop("beside", None)) for key, values in rows.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is not the state of an optimiser of build_optimizer: {error!r}") from error
+    return {key: values for key, values in state.items() if values}, pairs
+
+
+def _digests(memory: EngramMemory) -> dict[str, str]:
+    """Of the fusion weights, as they are in each dtype that they may be cast to before the state is loaded again."""
+    return {str(dtype).removeprefix("torch."): _digest(memory, dtype) for dtype in _DTYPES}
+
+
+def _belongs(memory: EngramMemory, saved: str | dict[str, str]) -> bool:
+    """Whether a state that was saved beside weights of these digests belongs to the weights of now."""
+    if isinstance(saved, str):  # of the bits as they were, by earlier versions
+        return saved in ("", _digest(memory))
+    dtypes = {weight.dtype for weight in memory.fusions.parameters()}
+    dtype = next((dtype for dtype in _DTYPES[1:] if dtype in dtypes), torch.float32)
+    return saved.get(str(dtype).removeprefix("torch.")) == _digest(memory, dtype)
+
+
+def _digest(memory: EngramMemory, dtype: torch.dtype | None = None) -> str:
+    """Digest of the bits of the fusion weights in a dtype (default: their own), 16 hex digits."""
     digest = xxhash.xxh3_64()
     for weight in memory.fusions.parameters():
-        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        values = weight.detach().cpu().to(dtype or weight.dtype).flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -250,7 +314,8 @@ def build_optimizer(
             sinkhorn, which uses the first alone; adagrad has none.
 
     Raises:
-        ValueError: an unknown table_optimizer; rates or decays that make no sense.
+        ValueError: an unknown table_optimizer; rates or decays that make no sense. RuntimeError: several processes
+        train, which is not supported yet.
     """
     make: dict[str, Callable[[HostTable], RowOptimizer]] = {
         "rms": lambda table: RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1]),

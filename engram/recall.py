@@ -37,6 +37,32 @@ def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     return update_wrapper(call, method)
 
 
+def refuse_recording(value: Any) -> None:
+    """Raises RuntimeError where torch records operations on `value` or transforms them: rows are looked up outside of
+    torch, so that a recorded program would hold the rows of these ids as constants."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    how = None
+    if torch.jit.is_tracing():
+        how = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        how = "torch.export"
+    elif type(value).__module__.startswith("torch.fx.proxy"):
+        how = "torch.fx.symbolic_trace"
+    elif proxies is not None and proxies.get_proxy_mode() is not None:
+        how = "make_fx"
+    elif isinstance(value, Tensor):
+        try:
+            value.flatten()[:0].clone().data_ptr()
+        except RuntimeError:
+            how = "a transform of torch.func (vmap, grad) or a fake tensor mode"
+    if how is not None:
+        raise RuntimeError(
+            f"{how} records or transforms operations of torch, but the rows of an n-gram memory are looked up outside "
+            f"of torch: the result would read the rows of other ids. Run the model as it is (torch.compile works), or "
+            f"detach the memory first"
+        )
+
+
 class Recall:
     """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
     forward pass that uses it, and used again: rows that an optimiser step changes in between are renewed.

@@ -11,6 +11,7 @@ recalled twice.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import os
@@ -30,7 +31,7 @@ from engram.config import EngramConfig
 from engram.integrations.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of, suspend
 from engram.integrations.inputs import documents, padding, placeholder_ids, vocabulary
 from engram.memory import EngramMemory
-from engram.recall import MemoryCache, Recall, uncompiled
+from engram.recall import MemoryCache, Recall, refuse_recording, uncompiled
 
 _LAYERS = ("layers", "h", "blocks")  # what decoders call their list of layers
 _STREAMS = ("hc_mult", "hc_count")  # what configurations call the number of residual streams
@@ -232,6 +233,27 @@ def _is_running(frame: FrameType) -> bool:
     return current is not None
 
 
+class _Hook:
+    """A method of an attachment as a hook. A copy of the model gets hooks of its own copy of the attachment."""
+
+    def __init__(self, attachment: Attachment, method: str, *first: Any):
+        self.attachment, self.method, self.first = attachment, method, first
+        self.call = uncompiled(partial(getattr(attachment, method), *first))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(copy.deepcopy(self.attachment, memo), self.method, *self.first)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model with an attached memory is not pickled: its tables may be larger than memory. Save it with "
+            "model.save_pretrained(folder), the memory alone with memory.save(folder), or the values with "
+            "torch.save(model.state_dict()); copy.deepcopy copies it"
+        )
+
+
 class Attachment:
     """The hooks of one attached memory."""
 
@@ -253,16 +275,36 @@ class Attachment:
         }
         self.handles = []
         for m in self.models:
-            self.handles.append(m.register_forward_pre_hook(uncompiled(self._enter), with_kwargs=True))
-            self.handles.append(m.register_forward_hook(uncompiled(self._leave), always_call=True))
+            self.handles.append(m.register_forward_pre_hook(_Hook(self, "_enter"), with_kwargs=True))
+            self.handles.append(m.register_forward_hook(_Hook(self, "_leave"), always_call=True))
         for layer in memory.config.layers:
-            add = uncompiled(partial(self._add, layer))
-            self.handles.append(layers[layer].register_forward_pre_hook(add, with_kwargs=True))
+            self.handles.append(layers[layer].register_forward_pre_hook(_Hook(self, "_add", layer), with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         del self.decoder.engram
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """The attachment of a copy of its models, which is under way; itself where only parts of them are copied."""
+        top = next((m for m in reversed(self.models) if id(m) in memo), None)
+        if top is None:
+            return self
+        twin = memo[id(self)] = object.__new__(Attachment)
+        inner = set(top.modules())
+        dicts = {id(d) for m in inner for d in (m._forward_pre_hooks, m._forward_hooks)}
+        kept: dict[str, Any] = {
+            "models": [m for m in self.models if m in inner],
+            "names": {m: names for m, names in self.names.items() if m in inner},
+            "handles": [handle for handle in self.handles if id(handle.hooks_dict_ref()) in dicts],
+            "model": self.model if id(self.model) in memo else top,
+        }
+        for name, value in self.__dict__.items():
+            if name not in ("now", "number"):
+                twin.__dict__[name] = copy.deepcopy(kept.get(name, value), memo)
+        twin.now, twin.number = _Pass(), next(_numbers)
+        twin.memory.attachment = twin
+        return twin
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module not in self.names:
@@ -272,6 +314,7 @@ class Attachment:
             )
         given = dict(zip(self.names[module], args, strict=False)) | kwargs
         read = {name: given[name] for name in _READ if given.get(name) is not None}
+        refuse_recording(next(iter(read.values()), None))
         cache = next((given[name] for name in self.caches[module] if given.get(name) is not None), None)
         if cache is not None:
             read["cache"] = cache
@@ -355,7 +398,7 @@ class Attachment:
                 f"ids. Checkpoint layers by model.gradient_checkpointing_enable() of transformers >= 5.23"
             )
         hidden = args[0] if args else kwargs["hidden_states"]
-        device = next(memory.fusions[str(layer)].parameters()).device  # a model may span several
+        device = _device(memory.fusions[str(layer)])  # a model may span several
         hidden = hidden.to(device)
         side_by_side = memory.streams > 1 and hidden.dim() == 3  # [B, T, M*d], as Qwen4-Exp keeps its streams
         streams = hidden.unflatten(-1, (memory.streams, -1)) if side_by_side else hidden

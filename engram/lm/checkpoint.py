@@ -101,7 +101,10 @@ def save_checkpoint(
         manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read: the digest is of that
     except ValueError as error:
         raise ValueError(f"facts and settings of a checkpoint are finite JSON values: {error}") from None
-    adam = {f"{i}.{k}": torch.as_tensor(v) for i, values in state["state"].items() for k, v in values.items()}
+    dense_state = {i: values for i, values in state["state"].items() if isinstance(i, int)}
+    adam = {
+        f"{i}.{k}": torch.as_tensor(v) for i, values in dense_state.items() for k, v in values.items() if k != "rows"
+    }
     try:
         remove_partial(home, r"step-\d+")  # of a run that was killed here: each holds whole tables
         with whole_folder(target, overwrite=True) as partial:  # there already: the same step once more, after a resume

@@ -70,15 +70,21 @@ class EncodedTable(HostTable):
         self._file: int | None = None
         self._tensor: Tensor | None = None
         self._struct: Any = None
-        existed = self.path is not None and self.path.exists()
-        self.codec = self._find_codec(codec, existed)
+        self._existed = self.path is not None and self.path.exists()
+        self.codec = self._find_codec(codec, self._existed)
         self.row_bytes = self.codec.row_bytes(self.dim)
         self.nbytes = self.rows * self.row_bytes
         self.init, self.std, self.seed = "zero", 1.0, 0
         self.writable, self.watchers, self.optimizers = mode == "r+", WeakList(), WeakList()
-        self._meta = torch.get_default_device().type == "meta"
-        if self._meta:
-            return
+        self.on_meta = torch.get_default_device().type == "meta"
+        if not self.on_meta:
+            self._allocate()
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        return self.rows, self.row_bytes
+
+    def _allocate(self) -> None:
         what = f"{self.rows:,} rows x {self.row_bytes} bytes of {self.codec.name}"
         self._tensor = as_tensor(self._map(what), torch.uint8, self.rows, self.row_bytes)
         books, width = (self.codec.codebooks, self.codec.width) if isinstance(self.codec, PQ) else (None, 0)
@@ -92,16 +98,16 @@ class EncodedTable(HostTable):
             width,
         )
         try:
-            if existed and self.writable:
+            if self._existed and self.writable:
                 self.validate()
-            elif existed:
+            elif self._existed:
                 for start in sorted({0, max(0, (self.rows - _LOOK) // 2), max(0, self.rows - _LOOK)}):
                     self.validate(start, min(start + _LOOK, self.rows))
             elif books is not None and self.path is not None:
                 write_whole(self.codebook_path, safetensors.torch.save({"codebooks": books}))
         except BaseException:
             self.close()
-            if not existed and self.path is not None:  # rows without their codebooks could never be opened
+            if not self._existed and self.path is not None:  # rows without their codebooks could never be opened
                 self.path.unlink(missing_ok=True)
             raise
 

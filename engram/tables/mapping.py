@@ -77,7 +77,7 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
         how = "written" if writable else "read"
         raise PermissionError(error.errno, f"{path} cannot be {how} ({error.strerror}): {hint}") from None
     try:
-        _lock(file, path, exclusive=writable)
+        lock(file, path, exclusive=writable)
         # A file with holes (a saved memory) gets its space before the first write, not a crash at one.
         holes = writable and getattr(os.fstat(file), "st_blocks", 1 << 62) * 512 < nbytes
         if fresh or (holes and os.fstat(file).st_size == nbytes):
@@ -107,7 +107,7 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
         raise
 
 
-def _lock(file: int, path: Path, exclusive: bool) -> None:
+def lock(file: int, path: Path, exclusive: bool) -> None:
     """Lock a file of rows, or warn if it is opened for writing where files cannot be locked.
 
     Raises:

@@ -101,6 +101,10 @@ class RowOptimizer:
         self._unfinished: tuple[Tensor, Tensor] | None = None  # rows of a step under way, and which of them are done
         table.optimizers.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # of a deep copy, with the copy of its table
+        self.table.optimizers.add(self)
+
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
         """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk. Always new:
         a file from before says nothing of the steps that it was made in."""
@@ -198,10 +202,11 @@ class RowOptimizer:
     def _is_written(self) -> bool:
         return self._was_written or self.steps > 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, whole: bool = False) -> dict[str, Any]:
         """{"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy. {"steps": 0}
-        where nothing was written yet: who copies a fresh optimiser (accelerate does) writes none of its pages."""
-        written = {name: state.tensor for name, state in self.state.items() if self._is_written}
+        where nothing was written yet, unless `whole`: who copies a fresh optimiser (accelerate does) writes none of its
+        pages."""
+        written = {name: state.tensor for name, state in self.state.items() if whole or self._is_written}
         return {"steps": self.steps, **written}
 
     def check_state(self, saved: dict[str, Any]) -> None:
@@ -231,7 +236,8 @@ class RowOptimizer:
             self.steps, self._was_written = 0, False
             return
         for name, state in self.state.items():
-            state.tensor.copy_(saved[name])
+            if saved[name].data_ptr() != state.tensor.data_ptr():  # else it was read in place
+                state.tensor.copy_(saved[name])
         self.steps, self._was_written = int(saved["steps"]), True
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import mmap
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engram.config import whole
-from engram.tables import kernels, readahead, reference
-from engram.tables.mapping import map_file, map_memory, unlock
+from engram.tables import kernels, limits, readahead, reference
+from engram.tables.mapping import lock, map_file, map_memory, unlock
 from engram.tables.weak import WeakList
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -110,7 +111,8 @@ class HostTable:
     gather is running, and a disk that fails under a page that is read for the first time. Bytes changed in place
     are found by `engram verify` alone. A file that is renamed or deleted stays whole for those who have it open.
 
-    On the meta device (`with torch.device("meta")`) nothing is allocated and only sizes can be asked.
+    On the meta device (`with torch.device("meta")`) nothing is allocated and only sizes can be asked, until
+    materialize().
 
     Raises:
         ValueError: a size, dtype or init that cannot be; a file of another size.
@@ -151,32 +153,54 @@ class HostTable:
         self._file: int | None = None
         self._tensor: Tensor | None = None
         self._struct: _Table | None = None
-        self._meta = torch.get_default_device().type == "meta"
-        if self._meta:
-            return
-        what = f"{self.rows:,} rows x {self.dim} x {dtype}"
-        self._tensor = as_tensor(self._map(what), dtype, self.rows, self.dim)
+        self.on_meta = torch.get_default_device().type == "meta"
+        if not self.on_meta:
+            self._allocate()
+
+    def _allocate(self) -> None:
+        what = f"{self.rows:,} rows x {self.dim} x {self.dtype}"
+        self._tensor = as_tensor(self._map(what), self.dtype, self.rows, self.dim)
         quantiles = reference.normal_quantiles()
         self._struct = _Table(
             self._tensor.data_ptr(),
             self.rows,
             self.dim,
-            _CODES[dtype],
-            init == "normal",
+            _CODES[self.dtype],
+            self.init == "normal",
             self.seed & (2**64 - 1),
             self.std,
             quantiles.data_ptr(),
         )
 
+    def materialize(self) -> None:
+        """Gives a table that was made on the meta device its memory, or its file. Its rows read as the initial ones.
+
+        Raises:
+            ValueError, BlockingIOError, OSError: as the constructor.
+        """
+        if self.on_meta:
+            with torch.device("cpu"):
+                self._allocate()
+            self.on_meta = False
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of `tensor`."""
+        return self.rows, self.dim
+
     def _map(self, what: str) -> mmap.mmap:
         """The table's bytes: memory, or its file, which a table that nobody closes lets go with itself."""
         if self.path is None:
             return map_memory(self.nbytes, what)
-        memory, self._file = map_file(self.path, self.nbytes, what, self.writable)
-        self._process = os.getpid()
-        self._let_go = weakref.finalize(self, os.close, self._file)
-        self._let_go.atexit = False
+        memory, file = map_file(self.path, self.nbytes, what, self.writable)
+        self._hold(file)
         return memory
+
+    def _hold(self, file: int) -> None:
+        """Keeps an open file until the table is closed or gone."""
+        self._file, self._process = file, os.getpid()
+        self._let_go = weakref.finalize(self, os.close, file)
+        self._let_go.atexit = False
 
     @property
     def tensor(self) -> Tensor:
@@ -186,7 +210,7 @@ class HostTable:
             ValueError: a closed or meta table. OSError: the table's file was truncated.
         """
         if self._tensor is None:
-            state = "was made on the meta device" if self._meta else "is closed"
+            state = "was made on the meta device" if self.on_meta else "is closed"
             raise ValueError(f"this table of {self.rows:,} x {self.dim} {state} and holds no rows")
         if self._file is not None:
             self._check_file()
@@ -376,7 +400,7 @@ class HostTable:
 
     @property
     def _where(self) -> str:
-        return str(self.path) if self.path else ("meta" if self._meta else "memory")
+        return str(self.path) if self.path else ("meta" if self.on_meta else "memory")
 
     def flush(self) -> None:
         """Forces a mapped file's rows to disk; nothing to do in memory."""
@@ -397,12 +421,55 @@ class HostTable:
             self._file = None
 
     def __deepcopy__(self, memo: Any) -> HostTable:
-        raise TypeError(
-            "a HostTable is not copied in passing: it may be larger than memory. Build a second one instead"
-        )
+        """A table of its own in memory; one that was opened read-only shares its mapped rows instead.
+
+        Raises:
+            MemoryError: the written rows do not fit. ValueError: a closed table.
+        """
+        twin = memo[id(self)] = copy.copy(self)
+        twin.watchers, twin.optimizers = WeakList(), WeakList()
+        if self.on_meta:
+            return twin
+        stored = self.tensor
+        if not self.writable and (file := self._open_again()) is not None:
+            twin._hold(file)
+            return twin
+        twin.path, twin._file, twin.writable = None, None, True
+        twin._allocate()
+        block = max(1, (16 << 20) * self.rows // self.nbytes)
+        for lo in range(0, self.rows, block):
+            rows = stored[lo : lo + block]
+            if not rows.any():  # reading makes no page resident, writing would
+                continue
+            if (free := limits.free_memory()) and free < 2 * rows.nbytes:
+                twin.close()
+                raise MemoryError(
+                    f"the copy of {self} needs more memory than is free: row {lo:,} was not copied. Save the memory "
+                    f"(memory.save) and load the copy with rows_in=, which keeps its rows in files"
+                )
+            twin.tensor[lo : lo + block] = rows
+        return twin
+
+    def _open_again(self) -> int | None:
+        """A second descriptor of a file that is read, with a lock of its own; None if the path is another file now."""
+        assert self.path is not None and self._file is not None
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return None
+        if os.path.samestat(os.fstat(file), os.fstat(self._file)):
+            lock(file, self.path, exclusive=False)
+            return file
+        os.close(file)
+        return None
+
+    def __copy__(self) -> HostTable:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __reduce__(self) -> Any:
-        raise TypeError("a HostTable is never pickled: save its rows with state_dict() or a checkpoint")
+        raise TypeError("a HostTable is not pickled: it may be larger than memory. Save its rows with memory.save")
 
     def __repr__(self) -> str:
         return f"HostTable({self.rows:,} x {self.dim}, {self.dtype}, {self._where}, init={self.init})"

@@ -1,0 +1,120 @@
+"""Tables: the tables of one memory as a module, so that loaders and savers that walk a model by names find its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.tables import EncodedTable, HostTable
+
+
+class Tables(nn.Module):
+    """{layer: HostTable}, read like a dict. state_dict() holds the rows of layer i under "i", as views.
+
+    The rows are neither parameters nor buffers: to(), half() and optimisers leave them alone. Still
+    `tables.get_parameter("1")` finds them, and assigning a tensor to the attribute "1" copies it into the table, which
+    is how transformers fills a model. Tables made on the meta device get memory when they are first filled (or by
+    to_empty()); rows that are not filled then read as the initial ones.
+    """
+
+    def __init__(self, tables: Mapping[int, HostTable]):
+        super().__init__()
+        self._tables = dict(tables)
+        self.before_rows: Callable[[], None] | None = None  # called once, before tables made on meta get their rows
+
+    def __getitem__(self, layer: int) -> HostTable:
+        return self._tables[layer]
+
+    def __setitem__(self, layer: int, table: HostTable) -> None:
+        self._tables[layer] = table
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._tables
+
+    def keys(self) -> Any:
+        return self._tables.keys()
+
+    def values(self) -> Any:
+        return self._tables.values()
+
+    def items(self) -> Any:
+        return self._tables.items()
+
+    def __getattr__(self, name: str) -> Any:
+        table = self._named(name)
+        return super().__getattr__(name) if table is None else nn.Parameter(_rows(table), requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        table = self._named(name)
+        if table is None:
+            super().__setattr__(name, value)
+            return
+        value, made = value.detach(), not getattr(value, "_is_hf_initialized", not table.on_meta)
+        if tuple(value.shape) != tuple(_rows(table).shape):
+            raise ValueError(f"rows {tuple(value.shape)} do not fit {table}, which needs {tuple(_rows(table).shape)}")
+        if value.is_meta:
+            return
+        self._make(table)
+        if not made:  # transformers marks what it has read; a key that its files lack is filled with an empty tensor
+            _fill(table, value)
+
+    def _named(self, name: str) -> HostTable | None:
+        return self.__dict__.get("_tables", {}).get(int(name)) if name.isdecimal() else None
+
+    def _make(self, table: HostTable) -> None:
+        if not table.on_meta:
+            return
+        if self.before_rows is not None:
+            self.before_rows()
+            self.before_rows = None
+        table.materialize()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tables:
+        on_meta = [table for table in self.values() if table.on_meta]
+        if on_meta and not fn(torch.empty(0, device="meta")).is_meta:  # to_empty()
+            for table in on_meta:
+                self._make(table)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for layer, table in self.items():
+            destination[f"{prefix}{layer}"] = _rows(table)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        for layer, table in self.items():
+            key, saved, rows = f"{prefix}{layer}", state_dict.get(f"{prefix}{layer}"), _rows(table)
+            if saved is None:
+                missing.append(key)
+            elif saved.shape != rows.shape:
+                errors.append(f"{key} is {tuple(saved.shape)}, the table is {tuple(rows.shape)}")
+            elif not saved.is_meta:
+                self._make(table)
+                _fill(table, saved)
+            elif not table.on_meta:
+                errors.append(f"{key} is on the meta device and holds no rows")
+        known = {f"{prefix}{layer}" for layer in self}
+        unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+        for table in self.values():
+            if isinstance(table, EncodedTable) and not table.on_meta:
+                table.validate()
+
+
+def _rows(table: HostTable) -> Tensor:
+    """The stored values of a table, no copy; without values where the table was made on the meta device."""
+    return torch.empty(table.stored_shape, dtype=table.dtype, device="meta") if table.on_meta else table.tensor
+
+
+def _fill(table: HostTable, rows: Tensor) -> None:
+    if rows.data_ptr() != table.tensor.data_ptr():  # else they were read in place
+        table.tensor.copy_(rows)

@@ -1,5 +1,6 @@
 """engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "EngramMemory",
     "HashLayout",
     "HostTable",
+    "MemoryCallback",
     "NgramHasher",
     "TokenMap",
     "Transformer",
@@ -42,18 +44,21 @@ __all__ = [
     "detach",
     "evaluate",
     "explain",
+    "from_pretrained",
     "generate",
     "offload",
     "plan",
     "train",
 ]
 
+_LAZY = {"attach": "attach", "detach": "attach", "from_pretrained": "pretrained", "MemoryCallback": "trainer"}
+
 
 def __getattr__(name: str) -> Any:
-    """attach and detach on first use: they import transformers, which nothing else here needs."""
-    if name in ("attach", "detach"):
+    """Names of _LAZY on first use: they import transformers, which nothing else here needs."""
+    if name in _LAZY:
         try:
-            from engram.integrations import attach
+            module = import_module(f"engram.integrations.{_LAZY[name]}")
         except ModuleNotFoundError as error:
             if error.name != "transformers":
                 raise
@@ -63,7 +68,7 @@ def __getattr__(name: str) -> Any:
                 name="transformers",
             ) from None
 
-        return getattr(attach, name)
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

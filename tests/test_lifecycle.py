@@ -570,3 +570,144 @@ def test_an_optimizer_from_before_the_processes_is_refused_when_it_is_prepared(m
         optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match="not supported yet"):
         optimizer.step()
+
+
+# Model folders
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_images", "mixtral", "qwen3"])
+def test_a_saved_model_brings_its_memory_along_and_transformers_alone_refuses_it(tmp_path, name):
+    model, memory = attached(name)
+    model.save_pretrained(tmp_path)
+    logits = model(text()).logits
+    for kind in (hf.AutoModel, hf.AutoModelForCausalLM, type(model)):
+        with pytest.raises(ValueError, match=r"engram\.from_pretrained|quantization config"):
+            kind.from_pretrained(tmp_path)
+    loaded = engram.from_pretrained(tmp_path, tokenizer=IDENTITY)
+    assert type(loaded) is type(model) and torch.equal(loaded(text()).logits, logits)
+    engram.detach(loaded).save(tmp_path / "alone")
+    assert torch.equal(loaded(text()).logits, build(name)(text()).logits)
+    for folder in (tmp_path, tmp_path / "engram", tmp_path / "alone"):
+        other = build(name)
+        engram.attach(other, folder, IDENTITY)
+        assert torch.equal(other(text()).logits, logits)
+    rows_written = sum(table.nbytes for table in memory.tables.values())
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    aside = sum(path.stat().st_size for path in (tmp_path / "engram").iterdir())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights + rows_written <= written < weights + 1.5 * rows_written and aside < rows_written / 5
+    with pytest.raises(ValueError, match="another tokenizer"):
+        engram.from_pretrained(tmp_path, tokenizer=TokenMap.identity(VOCAB + 1))
+
+
+@pytest.mark.parametrize("form", ["shards", "bfloat16", "pq8", "int8", "saved twice", "loaded and saved"])
+def test_model_folders_of_every_form_come_back(tmp_path, form):
+    model, memory = attached("llama", head_dim=32, table_dtype="bfloat16" if form == "bfloat16" else "float32")
+    if form == "bfloat16":
+        model.bfloat16()
+    if form in ("pq8", "int8"):
+        memory.encode_tables(form)
+    if form == "saved twice":
+        model.save_pretrained(tmp_path)
+        memory.tables[0].tensor.add_(1)
+    model.save_pretrained(tmp_path, **({"max_shard_size": "60KB"} if form == "shards" else {}))
+    if form == "loaded and saved":
+        model = engram.from_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+    loaded = engram.from_pretrained(tmp_path, dtype="auto")
+    assert same(loaded, model)
+    if form != "bfloat16":  # in which the model above has rotary frequencies of another dtype, memory or not
+        assert torch.equal(loaded(text()).logits, model(text()).logits)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    engram.detach(model)
+    model.save_pretrained(tmp_path)
+    assert same(hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), model)
+    with pytest.raises(FileNotFoundError, match="without a memory"):
+        engram.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="0 memories in its shards"):
+        engram.attach(model, tmp_path)
+
+
+def test_damaged_model_folders_are_refused_by_the_name_of_the_file(tmp_path):
+    model, _ = attached()
+    model.save_pretrained(tmp_path)
+    for path in (tmp_path / "engram" / "config.json", tmp_path / "config.json"):
+        whole = path.read_text()
+        for broken in (
+            "{",
+            "[]",
+            '{"engram": 3}',
+            '{"engram": {"opened_as": "llama"}, "model_type": "x"}',
+            "[" * 9999,
+        ):
+            path.write_text(broken)
+            with pytest.raises(ValueError, match=str(path)):
+                engram.from_pretrained(tmp_path)
+        path.write_text(whole)
+    facts = tmp_path / "engram" / "config.json"
+    facts.write_text(facts.read_text().replace('"seed": 0', '"seed": 5'))
+    with pytest.raises(ValueError, match="another"):
+        engram.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="model folder"):
+        engram.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_model_saved_beside_a_saved_memory_opens_with_it(tmp_path):
+    model, memory = attached()
+    logits = model(text()).logits
+    memory.save(tmp_path / "engram")
+    memory.detach().save_pretrained(tmp_path)
+    assert torch.equal(engram.from_pretrained(tmp_path, IDENTITY)(text()).logits, logits)
+
+
+# transformers' Trainer
+
+
+def run(folder, peft: bool, steps: int, resume=None, callback: bool = True, **options):
+    from peft import LoraConfig, get_peft_model
+
+    model = build("llama")
+    if peft:
+        torch.manual_seed(2)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    torch.manual_seed(3)
+    memory = engram.attach(model, CONFIG, IDENTITY)
+    data = [{"input_ids": row, "labels": row} for row in text(24)]
+    arguments = hf.TrainingArguments(
+        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+        disable_tqdm=True, seed=3, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    optimizer = build_optimizer(model, lr=0.01, table_lr=0.1)
+    trainer = hf.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:4], optimizers=(optimizer, None),
+        callbacks=[engram.MemoryCallback()] if callback else [],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, memory
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_trainer_resumes_bit_for_bit(tmp_path, peft):
+    trainer, _ = run(tmp_path, peft, 4)
+    again, memory = run(tmp_path, peft, 4, resume=str(tmp_path / "checkpoint-2"))
+    assert same(again.model, trainer.model) and rows(memory).any()
+    assert (tmp_path / "checkpoint-2" / "engram" / "manifest.json").exists() == peft, "rows are written once"
+    if not peft:
+        without, _ = run(tmp_path, peft, 4, resume=str(tmp_path / "checkpoint-2"), callback=False)
+        assert same(without.model, trainer.model), "its checkpoints hold the rows among the weights"
+
+
+def test_a_trainer_goes_back_to_the_rows_of_the_best_checkpoint(tmp_path):
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
+    trainer, memory = run(tmp_path, True, 4, metric_for_best_model="loss", **options)  # the first is the worst
+    best = EngramMemory.load(tmp_path / "checkpoint-2" / "engram")
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2") and torch.equal(rows(memory), rows(best))
+    assert not torch.equal(rows(memory), rows(EngramMemory.load(tmp_path / "checkpoint-4" / "engram")))
+
+
+def test_a_checkpoint_of_adapters_without_their_memory_is_refused_by_name(tmp_path):
+    run(tmp_path, True, 2, callback=False)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-2 holds adapters of PEFT without their memory"):
+        run(tmp_path, True, 4, resume=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(RuntimeError, match="MemoryCallback"):
+        run(tmp_path, True, 4, resume=str(tmp_path / "checkpoint-2"), callback=False)

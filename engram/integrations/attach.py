@@ -30,6 +30,7 @@ from engram.addressing import TokenMap
 from engram.config import EngramConfig
 from engram.integrations.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of, suspend
 from engram.integrations.inputs import documents, padding, placeholder_ids, vocabulary
+from engram.integrations.pretrained import SavePretrained, open_memory
 from engram.memory import EngramMemory
 from engram.recall import MemoryCache, Recall, refuse_recording, uncompiled
 
@@ -52,14 +53,16 @@ def attach(
     Padding (attention_mask 0) and the placeholders of images and the like are no text: they are never hashed, end the
     n-grams around them and get nothing from the memory. Position ids that start again begin a new document, and so do
     cu_seq_lens_q and the blocks of a finished attention mask. Several threads may run one model.
-    Keep it with memory.save: save_pretrained writes its rows too, but from_pretrained knows no place for them, and what
-    PEFT (or a Trainer around a PEFT model) saves are its adapters alone: save the memory beside each of them. With
-    load_best_model_at_end such a Trainer goes back to its best adapters and keeps the memory's last rows.
+    Keep it with memory.save, or with the model: save_pretrained writes the memory among the model's weights,
+    engram.from_pretrained opens such a folder, and transformers alone refuses it. Checkpoints of PEFT hold its adapters
+    alone: give the Trainer an engram.MemoryCallback(), which keeps the memory beside them. copy.deepcopy(model) has a
+    memory of its own. Training in several processes is not supported yet.
 
     Args:
         model: a decoder model, or one wrapped by PEFT or torch.compile. Attach after PEFT, which freezes all weights it
             finds; on a model spread by device_map, after loading.
-        memory: configuration of a new memory, an EngramMemory, or the folder where one was saved.
+        memory: configuration of a new memory, an EngramMemory, or a folder that holds one: of memory.save, of
+            save_pretrained of a model with a memory, or a checkpoint of PEFT with a memory in it.
         tokenizer: of the model, or its TokenMap. Needed for a configuration, else checked against the memory's: it may
             have gained tokens since. Those are dead, as are the embeddings that no token names: never hashed, they end
             n-grams and get nothing from the memory, unless their text has a class already (TokenMap.extend).
@@ -91,7 +94,7 @@ def attach(
             raise ValueError("a new memory needs the model's tokenizer, or its TokenMap: its rows are addressed by it")
         memory = EngramMemory(memory, token_map, size, streams)
     elif not isinstance(memory, EngramMemory):
-        memory = EngramMemory.load(memory, token_map=token_map)
+        memory = open_memory(memory, token_map)
     if token_map is not None:
         memory.extend(token_map)  # raises if it belongs to another tokenizer
     if memory.attachment is not None:
@@ -275,6 +278,7 @@ class Attachment:
         }
         self.handles = []
         for m in self.models:
+            m.save_pretrained = SavePretrained(self, m)  # type: ignore[method-assign]
             self.handles.append(m.register_forward_pre_hook(_Hook(self, "_enter"), with_kwargs=True))
             self.handles.append(m.register_forward_hook(_Hook(self, "_leave"), always_call=True))
         for layer in memory.config.layers:
@@ -283,6 +287,8 @@ class Attachment:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for m in self.models:
+            del m.save_pretrained
         del self.decoder.engram
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:

@@ -597,7 +597,7 @@ def test_a_saved_model_brings_its_memory_along_and_transformers_alone_refuses_it
     weights = sum(p.nbytes for p in model.parameters())
     assert weights + rows_written <= written < weights + 1.5 * rows_written and aside < rows_written / 5
     with pytest.raises(ValueError, match="another tokenizer"):
-        engram.from_pretrained(tmp_path, tokenizer=TokenMap.identity(VOCAB + 1))
+        engram.from_pretrained(tmp_path, tokenizer=TokenMap.identity(VOCAB - 1))
 
 
 @pytest.mark.parametrize("form", ["shards", "bfloat16", "pq8", "int8", "saved twice", "loaded and saved"])

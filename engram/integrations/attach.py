@@ -302,13 +302,14 @@ class Attachment:
         kept: dict[str, Any] = {
             "models": [m for m in self.models if m in inner],
             "names": {m: names for m, names in self.names.items() if m in inner},
+            "caches": {m: names for m, names in self.caches.items() if m in inner},
             "handles": [handle for handle in self.handles if id(handle.hooks_dict_ref()) in dicts],
             "model": self.model if id(self.model) in memo else top,
         }
         for name, value in self.__dict__.items():
-            if name not in ("now", "number"):
+            if name not in ("calls", "number"):
                 twin.__dict__[name] = copy.deepcopy(kept.get(name, value), memo)
-        twin.now, twin.number = _Pass(), next(_numbers)
+        twin.calls, twin.number = _Calls(), next(_numbers)
         twin.memory.attachment = twin
         return twin
 

@@ -17,7 +17,7 @@ TOKENIZERS := tests/.tokenizers/.fetched
 NATIVE := $(wildcard engram/*/*.c engram/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-compat constraints ablation bench clean
+.PHONY: help test test-compat torture constraints ablation bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ constraints: $(UV)  ## pin every package anew: constraints.txt (newest) and cons
 	$(UV) pip compile -q --universal --upgrade --resolution lowest-direct $(COMPILE) --extra dev -o constraints-oldest.txt
 
 COMPILE := --no-header --no-annotate --python-version 3.11 -c constraints.in pyproject.toml
+
+torture: $(INSTALLED) $(DATA)  ## kills, Ctrl-C, disk errors, damaged files and races, about 20 minutes (ARGS="--help" for sizes)
+	$(BIN)/python tests/torture $(ARGS)
 
 ablation: $(INSTALLED) $(DATA)  ## train plain attention, a one-row memory and engram side by side (ARGS="--seeds 0,1,2 --out runs/three")
 	$(BIN)/engram ablate $(ARGS)

@@ -341,8 +341,10 @@ def remove_partial(home: Path, names: str) -> None:
         except OSError:  # somebody writes or reads it, or it is gone
             continue
         if handle is not None:
-            _delete(left)
-            os.close(handle)
+            try:
+                _delete(left)
+            finally:  # a lock that outlives an interrupt would keep the leftover as long as this process
+                os.close(handle)
 
 
 def try_lock(handle: int, shared: bool = False) -> bool | None:
@@ -376,9 +378,11 @@ def _remove(path: Path) -> None:
         handle = _hold(path)
     except OSError:
         return
-    _delete(path)
-    if handle is not None:
-        os.close(handle)
+    try:
+        _delete(path)
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _delete(path: Path) -> None:

@@ -798,3 +798,55 @@ def test_a_mask_with_room_for_what_comes_later_is_read_from_its_start(name):
         position = torch.tensor([[t]])
         pieces.append(model(ids[:, t : t + 1], attention_mask=seen, position_ids=position, **{CACHE: cache}).logits)
     close(torch.cat(pieces, dim=1), expected)
+
+
+def test_attaching_twice_says_what_to_do_next():
+    """As when cells of a notebook run twice: the one that attaches, the one that makes the memory, both."""
+    model, memory = attached("llama")
+    for again in (FULL, memory, engram.EngramMemory(FULL, IDENTITY, 32)):
+        with pytest.raises(ValueError, match=r"go on with that one, or call engram.detach\(model\) and attach again"):
+            engram.attach(model, again, IDENTITY)
+    with pytest.raises(ValueError, match=r"call memory.detach\(\), then attach it again"):
+        engram.attach(build("llama"), memory, IDENTITY)
+    logits = model(text()).logits
+    engram.detach(model)
+    engram.attach(model, memory, IDENTITY)
+    assert torch.equal(model(text()).logits, logits)
+
+
+def test_attach_draws_no_random_number_of_the_model_and_leaves_no_hook():
+    """It runs the model up to its first layer, where the dropout of gpt2 would draw."""
+    kept = engram.EngramMemory(FULL, IDENTITY, 32)
+    for name in ("gpt2", "llama"):
+        model = build(name).train()
+        state = torch.random.get_rng_state()
+        engram.attach(model, kept)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        kept.detach()
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("streams", [2, 3])
+def test_streams_in_an_axis_of_their_own_are_refused_at_attach(streams):
+    sizes = {"vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 8}
+    sizes |= {"num_hidden_layers": 4, "laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": streams}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+    model = hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**sizes))
+    with pytest.raises(ValueError, match=rf"Gemma3nTextModel pass hidden states \[{streams}, 1, 2, 32\].*\(AltUp\)"):
+        engram.attach(model, FULL, IDENTITY)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("change", ["narrower", "more streams", "more sequences"])
+def test_layers_that_pass_on_something_else_are_refused_at_attach(change):
+    """Whatever the class is called: what reaches the first layer decides."""
+    model = build("llama")
+    changes = {
+        "narrower": lambda x: x[..., :16],
+        "more streams": lambda x: x.unsqueeze(2).repeat(1, 1, 2, 1),
+        "more sequences": lambda x: x.repeat(2, 1, 1),
+    }
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: changes[change](out))
+    with pytest.raises(ValueError, match="the layers of LlamaModel pass hidden states"):
+        engram.attach(model, FULL, IDENTITY)

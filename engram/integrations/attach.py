@@ -69,8 +69,9 @@ def attach(
 
     Raises:
         ValueError: a model without decoder layers as this looks for them, one that keeps its decoding state elsewhere
-        than in a Cache that counts positions (Mamba, RWKV, xLSTM), or one with a memory already; a configuration or
-        memory of another shape; another tokenizer than the memory's. Forward passes raise it where they give
+        than in a Cache that counts positions (Mamba, RWKV, xLSTM), one whose layers pass on other
+        streams than the memory can add to (Gemma 3n), or one with a memory already; a configuration or memory of
+        another shape; another tokenizer than the memory's. Forward passes raise it where they give
         inputs_embeds without ids, a cache that the memory has not followed or cannot follow, or a mask of a tree of
         drafts.
         FileNotFoundError: no memory in that folder.
@@ -79,7 +80,10 @@ def attach(
     if root is None:
         raise ValueError(f"{type(model).__name__} holds no PreTrainedModel of transformers")
     if any(isinstance(m, EngramMemory) for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} has a memory already: detach() it first")
+        raise ValueError(
+            f"{type(model).__name__} has a memory already: go on with that one, or call engram.detach(model) and "
+            f"attach again, also where a cell of a notebook runs twice"
+        )
     decoder, layers = find_layers(root)
     if hasattr(decoder, "engram"):
         raise ValueError(f"{type(decoder).__name__} has an attribute `engram` of its own")
@@ -89,6 +93,7 @@ def attach(
     _check_cache(decoder)
     size = decoder.config.hidden_size
     streams = next((n for name in _STREAMS if (n := getattr(decoder.config, name, None))), 1)
+    _check_hidden_states(decoder, layers, streams, size, _device(root.get_input_embeddings()))
     if isinstance(memory, EngramConfig):
         if token_map is None:
             raise ValueError("a new memory needs the model's tokenizer, or its TokenMap: its rows are addressed by it")
@@ -98,7 +103,7 @@ def attach(
     if token_map is not None:
         memory.extend(token_map)  # raises if it belongs to another tokenizer
     if memory.attachment is not None:
-        raise ValueError("this memory is attached to a model already: detach() it there first")
+        raise ValueError("this memory is attached to a model already: call memory.detach(), then attach it again")
     if memory.config.layers[-1] >= len(layers):
         raise ValueError(f"the memory wants layers {memory.config.layers}, the model has 0 .. {len(layers) - 1}")
     if memory.config.inject != "residual":
@@ -168,6 +173,43 @@ def _check_cache(decoder: PreTrainedModel) -> None:
             f"{name} keeps what it has decoded elsewhere than in keys and values: its cache has recurrent states only "
             f"and does not count positions, so the memory cannot follow it ({error})"
         ) from error
+
+
+class _Reached(BaseException):
+    """The first layer was called: raised to end a forward pass there."""
+
+
+def _check_hidden_states(
+    decoder: PreTrainedModel, layers: nn.ModuleList, streams: int, size: int, device: torch.device
+) -> None:
+    """Refuse a decoder whose layers pass something else on than a residual stream [B, T, d] or several [B, T, M, d].
+
+    Runs the decoder on two ids up to its first layer. A decoder that needs more than ids to get there is not refused.
+    """
+    calls: list[tuple[Any, ...]] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((*args[:1], kwargs.get("hidden_states")))
+        raise _Reached
+
+    handle = layers[0].register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        ids = torch.ones(1, 2, dtype=torch.int64, device=device)
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            decoder.forward(input_ids=ids)
+    except (_Reached, Exception):
+        pass
+    finally:
+        handle.remove()
+    if not calls:
+        return
+    shape = tuple(calls[0][0].shape) if isinstance(calls[0][0], torch.Tensor) else None
+    if shape not in {(1, 2, streams * size), (1, 2, streams, size)}:
+        raise ValueError(
+            f"the layers of {type(decoder).__name__} pass hidden states {list(shape or ())} on for ids [1, 2], where "
+            f"[batch, time, {streams * size}] was expected: the memory can add to one residual stream, or to several "
+            f"side by side, but not to streams of another axis (AltUp) or width"
+        )
 
 
 def _lists(module: nn.Module) -> list[tuple[PreTrainedModel, nn.ModuleList]]:

@@ -37,7 +37,7 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
         past: positions before these, in a cache.
 
     Raises:
-        TypeError: another kind of mask. ValueError: another shape.
+        TypeError: another kind of mask. ValueError: another shape, or a dict of none.
     """
     mask = _one(mask)
     if mask is None:
@@ -60,6 +60,8 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
 def _one(mask: Any) -> Any:
     """Of masks by kind of layer the one that hides least."""
     if isinstance(mask, dict):
+        if not mask:
+            raise ValueError("attention_mask is an empty dict: it needs the mask of each kind of layer")
         return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()))
     return mask
 

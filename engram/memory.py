@@ -33,7 +33,7 @@ from engram.state import Tables
 from engram.tables import EncodedTable, HostTable, encode_table
 from engram.tables.codecs import PQ, get_codec
 from engram.tables.encoded import place_table
-from engram.tables.files import partial_folder, step_folders, write_whole
+from engram.tables.files import NotSynced, partial_folder, step_folders, write_whole
 from engram.tables.table import as_ids
 from engram.tables.weak import WeakList
 from engram.untrusted import parse_json, read_json
@@ -519,12 +519,14 @@ class EngramMemory(nn.Module):
                 for layer, final in paths.items():
                     if final is not None:
                         place_table(encoded[layer], final)
-        except BaseException:
+        except BaseException as error:
             for layer, made in encoded.items():  # so that it can be tried again
                 made.close()
                 if made.path is not None and made.path == paths[layer]:
                     made.path.unlink(missing_ok=True)
                     made.codebook_path.unlink(missing_ok=True)
+            if isinstance(error, NotSynced):  # it says that a file is in place, which is removed now
+                raise OSError(error.errno, f"the disk did not confirm the encoded tables in {folder}") from error
             raise
         self._renew_recalls()
         self.close()

@@ -400,6 +400,25 @@ def test_a_folder_that_is_in_place_and_not_confirmed_is_reported_as_it_is(tmp_pa
     assert (tmp_path / "file").read_bytes() == b"text"
 
 
+@pytest.mark.parametrize("what", ["saved", "replaced", "encoded"])
+def test_a_file_inside_that_is_not_confirmed_goes_with_its_folder(tmp_path, monkeypatch, what):
+    m, old, fsync = memory(config=CONFIG.replace(head_dim=32, table_init="zero")), memory(seed=1), os.fsync
+    if what == "replaced":
+        old.save(tmp_path / "memory")
+
+    def broken(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Nothing half-written was left|did not confirm") as error:
+        m.encode_tables("pq4", tmp_path) if what == "encoded" else m.save(tmp_path / "memory", overwrite=True)
+    assert not isinstance(error.value, NotSynced)
+    assert names(tmp_path) == (["memory"] if what == "replaced" else [])
+    assert what != "replaced" or same(EngramMemory.load(tmp_path / "memory"), old)
+
+
 def test_a_file_that_cannot_be_synced_is_not_put_in_place(tmp_path, monkeypatch):
     write_whole(tmp_path / "file", b"old")
 

@@ -257,7 +257,10 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     remove_partial(target.parent, re.escape(target.name))
     partial, handle = _new_partial(target)
     try:
-        yield partial
+        try:
+            yield partial
+        except NotSynced as error:  # of a file inside: it goes with the folder, so nothing is in place
+            raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
         for folder, _, names in os.walk(partial):
             for path in (*(Path(folder) / name for name in names), Path(folder)):
                 sync(path)

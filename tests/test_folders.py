@@ -412,7 +412,7 @@ def test_a_file_inside_that_is_not_confirmed_goes_with_its_folder(tmp_path, monk
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Nothing half-written was left|did not confirm") as error:
+    with pytest.raises(OSError, match=r"Nothing half-written was left|did not confirm") as error:
         m.encode_tables("pq4", tmp_path) if what == "encoded" else m.save(tmp_path / "memory", overwrite=True)
     assert not isinstance(error.value, NotSynced)
     assert names(tmp_path) == (["memory"] if what == "replaced" else [])

@@ -4,15 +4,15 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from engram import _command  # noqa: F401  (first: it must run before torch is imported)
+from engram import _command, _moved  # noqa: F401  (first: _command must run before torch is imported)
+from engram.ablation.ablate import ablate
 from engram.addressing import HashLayout, NgramHasher, TokenMap
-from engram.bench import bench
+from engram.benchmarks import bench
 from engram.config import EngramConfig
 from engram.inspect.explain import explain
 from engram.inspect.plan import plan
 from engram.integrations.formats import convert
-from engram.integrations.offload import offload
-from engram.lm.ablate import ablate
+from engram.integrations.transformers.offload import offload
 from engram.lm.evaluate import evaluate
 from engram.lm.generate import generate
 from engram.lm.train import train
@@ -21,6 +21,7 @@ from engram.memory import EngramMemory
 from engram.optimizer import build_optimizer
 from engram.tables import HostTable
 
+_moved.install()
 try:
     __version__ = version("engram-lm")
 except PackageNotFoundError:  # run from its source, not installed
@@ -58,7 +59,7 @@ def __getattr__(name: str) -> Any:
     """Names of _LAZY on first use: they import transformers, which nothing else here needs."""
     if name in _LAZY:
         try:
-            module = import_module(f"engram.integrations.{_LAZY[name]}")
+            module = import_module(f"engram.integrations.transformers.{_LAZY[name]}")
         except ModuleNotFoundError as error:
             if error.name != "transformers":
                 raise

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram.untrusted import printable
+from engram.storage.untrusted import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -144,9 +144,9 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them."""
-    from engram.lm import ablate as job
+    from engram.ablation import ablate as job
+    from engram.ablation.tables import print_report
     from engram.lm.progress import Progress, Task
-    from engram.lm.report import print_report
     from engram.lm.run_folder import alone_in
 
     setting = _setting(corpus, budget, lr, table_lr)
@@ -323,7 +323,7 @@ def _evaluate_tasks(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"--limit is a number of documents, 1 or more, not {limit}")
-    from engram.lm.harness import adapter, load_tasks, run_tasks
+    from engram.lm.lm_eval import adapter, load_tasks, run_tasks
     from engram.lm.progress import Progress
 
     with Progress(live=False) as progress:  # lm-eval draws bars of its own
@@ -365,7 +365,7 @@ def _open(folder: Path, memory: Path | None, device: str) -> tuple[Any, Any]:
             f"{folder} is a model of transformers, which is not installed: pip install -e '.[hf]' in the project's "
             f"folder"
         )
-    from engram.integrations.pretrained import load_pretrained
+    from engram.integrations.transformers.pretrained import load_pretrained
     from engram.lm.run import device_of
 
     place = device_of(device)
@@ -417,7 +417,7 @@ def explain(
 ) -> None:
     """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and what that was worth."""
     from engram.inspect.explain import explain as run
-    from engram.inspect.show import print_explanation
+    from engram.inspect.render import print_explanation
     from engram.lm.progress import Progress
 
     with Progress() as progress:
@@ -453,8 +453,8 @@ def plan(
     """Say what a memory costs before it is made: rows, bytes, reads, optimiser state, collisions. Allocates nothing."""
     from engram.inspect.plan import plan as run
     from engram.inspect.plan import read_shape
-    from engram.inspect.show import print_plan
-    from engram.integrations.sources import read_config, unknown_fields
+    from engram.inspect.render import print_plan
+    from engram.integrations.formats.readers import read_config, unknown_fields
 
     if Path(config).is_dir():
         config = str(Path(config) / "config.json")
@@ -486,8 +486,8 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from engram.bench import USUAL
-    from engram.bench import bench as run
+    from engram.benchmarks import USUAL
+    from engram.benchmarks import bench as run
     from engram.lm.progress import Progress
 
     with Progress() as progress:
@@ -513,7 +513,7 @@ def verify(
 ) -> None:
     """Read every byte of a saved memory or checkpoint and compare its digests; exit code 2 if anything is wrong."""
     from engram.lm.progress import Progress
-    from engram.tables.files import verify as run
+    from engram.storage.files import verify as run
 
     with Progress() as progress:
         task = progress.task("reading", unit="bytes")
@@ -559,7 +559,7 @@ def convert(
 ) -> None:
     """Write a memory in another format, streaming, and verify what was written."""
     from engram.integrations.formats import convert as run
-    from engram.integrations.sources import read_config, read_token_map
+    from engram.integrations.formats.readers import read_config, read_token_map
     from engram.lm.progress import Progress
 
     with Progress() as progress:
@@ -593,9 +593,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint holds: tensors, which model's n-gram memory it is, rows and bytes. Reads headers only."""
-    from engram.inspect.show import print_inspection
+    from engram.inspect.render import print_inspection
     from engram.integrations.formats import inspect as run
-    from engram.integrations.sources import read_config
+    from engram.integrations.formats.readers import read_config
 
     found = run(path, None if config is None else read_config(config))
     if as_json:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from typing import Any
 
-from engram.untrusted import parse_json
+from engram.storage.untrusted import parse_json
 
 _CHOICES = {
     "hash": ("multiply_xor", "xxh64", "one_row"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engram.lm.statistics import Interval
 from engram.tables.files import write_whole
+
 from experiments import findings
 from experiments.config import HOME, NAMES, SETTINGS, questions
 from experiments.findings import Finding

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from engram.lm.statistics import Interval, over_seeds, paired_interval
+
 from experiments.codecs.summary import budgets, cost
 from experiments.config import budget_of, read_lines, read_results
 from experiments.depth.summary import early_lens, shift

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from engram.lm.statistics import Interval, over_seeds
+
 from experiments.config import read_results
 from experiments.report import Record, groups_of
 

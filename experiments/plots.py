@@ -12,13 +12,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from engram.lm.statistics import Interval
+from engram.tables.files import write_whole
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engram.lm.statistics import Interval
-from engram.tables.files import write_whole
 from experiments.config import read_results
 from experiments.report import Record, Row, groups_of, rows_of
 

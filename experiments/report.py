@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from engram.lm.report import BUCKETS, percent
 from engram.lm.seen import ORDERS
 from engram.lm.statistics import Interval, over_seeds, paired_interval
 from engram.tables.files import write_whole
+
 from experiments.config import budget_of, read_results
 
 Record = dict[str, Any]

@@ -24,16 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from engram.lm.seen import seen_counts, seen_losses
+from engram.tables.files import write_whole
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engram.lm.evaluate import eval_mode, evaluate
 from engram.lm.run import Data, Setting
-from engram.lm.seen import seen_counts, seen_losses
 from engram.lm.train import train
 from engram.memory import EngramMemory
-from engram.tables.files import write_whole
 from experiments import arms
 from experiments.config import HOME, NAMES, Run, hook, read_results
 from experiments.prepared import FOLDER, prepare

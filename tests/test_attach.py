@@ -17,8 +17,8 @@ from transformers.models.xlstm.modeling_xlstm import xLSTMCache as XLSTMCache
 
 import engram
 from engram import EngramConfig, TokenMap, build_optimizer
-from engram.integrations.decoding import cache_argument
-from engram.integrations.inputs import placeholder_ids
+from engram.integrations.transformers.decoding import cache_argument
+from engram.integrations.transformers.inputs import placeholder_ids
 from tests.hf_models import CACHE, CONFIGS, IMAGE, VOCAB, build, text
 
 ALL = list(CONFIGS)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from engram.bench.attach import MEMORY, SHAPE, bench_attach
-from engram.bench.codecs import bench_codecs
-from engram.bench.compare import compare
-from engram.bench.decode import bench_decode
-from engram.bench.disk import bench_disk
-from engram.bench.rows import bench_update, lookup
+from engram.benchmarks.attach import MEMORY, SHAPE, bench_attach
+from engram.benchmarks.codecs import bench_codecs
+from engram.benchmarks.compare import compare
+from engram.benchmarks.decode import bench_decode
+from engram.benchmarks.disk import bench_disk
+from engram.benchmarks.rows import bench_update, lookup
 
 
 def check(rows, ours):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig
-from engram.cache import MemoryCache
 from engram.lm.transformer import Cache
-from engram.recall import Recall
+from engram.memory.cache import MemoryCache
+from engram.memory.recall import Recall
 
 VOCAB, WIDTH = 50, 16
 SMALL = EngramConfig(layers=(0, 2), orders=(2, 3), heads=2, head_dim=4, rows_per_head=211, conv_init="uniform")

@@ -17,14 +17,14 @@ import torch
 
 import engram as engram_package
 from engram import EngramConfig, cli, evaluate
+from engram.ablation.ablate import ablate
 from engram.cli import parse_count, parse_seeds
-from engram.lm.ablate import ablate
 from engram.lm.run import Setting, build_model, load_run, prepare, save_run
 from engram.lm.tokenizer import train_tokenizer
 from engram.lm.train import TrainConfig, train
 from engram.lm.transformer import TransformerConfig
+from engram.storage.files import verify
 from engram.tables import kernels
-from engram.tables.files import verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = [sys.executable, "-c", "from engram.cli import main; main()"]

@@ -10,7 +10,7 @@ import transformers as hf
 
 import engram
 from engram import EngramConfig, TokenMap
-from engram.cache import MemoryCache
+from engram.memory.cache import MemoryCache
 from tests.hf_models import CACHE, VOCAB, build, text
 
 FULL = EngramConfig(

@@ -28,7 +28,7 @@ def device(request) -> str:
 @pytest.fixture
 def threads(monkeypatch) -> None:
     """Rows are fetched on the thread of their own (and copied on a stream of its own) even for these small texts."""
-    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)
 
 
 def trained(device: str, prefetch: bool = True) -> tuple[Transformer, list[float]]:

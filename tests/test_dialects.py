@@ -15,8 +15,8 @@ from test_hasher import check
 from tokenizers_v3_v4 import token_map as real_token_map
 
 from engram import EngramConfig, EngramMemory, HashLayout, NgramHasher, TokenMap
-from engram.integrations.dialects import config_from_hf, config_to_hf, fusion_from, layout_of, table_sizes
-from engram.recall import MemoryCache
+from engram.integrations.formats.dialects import config_from_hf, config_to_hf, fusion_from, layout_of, table_sizes
+from engram.memory.recall import MemoryCache
 from engram.tables import EncodedTable
 
 V41 = "deepseek-v4.1-flash"

@@ -18,8 +18,9 @@ import torch
 import xxhash
 
 from engram import EngramConfig, EngramMemory, HostTable, TokenMap, build_optimizer, cli
-from engram.tables import HotRows, RowAdam, RowRMS, readahead
-from engram.tables.files import BLOCK, manifest_digest, verify, write_rows
+from engram.storage import readahead
+from engram.storage.files import BLOCK, manifest_digest, verify, write_rows
+from engram.tables import HotRows, RowAdam, RowRMS
 
 VOCAB, HIDDEN = 64, 16
 CONFIG = EngramConfig(layers=(1, 3), heads=2, head_dim=8, rows_per_head=997, table_init="normal", table_std=0.1)
@@ -248,7 +249,7 @@ def test_readers_of_a_replaced_memory_keep_the_old_rows(saved):
 
 
 def test_without_an_exchange_of_folders_two_renames_replace_the_old_one(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("engram.tables.files._exchange", lambda a, b: False)
+    monkeypatch.setattr("engram.storage.files._exchange", lambda a, b: False)
     other = memory(seed=1)
     other.save(saved, overwrite=True)
     assert same(EngramMemory.load(saved), other)
@@ -862,7 +863,7 @@ def test_a_memory_reads_through_hot_rows_with_the_same_outputs(saved):
 
 @pytest.mark.parametrize("sizes", [[1] * 23, [23], [10, 0, 13], [5, 18]])
 def test_rows_that_come_in_parts_of_any_size_are_written_like_one_tensor(tmp_path, monkeypatch, sizes):
-    monkeypatch.setattr("engram.tables.files.BLOCK", 100)
+    monkeypatch.setattr("engram.storage.files.BLOCK", 100)
     rows = torch.arange(23 * 6, dtype=torch.float32).view(23, 6)
     rows[8:17] = 0  # a whole block of zeros at least
     told = []

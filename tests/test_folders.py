@@ -16,9 +16,9 @@ from test_files import CONFIG, HIDDEN, VOCAB, elsewhere, flip, linux, memory, sa
 
 from engram import EngramConfig, EngramMemory, TokenMap, build_optimizer
 from engram.lm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from engram.saved import _check_some_blocks, read_facts
-from engram.tables import files
-from engram.tables.files import (
+from engram.memory.saved import _check_some_blocks, read_facts
+from engram.storage import files
+from engram.storage.files import (
     NotSynced,
     Replaced,
     pinned_folder,
@@ -99,7 +99,9 @@ def without(what: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("system", ["as it is", "no locks", "no /proc", "no locks, no /proc"])
-@pytest.mark.parametrize("where", ["engram.saved.file_digest", "engram.saved._open", "safetensors.torch.load_file"])
+@pytest.mark.parametrize(
+    "where", ["engram.memory.saved.file_digest", "engram.memory.saved._open", "safetensors.torch.load_file"]
+)
 @pytest.mark.parametrize("mode", ["copy", "shared"])
 def test_a_memory_that_is_replaced_while_it_is_read_is_never_mixed(saved, monkeypatch, system, where, mode):  # noqa: F811
     other = memory(seed=1, rows=300)
@@ -139,7 +141,7 @@ def test_a_folder_that_is_replaced_each_time_is_an_error_that_says_so(saved, mon
 @pytest.mark.parametrize("damage", ["flip", "missing", "config"])
 def test_real_damage_is_refused_at_once_and_named_by_the_folders_own_name(saved, monkeypatch, damage):  # noqa: F811
     tried = []
-    monkeypatch.setattr("engram.saved.read_facts", lambda home: tried.append(home) or read_facts(home))
+    monkeypatch.setattr("engram.memory.saved.read_facts", lambda home: tried.append(home) or read_facts(home))
     if damage == "flip":
         flip(saved / "layer-3.rows", 40)
     elif damage == "missing":
@@ -222,7 +224,7 @@ def checked(blocks: list[str], count: int | None = None) -> list[int]:
     found: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "BLOCK", 100)
-        patch.setattr("engram.saved.bad_blocks", lambda path, entry, only: found.extend(only))
+        patch.setattr("engram.memory.saved.bad_blocks", lambda path, entry, only: found.extend(only))
         _check_some_blocks(Path("home"), {"tables": {"1": {"file": "rows"}}, "files": {"rows": entry}})
     return found
 
@@ -600,7 +602,7 @@ def test_an_encoder_that_meets_an_error_anywhere_leaves_nothing_and_can_try_agai
             return real(*args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"engram.tables.mapping.mmap.{name}" if module == "mmap" else where, broken)
+            patch.setattr(f"engram.storage.mapping.mmap.{name}" if module == "mmap" else where, broken)
             try:
                 m.encode_tables("pq4", tmp_path)
                 break
@@ -621,9 +623,9 @@ config = CONFIG.replace(head_dim=32, table_init="zero")
 m, folder = memory(config=config), Path(sys.argv[1])
 m.save(folder / "memory")
 def killed(work, *names):
-    import engram.tables.encoded, engram.integrations.formats
+    import engram.tables.encoded, engram.integrations.formats.conversion
     if (child := os.fork()) == 0:
-        for module in (engram.tables.encoded, engram.integrations.formats):
+        for module in (engram.tables.encoded, engram.integrations.formats.conversion):
             module.put = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         work()
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -691,7 +693,7 @@ def test_a_linked_folder_is_trained_and_linked_rows_are_read(saved, tmp_path):  
 @pytest.mark.parametrize("to", ["engram", "deepseek-v4.1", "gguf"])
 @pytest.mark.parametrize("system", ["as it is", "no locks"])
 def test_what_is_converted_is_one_memory_though_its_source_is_replaced(tmp_path, monkeypatch, to, system):
-    import engram.integrations.formats as formats
+    import engram.integrations.formats.conversion as formats
 
     config = EngramConfig(
         layers=(1, 3), heads=2, head_dim=64, rows_per_head=997, pad_id=2, conv_kernel=0, boundary="dead"
@@ -701,7 +703,9 @@ def test_what_is_converted_is_one_memory_though_its_source_is_replaced(tmp_path,
     formats.convert(source, tmp_path / "expected", to)
     without(system, monkeypatch)
     name = {"engram": "write_engram", "gguf": "write_gguf"}.get(to, "write_safetensors")
-    done = replace_once(monkeypatch, f"engram.integrations.formats.{name}", lambda: two.save(source, overwrite=True))
+    done = replace_once(
+        monkeypatch, f"engram.integrations.formats.conversion.{name}", lambda: two.save(source, overwrite=True)
+    )
     try:
         formats.convert(source, tmp_path / "found", to)
     except Replaced as error:
@@ -718,8 +722,8 @@ def test_what_is_converted_is_one_memory_though_its_source_is_replaced(tmp_path,
 
 @pytest.mark.parametrize("name", ["../theirs", "layer-1.other", "/etc/passwd", "sub/rows", ".."])
 def test_offloaded_tables_lie_in_files_that_their_manifest_lists(tmp_path, name):
-    from engram.integrations.offload import FORMAT, _open, _store
-    from engram.tables.files import manifest_digest
+    from engram.integrations.transformers.offload import FORMAT, _open, _store
+    from engram.storage.files import manifest_digest
 
     rows = torch.arange(40, dtype=torch.float32).view(10, 4)
     tables = _store({1: (10, 4, "float32")}, lambda layer: iter([rows]), tmp_path / "home")
@@ -736,7 +740,8 @@ def test_offloaded_tables_lie_in_files_that_their_manifest_lists(tmp_path, name)
 
 @pytest.mark.parametrize("part", [1, 7, 100])
 def test_a_header_that_is_written_in_parts_is_whole(tmp_path, monkeypatch, part):
-    from engram.integrations import gguf, tensors
+    from engram.integrations.formats import gguf
+    from engram.integrations.formats import safetensors_io as tensors
 
     class Short:
         """A file whose writes take a part only."""
@@ -767,7 +772,8 @@ def test_a_header_that_is_written_in_parts_is_whole(tmp_path, monkeypatch, part)
 
 @pytest.mark.parametrize("at", [0, 9, 40])
 def test_a_header_that_reads_otherwise_than_it_was_written_is_noticed(tmp_path, at):
-    from engram.integrations import gguf, tensors
+    from engram.integrations.formats import gguf
+    from engram.integrations.formats import safetensors_io as tensors
 
     makers = (
         lambda path: tensors.Writer(path, {"rows": ("F32", (3, 4))}, {}),
@@ -784,7 +790,7 @@ def test_a_header_that_reads_otherwise_than_it_was_written_is_noticed(tmp_path, 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_header_that_cannot_be_written_names_its_file(tmp_path, monkeypatch, error):
-    from engram.integrations import tensors
+    from engram.integrations.formats import safetensors_io as tensors
 
     class Full:
         def __init__(self, *args, **kwargs):

@@ -16,12 +16,11 @@ from typer.testing import CliRunner
 
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap
 from engram.cli import app
-from engram.integrations import formats
-from engram.integrations.formats import convert, inspect
-from engram.integrations.gguf import read_gguf
-from engram.integrations.sources import open_source, read_config
-from engram.integrations.tensors import Stored, open_checkpoint
-from engram.tables.files import verify
+from engram.integrations.formats import conversion, convert, inspect
+from engram.integrations.formats.gguf import read_gguf
+from engram.integrations.formats.readers import open_source, read_config
+from engram.integrations.formats.safetensors_io import Stored, open_checkpoint
+from engram.storage.files import verify
 
 VOCAB, D, M = 40, 6, 2
 TOKENS = TokenMap(np.concatenate([np.arange(VOCAB), np.arange(10)]))
@@ -75,7 +74,7 @@ V41_JSON = {
 
 
 def rows_of(config: EngramConfig) -> dict[int, int]:
-    from engram.integrations.dialects import layout_of
+    from engram.integrations.formats.dialects import layout_of
 
     return layout_of(config).rows
 
@@ -298,7 +297,7 @@ def test_never_written_rows_of_a_normal_table_convert_as_what_they_read_as(tmp_p
 
 def test_blocks_smaller_than_the_table_give_the_same_files(v41, tmp_path, monkeypatch):
     convert(v41, tmp_path / "one", "engram", token_map=TOKENS)
-    monkeypatch.setattr(formats, "BLOCK", 4 * 64 * 10)  # ten rows
+    monkeypatch.setattr(conversion, "BLOCK", 4 * 64 * 10)  # ten rows
     convert(v41, tmp_path / "many", "engram", token_map=TOKENS)
     one, many = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "many"))
     assert one["tables"] == many["tables"]  # digests of the rows are in there
@@ -307,7 +306,7 @@ def test_blocks_smaller_than_the_table_give_the_same_files(v41, tmp_path, monkey
 
 def test_no_more_than_a_block_is_ever_read_at_once(v41, tmp_path, monkeypatch):
     asked, read = [], Stored.read
-    monkeypatch.setattr(formats, "BLOCK", 4 * 64 * 10)
+    monkeypatch.setattr(conversion, "BLOCK", 4 * 64 * 10)
 
     def spy(self, first=0, stop=None):
         if "embed" in self.name or self.name.endswith(".fp8"):
@@ -591,14 +590,14 @@ def test_more_ranks_than_columns_are_refused(v41, tmp_path):
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(v41, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats.shutil, "disk_usage", lambda path: Free)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: Free)
     with pytest.raises(OSError, match=r"no room for .*there: its tables take [\d,]+ bytes, 100 are free"):
         convert(v41, tmp_path / "there", "deepseek-v4.1")
 
 
 @pytest.mark.parametrize("to", ["deepseek-v4.1", "gguf"])
 def test_a_disk_that_fills_up_leaves_nothing_and_is_named_with_the_tensor(v41, tmp_path, monkeypatch, to):
-    from engram.integrations import tensors
+    from engram.integrations.formats import safetensors_io as tensors
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -630,7 +629,7 @@ def test_an_index_that_makes_no_sense_is_refused_by_name(v41, text):
 
 
 def test_a_disk_that_gives_back_one_other_byte_is_noticed(v41, tmp_path, monkeypatch):
-    from engram.integrations import tensors
+    from engram.integrations.formats import safetensors_io as tensors
 
     write, done = os.pwrite, []
 
@@ -642,7 +641,7 @@ def test_a_disk_that_gives_back_one_other_byte_is_noticed(v41, tmp_path, monkeyp
         return write(file, data, at)
 
     monkeypatch.setattr(tensors.os, "pwrite", flip)
-    monkeypatch.setattr(formats, "_compare", lambda *args: None)  # random rows would rarely find it
+    monkeypatch.setattr(conversion, "_compare", lambda *args: None)  # random rows would rarely find it
     with pytest.raises(OSError, match=r"tensor layers.1.engram.embed.weight does not read back as it was written"):
         convert(v41, tmp_path / "there", "deepseek-v4.1")
     assert done and not (tmp_path / "there").exists()
@@ -684,7 +683,7 @@ def test_the_command_line_converts_and_inspects(v41, tmp_path):
 
 
 def test_a_damaged_folder_of_ours_is_not_given_new_digests(tmp_path, monkeypatch):
-    monkeypatch.setattr("engram.tables.files.BLOCK", 1 << 12)  # more blocks than opening a folder looks at
+    monkeypatch.setattr("engram.storage.files.BLOCK", 1 << 12)  # more blocks than opening a folder looks at
     memory = filled(DEMO.replace(rows_per_head=997))
     memory.save(tmp_path / "ours")
     file, entry = tmp_path / "ours" / "layer-1.rows", 3 * (1 << 12) + 7

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from engram import EngramConfig, EngramMemory, TokenMap
 from engram.cli import app
-from engram.integrations.gguf import TYPES, GgufWriter, read_gguf
-from engram.integrations.sources import open_source
+from engram.integrations.formats.gguf import TYPES, GgufWriter, read_gguf
+from engram.integrations.formats.readers import open_source
 
 gguf = pytest.importorskip("gguf")
 IDENTITY = TokenMap.identity(VOCAB)

@@ -20,10 +20,10 @@ from lm_eval.api.instance import Instance
 import engram
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig
 from engram.cli import main
-from engram.integrations.pretrained import load_pretrained
+from engram.integrations.transformers.pretrained import load_pretrained
 from engram.lm.corpus import Document
 from engram.lm.evaluate import evaluate
-from engram.lm.harness import adapter, load_tasks, run_tasks
+from engram.lm.lm_eval import adapter, load_tasks, run_tasks
 from engram.lm.tokenizer import encode, train_tokenizer
 
 FULL = EngramConfig(

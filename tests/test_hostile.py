@@ -17,9 +17,9 @@ from test_formats import DEMO, QWEN, TOKENS, V41, VOCAB, convert, filled, inspec
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.cli import main
 from engram.inspect.plan import read_shape
-from engram.integrations.sources import open_source, read_config, read_token_map, unknown_fields
+from engram.integrations.formats.readers import open_source, read_config, read_token_map, unknown_fields
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
-from engram.tables.files import manifest_digest, verify
+from engram.storage.files import manifest_digest, verify
 
 ALLOWED = (ValueError, OSError, TypeError, IndexError)
 EACH = 25  # mutations of each file
@@ -137,7 +137,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("file", "field", "value"), FIELDS)
 def test_saved_memories_that_were_altered_and_sealed_again_are_refused_by_name(file, field, value, tmp_path):
-    from engram.tables.files import file_entry
+    from engram.storage.files import file_entry
 
     filled(V41).save(tmp_path / "m")
     path, manifest_path = tmp_path / "m" / file, tmp_path / "m" / "manifest.json"
@@ -156,7 +156,7 @@ def test_saved_memories_that_were_altered_and_sealed_again_are_refused_by_name(f
 
 @pytest.mark.parametrize("weights", [{}, {"1.value.weight": torch.zeros(2)}, b"no safetensors", "integers"])
 def test_sealed_fusion_weights_that_are_others_are_refused_by_name(weights, tmp_path):
-    from engram.tables.files import file_entry
+    from engram.storage.files import file_entry
 
     filled(V41).save(tmp_path / "m")
     path, manifest_path = tmp_path / "m" / "fusion.safetensors", tmp_path / "m" / "manifest.json"

@@ -17,7 +17,7 @@ import engram
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, explain
 from engram.cli import main
 from engram.inspect.explain import window_lengths
-from engram.inspect.show import print_explanation
+from engram.inspect.render import print_explanation
 from engram.lm.tokenizer import train_tokenizer
 from tests.hf_models import IMAGE, VOCAB, build, text
 
@@ -285,6 +285,6 @@ def test_tokenizers_of_both_libraries_are_taken_for_both_kinds_of_models(bytewis
 
 
 def test_tokens_cannot_command_the_terminal():
-    from engram.inspect.show import visible
+    from engram.inspect.render import visible
 
     assert visible("a\x1b[2J b\x07\x9b") == "a�[2J␣b��"

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engram import EngramConfig, TokenMap, TransformerConfig
+from engram.ablation.statistics import Interval, over_seeds
 from engram.lm.corpus import Document, Split
 from engram.lm.run import Data, Setting, build_model
-from engram.lm.statistics import Interval, over_seeds
 from engram.lm.tokenizer import END_OF_TEXT_ID, train_tokenizer
 from engram.lm.train import TrainConfig
 from experiments import arms, claims, config, findings, prepared, report, runner

@@ -367,7 +367,7 @@ def test_a_copy_of_tables_in_files_keeps_its_rows_in_memory_and_shares_what_nobo
 
 def test_a_copy_that_does_not_fit_is_refused_by_name(tmp_path, monkeypatch):
     model, _ = trained()
-    monkeypatch.setattr("engram.tables.limits.free_memory", lambda: 1000)
+    monkeypatch.setattr("engram.storage.limits.free_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r"HostTable.*rows_in"):
         copy.deepcopy(model)
 

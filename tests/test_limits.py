@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engram.tables import HostTable, kernels, limits, mapping
+from engram.storage import limits, mapping
+from engram.tables import HostTable, kernels
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -14,8 +14,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
-from engram.integrations.offload import HostedRows, load_offloaded, offload  # noqa: E402
-from engram.tables.files import verify  # noqa: E402
+from engram.integrations.transformers.offload import HostedRows, load_offloaded, offload  # noqa: E402
+from engram.storage.files import verify  # noqa: E402
 
 EOS = 7
 
@@ -214,7 +214,9 @@ def test_rows_of_a_checkpoint_that_has_changed_are_all_compared(checkpoint, tmp_
 
 
 def test_a_folder_that_is_there_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("engram.integrations.offload.write_rows", lambda *_: pytest.fail("rows were written"))
+    monkeypatch.setattr(
+        "engram.integrations.transformers.offload.write_rows", lambda *_: pytest.fail("rows were written")
+    )
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="give a new folder"):
         offload(qwen(), tmp_path / "there")

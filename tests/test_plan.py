@@ -15,9 +15,9 @@ from rich.console import Console
 from engram import EngramConfig, EngramMemory, NgramHasher, TokenMap, build_optimizer, plan
 from engram.cli import main
 from engram.inspect.plan import SHAPES, expected_collisions, read_shape
-from engram.inspect.show import print_plan, size
-from engram.integrations.dialects import config_to_hf
-from engram.integrations.sources import unknown_fields
+from engram.inspect.render import print_plan, size
+from engram.integrations.formats.dialects import config_to_hf
+from engram.integrations.formats.readers import unknown_fields
 from engram.memory import build_layout
 
 SMALL = EngramConfig(layers=(0, 2), orders=(2, 3), heads=2, head_dim=32, rows_per_head=(101, 301), row_multiple=8)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from engram import EngramConfig, EngramMemory, HostTable, TokenMap, Transformer, TransformerConfig, build_optimizer
-from engram.recall import Recall
+from engram.memory.recall import Recall
+from engram.storage.weak import WeakList
 from engram.tables import kernels, prefetch
 from engram.tables.hot_rows import HotRows
-from engram.tables.weak import WeakList
 
 SMALL = EngramConfig(layers=(1, 2), orders=(2, 3), heads=2, head_dim=32, rows_per_head=211)
 
@@ -36,7 +36,7 @@ def text(seed=0):
 
 @pytest.fixture
 def threaded(monkeypatch):
-    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)  # the fetching thread runs even for this small text
+    monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)  # the fetching thread runs even for this small text
 
 
 @pytest.fixture

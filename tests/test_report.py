@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from engram.lm.figure import draw_curves
-from engram.lm.page import write_html
-from engram.lm.report import format_bytes, format_count, print_report
+from engram.ablation.figure import draw_curves
+from engram.ablation.html_report import write_html
+from engram.ablation.tables import format_bytes, format_count, print_report
 
 FINAL = {"plain": 4.184, "one-row": 4.185, "engram": 3.814}
 SEEN_GAIN = {"0": 0.05, "1": 0.22, "2-9": 0.41, "10+": 0.52}

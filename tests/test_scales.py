@@ -10,7 +10,7 @@ import torch
 from test_formats import QWEN, VOCAB, D, M, convert, e4m3, e8m0, filled, inspect, rewrite
 
 from engram import EngramMemory, TokenMap
-from engram.integrations.sources import open_source
+from engram.integrations.formats.readers import open_source
 
 STEM = "model.language_model.layers.{}.ple.ple_embedding.ngram_embedding."
 SHARDS = 3
@@ -139,8 +139,8 @@ def test_scaled_rows_convert_to_the_other_formats_too(tmp_path):
 
 
 def test_ragged_last_blocks_are_those_of_a_power_of_two_and_not_of_equal_parts():
-    from engram.integrations.rows import Scale, _scale
-    from engram.integrations.tensors import Stored
+    from engram.integrations.formats.safetensors_io import Stored
+    from engram.integrations.formats.stored_rows import Scale, _scale
 
     values = Stored("w", Path("w"), "F8_E4M3", (5, 160), 0, 800)
     for count, block in ((2, 128), (3, 64), (5, 32), (10, 16), (20, 8), (1, 160)):
@@ -193,7 +193,7 @@ def test_an_offloaded_model_of_scaled_rows_computes_what_one_of_their_products_d
     transformers = pytest.importorskip("transformers", minversion="5.23")
     from test_offload import qwen
 
-    from engram.integrations.offload import load_offloaded
+    from engram.integrations.transformers.offload import load_offloaded
 
     model = qwen(torch.bfloat16)
     scale = torch.tensor([0.013], dtype=torch.bfloat16)

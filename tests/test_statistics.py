@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from engram.lm import statistics
-from engram.lm.statistics import (
+from engram.ablation import statistics
+from engram.ablation.statistics import (
     bits_per_byte,
     loss_by_count,
     ngram_counts,

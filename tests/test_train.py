@@ -25,7 +25,7 @@ from engram.lm.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 from engram.lm.run_folder import alone_in
 from engram.lm.train import Batches, TrainConfig, learning_rate_scale
 from engram.optimizer import build_optimizer
-from engram.tables.files import verify
+from engram.storage.files import verify
 from tests.toy import VOCAB, corpus
 
 CONFIG = TrainConfig(tokens=30 * 4 * 16, batch_size=4, context=16, lr=1e-2, table_lr=0.05, warmup_steps=3)
@@ -59,7 +59,7 @@ def test_a_fixed_seed_gives_the_same_weights_twice():
 
 
 def test_prefetching_leaves_every_weight_and_row_the_same_bits(monkeypatch):
-    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)
     runs = []
     for prefetch in (True, False):
         m = model()
@@ -573,7 +573,7 @@ def test_greedy_generation_equals_taking_the_likeliest_token_without_a_cache():
 
 
 def test_generation_is_the_same_with_and_without_fetching_ahead(monkeypatch):
-    monkeypatch.setattr("engram.recall._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)
     m = model()
     train(m, corpus(), CONFIG)
     prompt = torch.from_numpy(corpus().ids[None, :9].astype(np.int64))

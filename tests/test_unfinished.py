@@ -159,19 +159,19 @@ def test_a_checkpoint_that_turns_out_damaged_leaves_marked_rows(tmp_path):
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_copy_into_files_that_is_killed_is_never_opened(saved, tmp_path, elsewhere, after):  # noqa: F811
     code = """
-import engram.saved
+import engram.memory.saved
 folder, count = Path(sys.argv[2]), int(sys.argv[3])
 EngramMemory.load(sys.argv[1], rows_in=folder).close()
 for rows in folder.glob("*.rows"):
     rows.unlink()  # and rows.json stays
-read_rows = engram.saved.read_rows
+read_rows = engram.memory.saved.read_rows
 def killed(*args):
     global count
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     count -= 1
     read_rows(*args)
-engram.saved.read_rows = killed
+engram.memory.saved.read_rows = killed
 EngramMemory.claim = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 EngramMemory.load(sys.argv[1], rows_in=folder)
 """

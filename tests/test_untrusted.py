@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from engram import EngramConfig, EngramMemory, TokenMap
-from engram.integrations.sources import read_config, read_token_map
-from engram.untrusted import open_regular, parse_json, printable, read_json, read_tensors, read_tokenizer
+from engram.integrations.formats.readers import read_config, read_token_map
+from engram.storage.untrusted import open_regular, parse_json, printable, read_json, read_tensors, read_tokenizer
 
 READERS = [
     lambda path: open_regular(path),

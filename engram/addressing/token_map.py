@@ -146,7 +146,7 @@ class TokenMap:
         """Writes one safetensors file; it appears whole or not at all."""
         from safetensors.numpy import save
 
-        from engram.tables.files import write_whole  # imports torch, which numpy users of this file may not need
+        from engram.storage.files import write_whole  # imports torch, which numpy users of this file may not need
 
         metadata = {"format": FORMAT, "size": str(self.size), "digest": self.digest}
         data = save({"table": self.table}, metadata=metadata)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engram.lm.evaluate import eval_mode
 from engram.lm.tokenizer import END_OF_TEXT_ID, token_ids
 from engram.memory import EngramMemory
-from engram.recall import Recall
+from engram.memory.recall import Recall
 
 _TOKENS_AT_ONCE = 4096  # of the passes with the memory off at one position
 

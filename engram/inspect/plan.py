@@ -16,9 +16,9 @@ import torch
 from engram.config import EngramConfig, whole
 from engram.fusion import EngramFusion
 from engram.memory import build_layout
+from engram.storage.untrusted import read_json
 from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS
 from engram.tables.codecs import NAMES
-from engram.untrusted import read_json
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # (hidden size, residual streams) of the models that the presets belong to; the released demo's is a free choice.

@@ -1,1 +1,1 @@
-"""Other people's models and other people's formats."""
+"""Models of other libraries (transformers) and files of other programs (formats)."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer
-from engram.tables.files import (
+from engram.storage.files import (
     NotSynced,
     check_digest,
     discard,
@@ -38,7 +38,7 @@ from engram.tables.files import (
     whole_folder,
     write_rows,
 )
-from engram.untrusted import read_tensors
+from engram.storage.untrusted import read_tensors
 
 _FORMAT, _WITHOUT_DIGEST = 2, 1  # manifests of format 1 state no digest of themselves
 

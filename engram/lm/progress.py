@@ -10,8 +10,8 @@ import threading
 import time
 from typing import Any, TextIO
 
-from engram.lm.report import format_bytes, format_count
-from engram.untrusted import printable
+from engram.ablation.tables import format_bytes, format_count
+from engram.storage.untrusted import printable
 
 EVERY = 30.0  # seconds between plain lines
 

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from engram.tables.files import try_lock, write_whole
+from engram.storage.files import try_lock, write_whole
 
 LOCK, LOG = ".lock", "log.jsonl"
 _held: ContextVar[frozenset[tuple[int, str]]] = ContextVar("held", default=frozenset())

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from engram.lm.corpus import END_OF_TEXT, Document
-from engram.tables.files import write_whole
+from engram.storage.files import write_whole
 
 END_OF_TEXT_ID = 0
 SMALLEST_VOCAB = 257  # the special token and the 256 bytes; at this size the tokenizer is a plain byte tokenizer

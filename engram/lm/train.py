@@ -22,8 +22,8 @@ from engram.lm.run_folder import StepLog, alone_in
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
 from engram.memory import EngramMemory
+from engram.memory.recall import Recall
 from engram.optimizer import EngramOptimizer, build_optimizer
-from engram.recall import Recall
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.cache import REWIND, MemoryCache
 from engram.memory import EngramMemory
-from engram.recall import Recall
+from engram.memory.cache import REWIND, MemoryCache
+from engram.memory.recall import Recall
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from engram.config import whole
+from engram.storage.files import partial_folder, put, write_whole
+from engram.storage.untrusted import read_tensors
+from engram.storage.weak import WeakList
 from engram.tables import kernels
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
-from engram.tables.files import partial_folder, put, write_whole
 from engram.tables.table import HostTable, as_output, as_tensor
-from engram.tables.weak import WeakList
-from engram.untrusted import read_tensors
 
 _SMALLEST = 1024  # rows below which one core is faster than two
 _SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on

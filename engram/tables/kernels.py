@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from engram.config import whole
-from engram.tables import limits
+from engram.storage import limits
 
 
 def _load() -> Any:

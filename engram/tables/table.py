@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from engram.config import whole
-from engram.tables import kernels, limits, readahead, reference
-from engram.tables.mapping import lock, map_file, map_memory, unlock
-from engram.tables.weak import WeakList
+from engram.storage import limits, readahead
+from engram.storage.mapping import lock, map_file, map_memory, unlock
+from engram.storage.weak import WeakList
+from engram.tables import kernels, reference
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _SMALLEST = 1 << 17  # bytes of rows below which one core is faster than two

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from engram.lm.statistics import Interval, paired_interval
+
 from experiments.config import read_lines
 from experiments.measures import shown, table
 

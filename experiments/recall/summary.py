@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.lm.statistics import over_seeds
+
 from experiments.measures import measured, paired, share_of, shown, table
 from experiments.recall.task import Task
 from experiments.report import Record

@@ -8,9 +8,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from engram.lm.statistics import Interval, paired_interval
 from matplotlib.figure import Figure
 
-from engram.lm.statistics import Interval, paired_interval
 from experiments.config import read_results
 from experiments.measures import cut, table
 from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, save

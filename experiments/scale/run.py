@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found w
 from engram.bench.compare import compare
 from engram.bench.rows import lookup
 from engram.bench.step import TIME, Trainer, main_job
+
 from engram.lm.train import tune_allocator
 from experiments.config import read_lines
 from experiments.report import write_between_marks

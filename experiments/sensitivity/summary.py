@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.lm.statistics import Interval
+
 from experiments.measures import mean_of, measured, paired, share_of, shown, table
 from experiments.report import Record
 

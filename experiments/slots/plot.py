@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-
 from engram.lm.statistics import Interval, over_seeds, wider
+
 from experiments.plots import ARM_COLOURS, SOFT, STYLE, hollow, load, new_figure, save
 from experiments.report import Row, documents_of, interval
 from experiments.slots.configs import BASELINE

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from engram.lm.statistics import Interval, over_seeds
+
 from experiments.config import read_results
 from experiments.measures import shown, table
 from experiments.report import Record, groups_of

@@ -17,7 +17,7 @@ from things import Child, Tally, equal, memory, model, values
 from engram import EngramMemory, TokenMap, build_optimizer
 from engram.integrations.formats import convert
 from engram.lm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from engram.tables.files import NotSynced, write_whole
+from engram.storage.files import NotSynced, write_whole
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ENOMEM, errno.EMFILE)
 

@@ -11,8 +11,8 @@ from things import Child, Tally, equal, killed, memory, model, trained, values
 
 from engram import EngramMemory
 from engram.integrations.formats import convert
-from engram.integrations.sources import open_source
-from engram.tables.files import verify
+from engram.integrations.formats.readers import open_source
+from engram.storage.files import verify
 
 
 def leftovers(home: Path) -> list[str]:

@@ -13,9 +13,9 @@ from things import DEADLINE, Child, Tally, equal, memory, model, trained, values
 
 from engram import EngramMemory, TokenMap, build_optimizer
 from engram.integrations.formats import convert, inspect
-from engram.integrations.sources import open_source, read_config
+from engram.integrations.formats.readers import open_source, read_config
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
-from engram.tables.files import verify
+from engram.storage.files import verify
 
 BATCH = 50
 

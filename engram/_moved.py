@@ -1,0 +1,79 @@
+"""Old import paths: each still works for one version, with a DeprecationWarning that names the new one."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "engram.cache": "engram.memory.cache",
+    "engram.inspect.show": "engram.inspect.render",
+    "engram.integrations.attach": "engram.integrations.transformers.attach",
+    "engram.integrations.decoding": "engram.integrations.transformers.decoding",
+    "engram.integrations.dialects": "engram.integrations.formats.dialects",
+    "engram.integrations.gguf": "engram.integrations.formats.gguf",
+    "engram.integrations.inputs": "engram.integrations.transformers.inputs",
+    "engram.integrations.offload": "engram.integrations.transformers.offload",
+    "engram.integrations.pretrained": "engram.integrations.transformers.pretrained",
+    "engram.integrations.rows": "engram.integrations.formats.stored_rows",
+    "engram.integrations.sources": "engram.integrations.formats.readers",
+    "engram.integrations.targets": "engram.integrations.formats.writers",
+    "engram.integrations.tensors": "engram.integrations.formats.safetensors_io",
+    "engram.integrations.trainer": "engram.integrations.transformers.trainer",
+    "engram.lm.ablate": "engram.ablation.ablate",
+    "engram.lm.figure": "engram.ablation.figure",
+    "engram.lm.harness": "engram.lm.lm_eval",
+    "engram.lm.page": "engram.ablation.html_report",
+    "engram.lm.report": "engram.ablation.tables",
+    "engram.lm.seen": "engram.ablation.ngram_counts",
+    "engram.lm.statistics": "engram.ablation.statistics",
+    "engram.recall": "engram.memory.recall",
+    "engram.saved": "engram.memory.saved",
+    "engram.state": "engram.memory.state",
+    "engram.tables.files": "engram.storage.files",
+    "engram.tables.limits": "engram.storage.limits",
+    "engram.tables.mapping": "engram.storage.mapping",
+    "engram.tables.readahead": "engram.storage.readahead",
+    "engram.tables.weak": "engram.storage.weak",
+    "engram.untrusted": "engram.storage.untrusted",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Find the modules of MOVED after the usual finders have failed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = MOVED[module.__name__]
+        warnings.warn(
+            f"{module.__name__} has moved to {new}: change the import, the old path ends with the next version",
+            DeprecationWarning,
+            stacklevel=_frames_of_import(),
+        )
+        here = import_module(new)
+        module.__getattr__ = lambda name: getattr(here, name)  # type: ignore[method-assign]
+
+
+def _frames_of_import() -> int:
+    """Count the frames between exec_module and the import statement that caused it."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def install() -> None:
+    """Serve the old paths from now on."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

@@ -1,0 +1,254 @@
+"""The main job: the same small transformer trained without memory, with a one-row memory and with Engram, from the same
+seeds on the same batches, and what the memory bought.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import engram
+from engram.ablation.ngram_counts import seen_counts, seen_losses
+from engram.ablation.statistics import paired_interval
+from engram.lm.evaluate import Evaluation, evaluate
+from engram.lm.run import ARMS, Data, Setting, build_model, device_of, prepare
+from engram.lm.tokenizer import Encoded
+from engram.lm.train import Batches, memory_traffic, train
+from engram.storage.files import write_whole
+
+DEFAULT_ARMS = ("plain", "one-row", "engram")
+Progress = Callable[[str, int, int, int, float], Any]  # arm, seed, step, steps, loss
+
+
+def ablate(
+    setting: Setting | None = None,
+    arms: Sequence[str] = DEFAULT_ARMS,
+    seeds: Sequence[int] = (0,),
+    *,
+    held_out: str = "validation",
+    device: str = "cpu",
+    command: str = "engram.ablate()",
+    on_step: Progress | None = None,
+    on_evaluate: Callable[[str, int, int, int], Any] | None = None,
+    on_data: Callable[[Data], Any] | None = None,
+    on_report: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
+    """Trains every arm with every seed and compares the arms on the held-out documents.
+
+    Args:
+        setting: model, memory, text and budget; the default is the one of the README.
+        arms: names out of engram.lm.run.ARMS. seeds: each arm runs once per seed.
+        held_out: "validation" to report, "tune" to choose learning rates.
+        device: of the dense weights; tables stay in host memory.
+        command: what to write down as the command that makes the report again.
+        on_step: called after each training step. on_evaluate: called during evaluations with arm, seed, tokens scored
+            so far and tokens to score. on_data: called once with the prepared corpus.
+        on_report: called after each run with the report so far: of the seeds with all arms, or of the first one's arms.
+
+    Returns:
+        The report, JSON-ready: see engram.ablation.tables for its keys.
+
+    Raises:
+        ValueError: unknown or repeated arms, no seeds, a corpus that is empty or shorter than a batch, no such
+        device.
+    """
+    setting, place = setting or Setting(), device_of(device)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms or len(set(arms)) != len(arms):
+        raise ValueError(f"arms must be distinct names out of {', '.join(ARMS)}, not {', '.join(arms) or 'none'}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be distinct and at least one, not {list(seeds)}")
+    data = prepare(setting, held_out)
+    Batches(data.train, setting.train.context, setting.train.batch_size)  # a text too short is refused before any work
+    if len(data.validation.starts) < 3:
+        raise ValueError(f"{setting.corpus!r} holds out one document; an interval needs two: give more documents")
+    if on_data is not None:
+        on_data(data)
+    report: dict[str, Any] = {
+        "command": command,
+        "version": engram.__version__,
+        "settings": _flat(asdict(setting)),
+        "machine": {
+            "cpu": _processor(),
+            "device": device,
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "corpus": {
+            "name": setting.corpus,
+            "digest": data.digest,
+            "train_tokens": len(data.train.ids),
+            "train_documents": len(data.train.starts) - 1,
+            "held_out": held_out,
+            "validation_tokens": len(data.validation.ids),
+            "validation_documents": len(data.validation.starts) - 1,
+            "validation_bytes": int(data.validation.bytes.sum()),
+            "overlap_13gram": float(data.overlap),
+        },
+    }
+    runs: list[dict[str, Any]] = []
+    results: dict[tuple[str, int], Evaluation] = {}
+    for seed in seeds:
+        seeded = setting.seeded(seed)
+        counts = seen_counts(data, seeded.train)
+        for arm in arms:
+            progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
+            scored = None if on_evaluate is None else partial(on_evaluate, arm, seed)
+            run, result = _run(seeded, arm, data, counts, place, progress, scored)
+            runs.append(run)
+            results[arm, seed] = result
+            there, whole = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
+            summary = [_summary(one, there, whole, results, data.validation) for one in there]
+            date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+            report = report | {"date": date, "runs": runs[: len(whole) * len(arms)], "summary": summary}
+            if on_report is not None:
+                on_report(report)
+    return report
+
+
+def _run(
+    setting: Setting,
+    arm: str,
+    data: Data,
+    counts: dict[str, np.ndarray],
+    device: torch.device,
+    on_step: Callable[[int, float], Any] | None,
+    on_tokens: Callable[[int, int], Any] | None,
+) -> tuple[dict[str, Any], Evaluation]:
+    began = time.perf_counter()
+    model = build_model(setting, arm, data.token_map).to(device)
+    sample = _some_documents(data.validation, 20_000)
+    log = train(
+        model,
+        data.train,
+        setting.train,
+        evaluate=lambda: evaluate(model, sample, on_tokens=on_tokens).loss,
+        evaluate_every=max(1, setting.train.steps // 8),
+        on_step=on_step,
+    )
+    result = evaluate(model, data.validation, on_tokens=on_tokens)
+    memory = model.memory
+    dense_state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
+    traffic = memory_traffic(log, memory) if memory else None
+    run = {
+        "arm": arm,
+        "seed": setting.train.seed,
+        "parameters": {"dense": model.dense_parameters(), "table": memory.table_parameters() if memory else 0},
+        "bytes": {
+            "dense": sum(p.nbytes for p in model.parameters()),
+            "table": sum(table.nbytes for table in memory.tables.values()) if memory else 0,
+            "optimizer": dense_state + (traffic["state_bytes"] if traffic else 0),
+        },
+        "tokens": log.tokens,
+        "seconds": log.seconds,
+        "total_seconds": time.perf_counter() - began,
+        "tokens_per_second": log.tokens / log.seconds,
+        "memory": traffic,
+        "train_curve": _thin(log.curve, 200),
+        "validation_curve": log.validation,
+        "loss": result.loss,
+        "bpb": result.bits_per_byte,
+        "seen": seen_losses(result, counts),
+    }
+    if memory is not None:
+        memory.close()
+    return run, result
+
+
+def _summary(
+    arm: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    results: dict[tuple[str, int], Evaluation],
+    held_out: Encoded,
+) -> dict[str, Any]:
+    mine = [results[arm, seed] for seed in seeds]
+    summary: dict[str, Any] = {
+        "arm": arm,
+        "seeds": len(seeds),
+        "loss": float(np.mean([r.loss for r in mine])),
+        "bpb": float(np.mean([r.bits_per_byte for r in mine])),
+        "difference": None,
+        "difference_bpb": None,
+    }
+    if "plain" in arms and arm != "plain":
+        ours = np.stack([r.document_nats for r in mine])
+        theirs = np.stack([results["plain", seed].document_nats for seed in seeds])
+        for key, weights, unit in (
+            ("difference", mine[0].document_tokens, 1.0),
+            ("difference_bpb", held_out.bytes, np.log(2)),
+        ):
+            interval = paired_interval(ours / unit, theirs / unit, weights)
+            summary[key] = dict(zip(("mean", "low", "high"), map(float, interval), strict=True))
+    return summary
+
+
+def _some_documents(data: Encoded, tokens: int) -> Encoded:
+    """Every n-th document of an encoded text, about `tokens` tokens in all: enough for a curve."""
+    every = max(1, len(data.ids) // tokens)
+    chosen = range(0, len(data.starts) - 1, every)
+    pieces = [slice(data.starts[d], data.starts[d + 1]) for d in chosen]
+    lengths = [piece.stop - piece.start for piece in pieces]
+    return Encoded(
+        np.concatenate([data.ids[piece] for piece in pieces]),
+        np.repeat(np.arange(len(pieces), dtype=np.int32), lengths),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        data.bytes[::every],
+    )
+
+
+def _thin(curve: list[list[float]], points: int) -> list[list[float]]:
+    """At most `points` means of consecutive steps, so that a report stays small and its curve smooth."""
+    if not curve:
+        return []
+    return [
+        np.asarray(part).mean(axis=0).tolist() for part in np.array_split(np.asarray(curve), min(points, len(curve)))
+    ]
+
+
+def _step_reporter(on_step: Progress, arm: str, seed: int, steps: int) -> Callable[[int, float], Any]:
+    return lambda step, loss: on_step(arm, seed, step, steps, loss)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Writes report.json, curves.png and report.html into a folder, each whole or not at all."""
+    from engram.ablation.figure import draw_curves
+    from engram.ablation.html_report import write_html
+
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    write_whole(home / "report.json", json.dumps(report, indent=1).encode())
+    draw_curves(report, home / "curves.png")
+    write_html(report, home / "report.html")

@@ -1,0 +1,251 @@
+"""curves.png of a report: validation loss while training, and the gain over plain by how often an n-gram was seen."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import statistics
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from engram.ablation.tables import (
+    BUCKETS,
+    Report,
+    arms_of,
+    format_count,
+    percent,
+    runs_of,
+    seen_of,
+    title_of,
+)
+from engram.storage.files import write_whole
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; lighter on dark.
+_LIGHT = {
+    "page": "#ffffff",
+    "ink": "#1f2328",
+    "soft": "#59636e",
+    "rule": "#d5d9de",
+    "plain": "#57606a",
+    "engram": "#0072b2",
+    "others": ("#d55e00", "#009e73", "#b1559c", "#b58900", "#3aa0d8", "#882255"),
+}
+_DARK = {
+    "page": "#14181d",
+    "ink": "#e6e9ed",
+    "soft": "#9aa4af",
+    "rule": "#343b44",
+    "plain": "#b4bcc6",
+    "engram": "#56b4e9",
+    "others": ("#f28a4a", "#2fc79a", "#dc8fc9", "#e6b84a", "#9dd3f2", "#d980a3"),
+}
+
+
+class _Look(NamedTuple):
+    colour: str
+    line: str
+
+
+def _looks(arms: Sequence[str], palette: Mapping[str, Any]) -> dict[str, _Look]:
+    """A colour for each arm; where there are more arms than colours, the later ones are dashed, then dotted."""
+    others = itertools.cycle(_Look(colour, line) for line in ("-", "--", ":") for colour in palette["others"])
+    return {arm: _Look(palette[arm], "-") if arm in ("plain", "engram") else next(others) for arm in arms}
+
+
+def draw_curves(report: Report, path: str | os.PathLike[str]) -> None:
+    """Draws curves.png: validation loss while training, and the gain over plain by seen count. Appears whole or not."""
+    write_whole(path, figure_png(report))
+
+
+def figure_png(report: Report, dark: bool = False, narrow: bool = False) -> bytes:
+    """The figure as PNG bytes, 1800 pixels wide; narrow: 840, one panel below the other."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    palette = _DARK if dark else _LIGHT
+    style: dict[Any, Any] = {
+        "font.size": 9.5,
+        "font.family": "DejaVu Sans",
+        "text.parse_math": False,  # a dollar sign in a path is a dollar sign
+        "text.color": palette["ink"],
+        "axes.labelcolor": palette["soft"],
+        "axes.edgecolor": palette["rule"],
+        "axes.facecolor": palette["page"],
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": palette["page"],
+        "grid.color": palette["rule"],
+        "grid.alpha": 0.6,
+        "grid.linewidth": 0.6,
+        "xtick.color": palette["soft"],
+        "ytick.color": palette["soft"],
+        "ytick.major.size": 0,
+    }
+    looks = _looks(arms_of(report), palette)
+    # In inches: room for tick labels on the left of a panel and for the arms' names on its right.
+    ticks, letters, more = 0.5, max(len(arm) for arm in looks), 0.17 * max(0, len(looks) - 14)
+    names = (0.35 + 0.075 * (letters + 7), 0.3 + (0.08 * letters if len(looks) <= 5 else 0))
+    tall = 2.5 + more
+    if narrow:
+        width, height = 4.2, 2 * tall + 3.2
+        places = [(ticks, tall + 2.1, width - ticks - names[0]), (ticks, 0.9, width - ticks - names[1])]
+    else:
+        width, height = 9.0, tall + 1.85
+        panel = (width - 2 * ticks - sum(names)) / 2
+        places = [(ticks, 0.9, panel), (2 * ticks + panel + names[0], 0.9, panel)]
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), dpi=200)
+        canvas = FigureCanvasAgg(figure)
+        left, right = (figure.add_axes((x / width, y / height, w / width, tall / height)) for x, y, w in places)
+        _draw_losses(left, report, looks)
+        _draw_gains(right, report, looks)
+        title, made = title_of(report), f"{report['command']}  ·  engram {report['version']}  ·  {report['date']}"
+        if narrow:  # a line for the corpus and one for the arms; one for the command and one for the version
+            title, made = title.replace(": ", ":\n"), made.replace("  ·  ", "\n", 1)
+        title, made = _wrap(title, 48 if narrow else 110), _wrap(made, 68 if narrow else 145)
+        figure.text(0.12 / width, 1 - 0.12 / height, title, fontsize=10 if narrow else 11.5, weight="bold", va="top")
+        figure.text(0.12 / width, 0.1 / height, made, fontsize=7, color=palette["soft"], va="bottom")
+        canvas.draw()
+    # 256 colours are enough for lines and text and make a third of the bytes.
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True, dpi=(200, 200))
+    return buffer.getvalue()
+
+
+def _wrap(text: str, letters: int) -> str:
+    return "\n".join(textwrap.fill(line, letters) for line in text.splitlines())
+
+
+def _draw_losses(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
+    ends: list[tuple[str, float, float, str]] = []
+    visible: list[float] = []
+    for arm, (colour, line) in looks.items():
+        runs = runs_of(report, arm)
+        train = _mean_curve([_points(run["train_curve"]) for run in runs])
+        mean = _mean_curve([_points(run["validation_curve"]) for run in runs])
+        axes.plot(*train, color=colour, linewidth=0.6, alpha=0.25, zorder=1)
+        # plain is drawn wide and below, so that an arm that equals it shows on top of it.
+        width, order = (3.2, 2.0) if arm == "plain" else (1.7, 3.0)
+        for run in runs if len(runs) > 1 else []:
+            axes.plot(*_points(run["validation_curve"]), color=colour, linewidth=0.6, alpha=0.6, zorder=order)
+        axes.plot(*mean, color=colour, linestyle=line, linewidth=width, zorder=order)
+        # The curve may be judged on a part of the validation text; the dot and its number are the reported loss.
+        tokens, loss = (statistics.fmean(run[key] for run in runs) for key in ("tokens", "loss"))
+        axes.plot(tokens, loss, "o", color=colour, markersize=width + 3, zorder=order + 0.5, clip_on=False)
+        ends.append((f"{arm}  {loss:.3f}", tokens, loss, colour))
+        # The first tenth falls so steeply that the differences would vanish if it were inside the frame.
+        visible += [loss, *mean[1, mean[0] >= 0.1 * tokens]]
+    margin = 0.06 * (max(visible) - min(visible)) or 0.1
+    axes.set_ylim(min(visible) - margin, max(visible) + margin)
+    axes.set_xlim(0, max(end[1] for end in ends) * 1.02)
+    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+(?=\D)", "", format_count(value)))
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel("training tokens")
+    _panel_title(axes, "Validation loss while training", "nats per token; dot: all validation text; faint: training")
+    _label_ends(axes, ends)
+
+
+def _draw_gains(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
+    plain = runs_of(report, "plain") if len(looks) > 1 else []
+    compared = [arm for arm in looks if not (plain and arm == "plain")]
+    ends, places, labels = [], [], []
+    for order, first in (("bigram", 0.0), ("trigram", len(BUCKETS) + 0.4)):
+        for arm in compared:
+            runs, (colour, line) = runs_of(report, arm), looks[arm]
+            for run in runs if len(runs) > 1 else []:
+                paired = [other for other in plain if other["seed"] == run["seed"]]
+                x, y = _by_bucket([run], order, paired or plain)
+                axes.plot(x + first, y, "_", color=colour, markersize=8, markeredgewidth=0.8, zorder=2)
+            x, y = _by_bucket(runs, order, plain)
+            axes.plot(x + first, y, "o", color=colour, linestyle=line, linewidth=1.7, markersize=4.5, zorder=3)
+            if order == "trigram" and len(x):
+                ends.append((arm, x[-1] + first, y[-1], colour))
+        shares = seen_of(report["runs"], order)
+        places += [first + i for i in range(len(BUCKETS))]
+        labels += [f"{name}\n{percent(shares[bucket][0])}" for bucket, name in BUCKETS.items()]
+        middle = first + (len(BUCKETS) - 1) / 2
+        below = {"xytext": (0, -28), "textcoords": "offset points", "ha": "center", "va": "top"}
+        axes.annotate(f"last {order}", (middle, 0), xycoords=axes.get_xaxis_transform(), **below)
+    axes.set_xticks(places, labels)
+    axes.tick_params(axis="x", length=0, labelsize=8)
+    axes.set_xlim(-0.5, places[-1] + 0.4)
+    axes.margins(y=0.1)
+    if plain:
+        axes.axhline(0, color=looks["plain"].colour, linewidth=1.2, zorder=1)
+        ends.append(("plain", places[-1], 0.0, looks["plain"].colour))
+    what, base = ("Gain", " below plain") if plain else ("Loss", "")
+    _panel_title(axes, f"{what} by n-gram count in training", f"nats per token{base}; % of validation tokens")
+    if len(looks) <= 5:  # with more, the left panel's labels name the colours
+        _label_ends(axes, ends)
+
+
+def _by_bucket(runs: Sequence[Report], order: str, plain: Sequence[Report]) -> tuple[Any, Any]:
+    """Numbers of the buckets that hold tokens, and there plain's loss minus the runs'; with no plain, the runs'."""
+    import numpy as np
+
+    losses, base = seen_of(runs, order), seen_of(plain, order)
+    points = []
+    for i, bucket in enumerate(BUCKETS):
+        loss, reference = losses[bucket][1], base[bucket][1] if plain else 0.0
+        if loss is not None and reference is not None:
+            points.append((i, reference - loss if plain else loss))
+    return np.array([i for i, _ in points], dtype=int), np.array([value for _, value in points])
+
+
+def _points(curve: Sequence[Sequence[float]]) -> Any:
+    """[[tokens, loss], ...] as float64 [2, points]."""
+    import numpy as np
+
+    return np.asarray(curve, dtype=np.float64).reshape(-1, 2).T
+
+
+def _mean_curve(curves: Iterable[Any]) -> Any:
+    """Mean over seeds, float64 [2, points], at the token counts of the first seed."""
+    import numpy as np
+
+    curves = [curve for curve in curves if curve.size]
+    if not curves:
+        return _points([])
+    tokens = curves[0][0]
+    return np.stack([tokens, np.mean([np.interp(tokens, *curve) for curve in curves], axis=0)])
+
+
+def _panel_title(axes: Any, title: str, subtitle: str) -> None:
+    axes.set_title(f"{title}\n", loc="left", fontsize=10, weight="bold")
+    axes.annotate(subtitle, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=8.5)
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Writes each (label, x, y, colour) beside its line's end; where they would touch they move apart."""
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
+    ends = sorted(ends, key=lambda end: end[2])
+    places = _apart([end[2] for end in ends], 12 * (high - low) / height, low, high)
+    for (text, x, y, colour), place in zip(ends, places, strict=True):
+        at: dict[str, Any] = {"xytext": (1.05, place), "textcoords": ("axes fraction", "data"), "color": colour}
+        if abs(place - y) > 0.01 * (high - low):
+            at["arrowprops"] = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)}
+        axes.annotate(text, (x, y), va="center", annotation_clip=False, **at)
+
+
+def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places nearest to ascending values (least squares) that are at least gap apart, inside low to high."""
+    blocks: list[list[float]] = []  # pool adjacent violators on value - index * gap
+    for i, value in enumerate(values):
+        blocks.append([value - i * gap])
+        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    level = [statistics.fmean(block) for block in blocks for _ in block]
+    room = high - (len(values) - 1) * gap
+    return [min(max(value, low), room) + i * gap for i, value in enumerate(level)]

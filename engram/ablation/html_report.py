@@ -1,0 +1,178 @@
+"""report.html of a report: tables and figures in one file that asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Iterable, Mapping
+
+from engram.ablation.figure import figure_png
+from engram.ablation.tables import Cell, Report, Table, seeds_of, tables_of, title_of
+from engram.storage.files import write_whole
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --soft: #59636e; --rule: #d5d9de; --block: #f4f6f8;
+  --better: #00734f; --worse: #b3400a; }
+@media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6e9ed; --soft: #9aa4af; --rule: #343b44;
+  --block: #1d232a; --better: #2fc79a; --worse: #f28a4a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
+p, ul { max-width: 44rem; margin: .25rem 0 .75rem; }
+ul { padding-left: 1.2rem; }
+li { margin: .4rem 0; }
+.soft, small { color: var(--soft); font-size: .85rem; }
+figure { margin: 2rem 0; }
+img { display: block; width: 100%; height: auto; }
+pre { background: var(--block); border-radius: 6px; padding: .75rem 1rem; overflow-x: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .35rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule);
+  white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--page); }
+thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th small, td small { display: block; font-weight: 400; font-size: .8rem; }
+.better { color: var(--better); font-weight: 600; }
+.worse { color: var(--worse); font-weight: 600; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1.2rem; font-size: .92rem;
+  margin: 0; }
+dt { color: var(--soft); }
+dd { margin: 0; min-width: 0; font-variant-numeric: tabular-nums; }
+@media (max-width: 40rem) { h1 { font-size: 1.25rem; } table { font-size: .85rem; } th, td { padding: .3rem .45rem; } }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 2.5rem; }
+"""
+
+_READING = (
+    "<b>Loss</b> is the mean negative log-likelihood of the held-out tokens in nats. <b>bpb</b> is the same sum in "
+    "bits, divided by the bytes of the text, so it compares across vocabularies. Lower is better in both.",
+    "<b>Δ</b> is an arm minus <i>plain</i>, the same model without memory; negative is better. Its 95&nbsp;% interval "
+    "comes from a paired bootstrap: whole validation documents{drawn} are drawn again, and both arms are judged on the "
+    "same draw{student}. It is coloured where it excludes zero.",
+    "<b>By seen count</b>: every predicted token is filed under how often the two (bigram) or three (trigram) tokens "
+    "just before it stood together in the text that the run had trained on. A memory of n-grams should help most where "
+    "the n-gram was seen; help under <i>never</i> came some other way.",
+    "<b>In the figure</b> a line is the mean over seeds and a thin line one seed. Lines are judged on the validation "
+    "text or its first part, dots and tables on all of it.",
+    "<b>Dense</b> parameters are all read at every token, <b>table</b> parameters only in the few rows that the last "
+    "tokens address.",
+)
+
+_LIMITS = (
+    "<b>Nothing about scale.</b> This is a small model, little text and a short run. Effects of this kind have shrunk "
+    "or vanished in larger ones.",
+    "<b>Not equal size.</b> Arms with a table hold more parameters and bytes than plain, and seconds differ between "
+    "arms. What the same bytes or seconds would bring elsewhere is answered only where the table has such an arm.",
+    "<b>Not all uncertainty.</b> {uncertain} Learning rates and other settings are those given below; whether an arm "
+    "would do better with others is not shown.",
+    "<b>Nothing outside this text.</b> Validation documents come from the same sources as the training text. Other "
+    "text and downstream tasks were not measured.",
+    "<b>No cause.</b> Rare and frequent n-grams differ in more than their counts: a gain by seen count hints at how "
+    "the memory works and proves nothing.",
+)
+
+
+def write_html(report: Report, path: str | os.PathLike[str]) -> None:
+    """Writes report.html: one file with style, figures and tables, no request to anywhere. Appears whole or not."""
+    words = {
+        "drawn": "",
+        "student": "",
+        "uncertain": "With one seed, the interval knows nothing of the spread between seeds.",
+    }
+    if seeds_of(report) > 1:
+        few = f"{seeds_of(report)} seeds say little about the spread between seeds, and the interval is wide for that."
+        student = ", and widened to Student's interval over seeds where that is wider"
+        words = {"drawn": " and seeds", "student": student, "uncertain": few}
+    title, main, *others = _escape(title_of(report)), *(_html_table(table) for table in tables_of(report))
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="soft">engram {_escape(report["version"])} · {_escape(report["date"])}</p>
+{main}
+{_html_figure(report)}
+{"".join(others)}
+<h2>How to read this</h2>
+{_html_list(text.format(**words) for text in _READING)}
+<h2>What this does not show</h2>
+{_html_list(text.format(**words) for text in _LIMITS)}
+<h2>Make it again</h2>
+<pre>{_escape(report["command"])}</pre>
+<div class="facts">
+<section><h2>Corpus</h2>{_html_facts(_corpus_facts(report["corpus"]))}</section>
+<section><h2>Machine</h2>{_html_facts(report["machine"])}</section>
+<section><h2>Settings</h2>{_html_facts(report["settings"])}</section>
+</div>
+</body>
+</html>
+"""
+    write_whole(path, page.encode())
+
+
+def _escape(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _html_cell(cell: Cell, tag: str) -> str:
+    note = f"<small>{_escape(cell.note)}</small>" if cell.note else ""
+    text = f'<span class="{cell.tone}">{_escape(cell.text)}</span>' if cell.tone else _escape(cell.text)
+    return f"<{tag}>{text}{note}</{tag.split()[0]}>"
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(_html_cell(cell, 'th scope="col"') for cell in table.head)
+    rows = [
+        _html_cell(first, 'th scope="row"') + "".join(_html_cell(cell, "td") for cell in rest)
+        for first, *rest in table.rows
+    ]
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f"""<h2>{_escape(table.title)}</h2>
+<p class="soft">{_escape(table.caption)}</p>
+<div class="scroll"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table></div>
+"""
+
+
+def _html_figure(report: Report) -> str:
+    """One picture for each of light, dark, wide and narrow: the browser takes the one that fits."""
+    image = {
+        (dark, narrow): f"data:image/png;base64,{base64.b64encode(figure_png(report, dark, narrow)).decode()}"
+        for dark in (False, True)
+        for narrow in (False, True)
+    }
+    dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 40rem)"
+    return f"""<figure><picture>
+<source media="{dark} and {narrow}" srcset="{image[True, True]}">
+<source media="{dark}" srcset="{image[True, False]}">
+<source media="{narrow}" srcset="{image[False, True]}">
+<img src="{image[False, False]}" alt="Validation loss against training tokens for each arm, and the gain over plain
+by how often training saw the last n-gram. The tables hold the same numbers.">
+</picture></figure>
+"""
+
+
+def _html_list(items: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def _html_facts(facts: Mapping[str, object]) -> str:
+    pairs = (f"<dt>{_escape(name.replace('_', ' '))}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def _corpus_facts(corpus: Report) -> dict[str, object]:
+    shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in corpus.items()}
+    overlap = f"{100 * shown.pop('overlap_13gram'):.2f} % of the validation text's are in the training text"
+    return {**shown, "13-grams": overlap}

@@ -1,0 +1,63 @@
+"""How fast, beside what, on this machine: every figure is a median, and every ratio comes from one interleaved run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engram.benchmarks.attach import bench_attach
+from engram.benchmarks.codecs import bench_codecs
+from engram.benchmarks.compare import Row
+from engram.benchmarks.convert import bench_convert
+from engram.benchmarks.decode import bench_decode
+from engram.benchmarks.disk import bench_disk
+from engram.benchmarks.hashing import bench_hash
+from engram.benchmarks.rows import bench_lookup, bench_update
+from engram.benchmarks.step import bench_prefetch, bench_scale, bench_step
+from engram.lm.train import tune_allocator
+
+_BENCHES: dict[str, Callable[[], list[Row]]] = {
+    "hash": bench_hash,
+    "lookup": bench_lookup,
+    "update": bench_update,
+    "codecs": bench_codecs,
+    "step": bench_step,
+    "prefetch": bench_prefetch,
+    "scale": bench_scale,
+    "disk": bench_disk,
+    "convert": bench_convert,
+    "attach": bench_attach,
+    "decode": bench_decode,
+}
+
+
+USUAL = ("hash", "lookup", "update", "step")
+
+
+def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = None) -> dict[str, list[Row]]:
+    """Runs the named benchmarks.
+
+    Args:
+        names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
+            "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder), "attach" and "decode" (a
+            step at growing positions of a text), which need transformers.
+        on_name: called with the name of each benchmark before it runs.
+
+    Returns:
+        {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a
+        median, "ratio" the median over the rounds of (alternative time / our time): above 1, ours is faster. Where the
+        machine's ceiling was measured in the same rounds, "of_ceiling" is the share of it that the line reaches.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    unknown = [name for name in names if name not in _BENCHES]
+    if unknown:
+        raise ValueError(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(_BENCHES)}")
+    tune_allocator()
+    results = {}
+    for name in names:
+        if on_name is not None:
+            on_name(name)
+        results[name] = _BENCHES[name]()
+    return results

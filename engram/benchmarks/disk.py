@@ -1,0 +1,126 @@
+"""Rows from a mapped file, cold and warm: page faults, readahead, pread, and the disk's own ceiling, in one run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engram.benchmarks.compare import Row
+from engram.storage import readahead
+from engram.tables import HostTable
+
+_DIM = 64  # float32: rows of 256 B, sixteen to a page
+
+
+def bench_disk(gigabytes: float = 4.0, rows_per_gather: int = 4096, rounds: int = 5) -> list[Row]:
+    """Gathers random rows of 256 B from a file of random bytes in the folder for temporary files.
+
+    Cold means that this system's page cache was emptied of the file before every gather; a cache below the system (of a
+    virtual machine's host, or in the disk) may still hold it, and shows in the sequential ceiling of the same run.
+
+    Returns:
+        The arms, medians over the rounds; the first one is ours. "ratio" is time / our time. The last line is the time
+        that the prefetched pages (4 KiB or more a row) would take at the speed of a sequential read.
+
+    Raises:
+        OSError: no room for the file.
+    """
+    rows = int(gigabytes * 2**30) // (_DIM * 4)
+    with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
+        path = Path(folder) / "rows"
+        table = HostTable(rows, _DIM, path=path)
+        try:
+            rng, out = np.random.default_rng(0), torch.empty(rows_per_gather, _DIM)
+            values, step = table.tensor.view(torch.uint8).flatten(), 64 << 20
+            for start in range(0, table.nbytes, step):
+                piece = min(step, table.nbytes - start)
+                values[start : start + piece] = torch.from_numpy(rng.integers(0, 256, piece, dtype=np.uint8))
+                table.flush()  # little by little: no burst of dirty pages
+            del values  # a view keeps the file mapped, and held
+            table.close()
+            table = HostTable(rows, _DIM, path=path, mode="r")
+            return _measure(table, path, rng, out, rounds)
+        finally:
+            table.close()
+
+
+def _measure(table: HostTable, path: Path, rng: np.random.Generator, out: torch.Tensor, rounds: int) -> list[Row]:
+    n, row = len(out), _DIM * 4
+    file, buffer = os.open(path, os.O_RDONLY), bytearray(8 << 20)
+    pool = ThreadPoolExecutor(32)
+    target = out.view(-1).numpy().view(np.uint8).data
+
+    def read(ids: np.ndarray, first: int) -> None:
+        for i, place in enumerate((ids * row).tolist(), first):
+            os.preadv(file, [target[i * row : (i + 1) * row]], place)
+
+    def pread(ids: torch.Tensor) -> None:
+        pieces = np.array_split(ids.numpy(), 32)
+        starts = np.cumsum([0, *map(len, pieces)])
+        list(pool.map(read, pieces, starts.tolist()))
+
+    def prefetched(ids: torch.Tensor) -> None:
+        table.prefetch(ids)
+        table.gather(ids, out)
+
+    def with_read_around(ids: torch.Tensor) -> None:
+        address = table.tensor.data_ptr()
+        readahead.advise(address, table.nbytes, readahead.NORMAL)
+        table.gather(ids, out)
+        readahead.advise(address, table.nbytes, readahead.RANDOM)
+
+    arms: dict[str, tuple[bool, Callable[[torch.Tensor], Any]]] = {
+        "cold, prefetch + gather": (True, prefetched),
+        "cold, gather alone (page faults)": (True, lambda ids: table.gather(ids, out)),
+        "cold, gather with the system's read-around": (True, with_read_around),
+        "cold, pread on 32 threads": (True, pread),
+        "warm, gather": (False, lambda ids: table.gather(ids, out)),
+        "warm, prefetch + gather": (False, prefetched),
+        "warm, pread on 32 threads": (False, pread),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    asked, sequential = [], []
+    for round_number in range(rounds + 1):
+        ids = torch.from_numpy(rng.integers(0, table.rows, n))
+        for name, (cold, work) in arms.items():
+            if cold:
+                table.drop()
+                _evict(file)
+            else:
+                table.gather(ids, out)
+            began = time.perf_counter()
+            work(ids)
+            if round_number:  # the first one warms up code and threads
+                seconds[name].append(time.perf_counter() - began)
+        asked.append(int(readahead.page_ranges(ids.numpy(), row, table.nbytes)[:, 1].sum()))
+        table.drop()
+        _evict(file)
+        size, began = min(table.nbytes, 1 << 30), time.perf_counter()
+        for start in range(0, size, len(buffer)):
+            os.preadv(file, [buffer], start)
+        sequential.append(size / (time.perf_counter() - began))
+    pool.shutdown()
+    os.close(file)
+    ours = np.array(seconds["cold, prefetch + gather"])
+    lines: list[Row] = []
+    for name, spent in seconds.items():
+        ratio = float(np.median(np.array(spent) / ours))
+        lines.append({"what": name, "value": n / float(np.median(spent)) / 1e3, "unit": "krows/s", "ratio": ratio})
+    speed = float(np.median(sequential))
+    least = float(np.median(asked)) / speed
+    what = f"ceiling: these pages at the {speed / 1e9:.2f} GB/s of a cold sequential read"
+    lines.append({"what": what, "value": n / least / 1e3, "unit": "krows/s", "ratio": least / float(np.median(ours))})
+    return lines
+
+
+def _evict(file: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,69 @@
+"""Hashing beside the paper's demo in NumPy and the same in torch operations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engram.addressing import HashLayout, NgramHasher, TokenMap
+from engram.benchmarks.compare import Row, compare
+
+
+def transcription(ids: np.ndarray, layout: HashLayout, table: np.ndarray) -> dict[int, np.ndarray]:
+    """The hash as the paper's demo writes it, in plain NumPy: what ours is compared with. ids [B, T]."""
+    x = table[ids]
+    T = x.shape[1]
+    out = {}
+    for layer in layout.layers:
+        multipliers = layout.multipliers[layer]
+        shifted = [np.pad(x, ((0, 0), (k, 0)), constant_values=layout.pad_id)[:, :T] for k in range(layout.orders[-1])]
+        columns = []
+        for n, moduli in zip(layout.orders, layout.moduli[layer], strict=True):
+            mix = shifted[0] * multipliers[0]
+            for k in range(1, n):
+                mix = np.bitwise_xor(mix, shifted[k] * multipliers[k])
+            columns += [mix % p for p in moduli]
+        out[layer] = np.stack(columns, axis=2) + np.array(layout.offsets[layer])
+    return out
+
+
+def _torch_hash(ids: torch.Tensor, layout: HashLayout, table: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The same in torch operations, all heads of an order at once."""
+    x = table[ids]
+    T, N = x.shape[1], layout.orders[-1]
+    padded = torch.nn.functional.pad(x, (N - 1, 0), value=layout.pad_id)
+    out = {}
+    for layer in layout.layers:
+        mix, columns = padded[:, N - 1 :] * layout.multipliers[layer][0], []
+        done = 1
+        for n, moduli in zip(layout.orders, layout.moduli[layer], strict=True):
+            for k in range(done, n):
+                mix = mix ^ (padded[:, N - 1 - k : N - 1 - k + T] * layout.multipliers[layer][k])
+            done = n
+            columns.append(torch.remainder(mix.unsqueeze(-1), torch.tensor(moduli)))
+        out[layer] = torch.cat(columns, dim=-1) + torch.tensor(layout.offsets[layer])
+    return out
+
+
+def bench_hash() -> list[Row]:
+    B, T = 32, 512
+    layout = HashLayout.build(98_627, (1, 15), (2, 3), 8, 646_400, pad_id=2)
+    hasher = NgramHasher(layout, TokenMap.identity(98_627))
+    ids = np.random.default_rng(0).integers(0, 98_627, (B, T))
+    out = np.empty((len(layout.layers), B, T, layout.columns), np.int64)
+    tensor, table = torch.from_numpy(ids), np.arange(98_627)
+    torch_table = torch.from_numpy(table)
+    ours, theirs = hasher(ids), transcription(ids, layout, table)
+    for layer in layout.layers:
+        assert np.array_equal(ours[layer], theirs[layer]), "the benchmark compares two different functions"
+    arms = {
+        "engram, into a kept buffer": lambda: hasher(ids, out=out),
+        "engram, into fresh memory": lambda: hasher(ids),
+        "NumPy transcription": lambda: transcription(ids, layout, table),
+        "torch operations": lambda: _torch_hash(tensor, layout, torch_table),
+    }
+    rows = []
+    for what, calls in (("five calls in a row", 5), ("one call, cold caches", 1)):
+        for row in compare(arms, B * T / 1e6, "us/token", rounds=25, times=True, calls=calls):
+            rows.append({**row, "what": f"{what}: {row['what']}"})
+    return rows

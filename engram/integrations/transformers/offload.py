@@ -1,0 +1,248 @@
+"""offload: the n-gram table of a Qwen4-Exp model of transformers moves out of the model, to disk or host memory.
+
+The model keeps its own hashing, gate and convolution; where its nn.Embedding stood, rows are gathered from a table.
+They are the same bits, so logits are too. It is for inference: the rows get no gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engram.integrations.formats.conversion import BLOCK, Recoder
+from engram.integrations.formats.readers import Source, open_source
+from engram.integrations.formats.safetensors_io import NAMES, Stored
+from engram.integrations.formats.stored_rows import Rows
+from engram.storage.files import load_manifest, manifest_digest, read_folder, whole_folder, write_rows
+from engram.tables import EncodedTable, HostTable
+
+FORMAT = "engram-offload-1"
+_SAMPLE = 256  # rows compared with their source
+
+
+class HostedRows(nn.Module):
+    """Stands where nn.Embedding stood: row ids [...] -> rows [..., dim], in the model's dtype, where the ids are.
+
+    `weight` holds no values; its dtype and device follow the model's, as callers expect of an embedding.
+    """
+
+    weight: Tensor
+
+    def __init__(self, dtype: torch.dtype, table: HostTable | None = None):
+        super().__init__()
+        self.table = table
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, row_ids: Tensor) -> Tensor:
+        if self.table is None:
+            raise RuntimeError("these rows were never loaded")
+        return self.table.gather(row_ids.cpu()).to(row_ids.device, self.weight.dtype)
+
+
+def _embeddings(model: nn.Module) -> dict[int, Any]:
+    """{0-based layer: the module that hashes and looks up} of a Qwen4-Exp model."""
+    modules: list[Any] = [m for m in model.modules() if type(m).__name__ == "Qwen4ExpTextNGramEmbedding"]
+    return {int(m.layer_idx): m for m in modules}
+
+
+def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -> dict[int, HostTable]:
+    """Moves the n-gram tables of a loaded Qwen4-Exp model into HostTables; the model goes on with the same logits.
+
+    Args:
+        hf_model: Qwen4ExpForCausalLM or any model that contains one. folder: a new folder for the rows, which are then
+            mapped read-only (`engram verify` checks them); None keeps them in host memory.
+
+    Returns:
+        {0-based layer: HostTable}. The model's memory falls by the tables' size (with folder=None only a device's).
+        save_pretrained no longer writes the rows.
+
+    Raises:
+        ValueError: a model without such a table, one that was offloaded already, or rows that are neither float32 nor
+        bfloat16. FileExistsError: the folder is there.
+    """
+    found = _embeddings(hf_model)
+    if not found:
+        raise ValueError(f"{type(hf_model).__name__} has no n-gram table: offload knows Qwen4-Exp's PLE layers")
+    weights: dict[int, Tensor] = {}
+    for layer, module in found.items():
+        weight = module.ngram_embedding.weight
+        if isinstance(module.ngram_embedding, HostedRows):
+            raise ValueError(f"the table of layer {layer} is offloaded already")
+        if weight.device.type == "meta":
+            raise ValueError(f"the table of layer {layer} is not loaded: use load_offloaded on the checkpoint instead")
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"the table of layer {layer} is {weight.dtype}: expected torch.float32 or torch.bfloat16")
+        weights[layer] = weight.detach()
+
+    def blocks(layer: int) -> Iterator[Tensor]:
+        weight = weights[layer]
+        yield from (piece.cpu() for piece in weight.split(max(1, BLOCK // (4 * weight.shape[1]))))
+
+    facts = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
+    tables = _store(facts, blocks, folder)
+    for layer, module in found.items():
+        ids = torch.randint(0, tables[layer].rows, (_SAMPLE,), generator=torch.Generator().manual_seed(0), device="cpu")
+        if not torch.equal(tables[layer].gather(ids), weights[layer][ids.to(weights[layer].device)].cpu()):
+            raise OSError(f"the rows of layer {layer} do not read back as they were written")
+        module.ngram_embedding = HostedRows(weights[layer].dtype, tables[layer])
+    return tables
+
+
+def _store(
+    facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, origin: dict[str, Any] | None = None
+) -> dict[int, HostTable]:
+    """Tables filled with blocks(layer). facts: {layer: (rows, dim, form)}; origin: of the rows, for the manifest."""
+    if folder is None:
+        tables = {}
+        for layer, (rows, dim, form) in facts.items():
+            table = EncodedTable(rows, dim, "fp8") if form == "fp8" else HostTable(rows, dim, getattr(torch, form))
+            first = 0
+            for block in blocks(layer):
+                table.tensor[first : first + len(block)] = block
+                first += len(block)
+            tables[layer] = table
+        return tables
+    home = Path(folder)
+    with whole_folder(home, overwrite=False) as partial:
+        manifest: dict[str, Any] = {"format": FORMAT, "origin": origin, "tables": {}, "files": {}}
+        for layer, (rows, dim, form) in facts.items():
+            name = f"layer-{layer}.{form}"
+            manifest["files"][name] = write_rows(partial / name, blocks(layer))
+            manifest["tables"][str(layer)] = {"file": name, "rows": rows, "dim": dim, "form": form}
+        manifest["digest"] = manifest_digest(manifest)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return _open(home)
+
+
+def _open(folder: Path) -> dict[int, HostTable]:
+    return read_folder(folder, lambda pinned: _tables_of(folder, pinned))
+
+
+def _tables_of(shown: Path, home: Path) -> dict[int, HostTable]:
+    """home: where the files of the folder `shown` are read (see pinned_folder)."""
+    tables: dict[int, HostTable] = {}
+    manifest = load_manifest(home)
+    if manifest.get("format") != FORMAT or manifest.get("digest") != manifest_digest(manifest):
+        raise ValueError(f"{home / 'manifest.json'} is no {FORMAT} manifest, or was altered: give another folder")
+    for layer, table in manifest["tables"].items():
+        path, shape = home / table["file"], (table["rows"], table["dim"])
+        if table["file"] not in manifest["files"]:  # of which load_manifest has checked every name
+            raise ValueError(
+                f"{home / 'manifest.json'} names {table['file']!r} for layer {layer}, not one of its files"
+            )
+        if table["form"] == "fp8":
+            tables[int(layer)] = EncodedTable(*shape, "fp8", path, mode="r")
+        else:
+            tables[int(layer)] = HostTable(*shape, getattr(torch, table["form"]), path, mode="r")
+        tables[int(layer)].path = shown / table["file"]
+    return tables
+
+
+def load_offloaded(
+    checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> Any:
+    """A Qwen4-Exp model from a safetensors checkpoint whose n-gram table never enters the model, nor memory as a whole.
+
+    The rows are streamed from the checkpoint's shards into `folder`, and everything else is loaded by from_pretrained.
+    A folder that an earlier call made of the same checkpoint is opened again at once, after a look at random rows; at
+    all of them, where the checkpoint's files are not the same any more by size and time of change.
+
+    Args:
+        checkpoint: folder with config.json and safetensors. folder: for the rows; None keeps them in host memory.
+        kwargs: of from_pretrained (dtype, attn_implementation, device_map ...).
+
+    Returns:
+        The model, in eval mode. `_embeddings`' tables are reachable as module.ngram_embedding.table.
+
+    Raises:
+        ValueError: a checkpoint that open_source refuses; a folder with other rows than the checkpoint's.
+        FileExistsError: a folder without rows.
+    """
+    import transformers
+
+    source = open_source(checkpoint)
+    if source.kind != "qwen":
+        raise ValueError(f"{checkpoint} is a {source.kind} memory: load_offloaded reads Qwen4-Exp checkpoints")
+    forms = {layer: rows.kept for layer, rows in source.rows.items()}
+    recoders = {layer: Recoder(rows, rows.kept) for layer, rows in source.rows.items()}
+
+    def blocks(layer: int) -> Iterator[Tensor]:
+        rows, block = recoders[layer].rows.rows, recoders[layer].block
+        yield from (recoders[layer].read(lo, min(lo + block, rows)) for lo in range(0, rows, block))
+
+    if folder is not None and (Path(folder) / "manifest.json").is_file():
+        tables = _open(Path(folder))
+        whole = json.loads((Path(folder) / "manifest.json").read_text()).get("origin") != _origin(source)
+        _check_same(source.rows, recoders, tables, Path(folder), whole)
+    else:
+        facts = {layer: (rows.rows, rows.dim, forms[layer]) for layer, rows in source.rows.items()}
+        tables = _store(facts, blocks, folder, _origin(source))
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    base = getattr(transformers, (config.architectures or ["Qwen4ExpForCausalLM"])[0])
+
+    class Hosted(base):  # type: ignore[misc, valid-type]
+        """The model as from_pretrained builds it, without the tables: their tensors are then nobody's, and not read."""
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            for module in _embeddings(self).values():
+                module.ngram_embedding = HostedRows(torch.get_default_dtype())
+
+    Hosted.__name__ = base.__name__
+    Hosted._keys_to_ignore_on_load_unexpected = [
+        *(base._keys_to_ignore_on_load_unexpected or []),
+        r"ngram_embedding\.",  # shards and their scales, whatever they are called
+    ]
+    kwargs.pop("output_loading_info", None)
+    model, loaded = Hosted.from_pretrained(checkpoint, config=config, output_loading_info=True, **kwargs)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"{checkpoint} lacks {missing[0]}"
+            + (f" and {len(missing) - 1:,} more of the model's weights" if len(missing) > 1 else "")
+            + ", which would be random: its tensors are not named as transformers names them, or are incomplete"
+        )
+    model.__class__ = base
+    for layer, module in _embeddings(model).items():
+        module.ngram_embedding.table = tables[layer]
+    return model.eval()
+
+
+def _origin(source: Source) -> dict[str, Any]:
+    """Which files the rows are from, as far as that can be said without reading them."""
+    files = {stored.path for rows in source.rows.values() for _, *parts in rows.parts for stored in parts if stored}
+    facts = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+    return {"layout": source.layout.digest, "files": facts}
+
+
+def _check_same(
+    rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, HostTable], home: Path, whole: bool
+) -> None:
+    """Compares all rows, or a sample of them, with the checkpoint's. Raises ValueError at the first that differs."""
+    generator = torch.Generator().manual_seed(0)
+    if set(rows) != set(tables):
+        raise ValueError(f"{home} holds tables of layers {sorted(tables)}, the checkpoint has {sorted(rows)}")
+    for layer, table in tables.items():
+        if (table.rows, table.dim) != (rows[layer].rows, rows[layer].dim):
+            raise ValueError(f"{home} holds {table.rows:,} x {table.dim} of layer {layer}: another checkpoint's")
+        assert table.path is not None
+        shape, dtype = tuple(table.tensor.shape), NAMES[table.tensor.dtype]
+        file = Stored(
+            table.path.name, table.path, dtype, shape, 0, table.nbytes
+        )  # read, not mapped: stays out of memory
+        sample = torch.randint(0, table.rows, (_SAMPLE,), generator=generator, device="cpu").tolist()
+        size = recoders[layer].block if whole else 1
+        for row in range(0, table.rows, size) if whole else sample:
+            stop = min(row + size, table.rows)
+            wanted, found = recoders[layer].read(row, stop), file.read(row, stop)
+            if not torch.equal(wanted, found):
+                row += int((wanted != found).any(1).nonzero()[0])
+                raise ValueError(
+                    f"row {row:,} of layer {layer} in {home} is not the checkpoint's: another one was here"
+                )

@@ -1,0 +1,209 @@
+"""What one forward pass takes from the memory: rows on their way, and their gradients back."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engram.memory.cache import MemoryCache
+from engram.tables.prefetch import Fetch, Task
+
+if TYPE_CHECKING:
+    from engram.memory import EngramMemory
+
+_WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
+
+
+def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a method out of the reach of torch.compile (threads, C, host memory): a compiled graph breaks there. The
+    compiler takes seconds to import, so it is asked only where somebody has."""
+    disabled: list[Callable[..., Any]] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args, **kwargs)
+
+    return update_wrapper(call, method)
+
+
+def refuse_recording(value: Any) -> None:
+    """Raises RuntimeError where torch records operations on `value` or transforms them: rows are looked up outside of
+    torch, so that a recorded program would hold the rows of these ids as constants."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    how = None
+    if torch.jit.is_tracing():
+        how = "torch.jit.trace"
+    elif torch.compiler.is_exporting():
+        how = "torch.export"
+    elif type(value).__module__.startswith("torch.fx.proxy"):
+        how = "torch.fx.symbolic_trace"
+    elif proxies is not None and proxies.get_proxy_mode() is not None:
+        how = "make_fx"
+    elif isinstance(value, Tensor):
+        try:
+            value.flatten()[:0].clone().data_ptr()
+        except RuntimeError:
+            how = "a transform of torch.func (vmap, grad) or a fake tensor mode"
+    if how is not None:
+        raise RuntimeError(
+            f"{how} records or transforms operations of torch, but the rows of an n-gram memory are looked up outside "
+            f"of torch: the result would read the rows of other ids. Run the model as it is (torch.compile works), or "
+            f"detach the memory first"
+        )
+
+
+class Recall:
+    """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
+    forward pass that uses it, and used again: rows that an optimiser step changes in between are renewed.
+
+    Other threads may patch and renew a recall while one uses it. In a forked process it fetches its rows anew.
+
+    Attributes:
+        documents: run number of each position [B, T] on the model's device, or None. With a cache [B, H + T]: of the H
+            positions before them too, as many as the convolution reaches back (EngramMemory.lag) and the text has.
+        dead: True at DEAD positions [B, T] on the model's device; None where there are none.
+        cache, start, number: decoding state, the positions that it held before this piece, and the piece's number in
+            it.
+    """
+
+    def __init__(
+        self,
+        memory: EngramMemory,
+        ids: Tensor,
+        lookback: Tensor | None,
+        documents: Tensor | None,
+        device: torch.device,
+        dead: Tensor | None = None,
+    ):
+        self.documents, self.device = documents, device
+        self.dead = dead
+        self.cache: MemoryCache | None = None
+        self.start = self.number = 0
+        self._memory = memory
+        if memory.collects_gradients:
+            memory.check_writable()
+        self._histories: dict[int, Tensor | None] = {}  # of the layers that have used it
+        host_documents = None if documents is None else documents[:, documents.shape[1] - ids.shape[1] :].cpu()
+        values = ids.numel() * memory.config.d_mem
+        worth_a_thread = values >= _WORTH_A_THREAD
+
+        def hash_ids() -> dict[int, Tensor]:
+            began = time.perf_counter()
+            row_ids = memory.hasher(ids, lookback=lookback, documents=host_documents)
+            memory.clock["hashing"] += time.perf_counter() - began
+            return row_ids
+
+        hashed = self._hashed = Task(hash_ids, worth_a_thread)
+
+        def fetch(layer: int) -> Fetch:
+            return Fetch(memory.tables[layer], hashed.result()[layer], device)
+
+        self._begin()
+        with self._lock:  # whoever changes rows from here on waits for the fetches, and renews what they have read
+            memory.recalls.add(self)
+            for layer in memory.config.layers:
+                self._pending[layer] = Task(partial(fetch, layer), worth_a_thread)
+
+    def _begin(self) -> None:
+        self._rows: dict[int, Tensor] = {}
+        self._pending: dict[int, Task[Fetch]] = {}
+        self._lock = threading.Lock()  # of the two
+        self._process = os.getpid()
+
+    def _own(self) -> threading.Lock:
+        """The lock. A forked process inherits one that another thread may hold, and rows that it may be patching."""
+        if self._process != os.getpid():
+            self._begin()
+        return self._lock
+
+    @property
+    def row_ids(self) -> dict[int, Tensor]:
+        """{layer: int64 [B, T, C]} on the CPU."""
+        return self._hashed.result()
+
+    @uncompiled
+    def rows(self, layer: int) -> Tensor:
+        """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
+        memory = self._memory
+        if memory.recalls_are_stale:
+            memory._renew_recalls()
+        with self._own():
+            rows = self._rows.get(layer)
+            if rows is None:
+                if layer in self._pending:
+                    fetched, waited = self._pending.pop(layer).wait()
+                    memory.clock["waiting"] += waited
+                else:  # they have changed since they were fetched
+                    fetched = Fetch(memory.tables[layer], self.row_ids[layer], self.device)
+                rows = self._rows[layer] = fetched.rows()
+            if memory.collects_gradients and not rows.requires_grad:
+                memory.check_writable()
+                live = None if self.dead is None else ~self.dead
+                keep = partial(_keep_gradient, memory.gradients[layer], self.row_ids[layer], live)
+                rows.requires_grad_().register_post_accumulate_grad_hook(keep)
+        return rows.flatten(2)
+
+    @uncompiled
+    def inputs_before(self, layer: int) -> Tensor | None:
+        """What the layer's convolution looks back on [B, H, M*d]; None without a cache, and for the first piece.
+
+        Raises:
+            RuntimeError: see MemoryCache.inputs_before.
+        """
+        if self.cache is None:
+            return None
+        again = self._histories.get(layer)
+        found = self.cache.inputs_before(layer, self.number, self.start, self._memory.lag, again)
+        self._histories[layer] = found
+        return found
+
+    @uncompiled
+    def keep_inputs(self, layer: int, inputs: Tensor) -> None:
+        """Hands what went into the layer's convolution at this piece [B, T, M*d] to the cache, if there is one."""
+        if self.cache is not None:
+            self.cache.keep_inputs(layer, self.number, inputs, self._histories.get(layer), self._memory.lag)
+
+    def renew(self) -> None:
+        """Forgets all rows that were fetched, once no thread reads them any more: who uses them gets them anew."""
+        with self._own():
+            for fetch in self._pending.values():
+                fetch.end()
+            self._pending.clear()
+            self._rows.clear()
+
+    def patch(self, layer: int, touched: Tensor) -> int:
+        """Renews rows fetched ahead that are in `touched`. Returns how many; 0 where the rows are already in use: who
+        uses them again gets them anew."""
+        with self._own():
+            self._rows.pop(layer, None)
+            return self._pending[layer].result().patch(touched) if layer in self._pending else 0
+
+    def forget(self, layer: int) -> None:
+        """Drop the rows of a layer, in use or on their way. The next use fetches them again."""
+        with self._own():
+            self._rows.pop(layer, None)
+            self._pending.pop(layer, None)
+
+
+def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live: Tensor | None, rows: Tensor) -> None:
+    """Hands the gradient of fetched rows to the optimiser. No method of Recall: a cycle would keep the rows alive."""
+    assert rows.grad is not None
+    if gradients:  # of an earlier pass: what accumulates waits in host memory, where it is used
+        ids, earlier = gradients[-1]
+        gradients[-1] = ids, earlier.cpu()
+    if live is None:
+        gradients.append((row_ids, rows.grad))
+    else:  # dead positions have used no row: an optimiser with momentum would move it all the same
+        gradients.append((row_ids[live.to(row_ids.device)], rows.grad[live]))
+    rows.grad = None

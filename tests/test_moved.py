@@ -1,0 +1,30 @@
+"""Old import paths work for one version and name the new one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from engram._moved import MOVED
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_an_old_import_path_is_served_by_the_new_module(old):
+    for name in [name for name in sys.modules if name == old]:
+        del sys.modules[name]
+    with pytest.warns(DeprecationWarning, match=f"{old} has moved to {MOVED[old]}"):
+        module = import_module(old)
+    new = import_module(MOVED[old])
+    assert all(getattr(module, name) is getattr(new, name) for name in vars(new) if not name.startswith("__"))
+
+
+def test_the_warning_points_at_the_line_that_imports(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import engram\nfrom engram.recall import Recall\nfrom engram.lm import statistics\n")
+    ran = subprocess.run([sys.executable, "-W", "always", str(script)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "script.py:2: DeprecationWarning: engram.recall has moved to engram.memory.recall" in ran.stderr
+    assert "script.py:3: DeprecationWarning: engram.lm.statistics has moved" in ran.stderr

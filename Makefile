@@ -17,7 +17,7 @@ TOKENIZERS := tests/.tokenizers/.fetched
 NATIVE := $(wildcard engram/*/*.c engram/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-compat torture constraints ablation bench clean
+.PHONY: help test test-compat docs torture constraints ablation bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,10 +47,14 @@ test-newest:  # always installed anew: what is newest changes every day
 	HF_HUB_OFFLINE=1 ENGRAM_EVERY_ARCHITECTURE=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(COMPAT_TESTS) $(ARGS)
 
 constraints: $(UV)  ## pin every package anew: constraints.txt (newest) and constraints-oldest.txt (lower ends of pyproject.toml)
-	$(UV) pip compile -q --universal --upgrade $(COMPILE) --extra dev -o constraints.txt
+	$(UV) pip compile -q --universal --upgrade $(COMPILE) --extra dev --extra docs -o constraints.txt
 	$(UV) pip compile -q --universal --upgrade --resolution lowest-direct $(COMPILE) --extra dev -o constraints-oldest.txt
 
 COMPILE := --no-header --no-annotate --python-version 3.11 -c constraints.in pyproject.toml
+
+docs: $(INSTALLED) .venv/.docs  ## build the documentation site into docs/_build/html, offline; broken links are errors
+	$(BIN)/sphinx-build -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	@echo "open docs/_build/html/index.html"
 
 torture: $(INSTALLED) $(DATA)  ## kills, Ctrl-C, disk errors, damaged files and races, about 20 minutes (ARGS="--help" for sizes)
 	$(BIN)/python tests/torture $(ARGS)
@@ -62,7 +66,7 @@ bench: $(INSTALLED) $(DATA)  ## time hashing, gathering and a training step (ARG
 	$(BIN)/engram bench $(ARGS)
 
 clean:  ## remove the virtual environment, caches and built files; runs/ is kept
-	rm -rf .venv .venv-oldest .venv-newest .venv-uv .engram-cache tests/.tokenizers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-uv .engram-cache tests/.tokenizers docs/_build docs/api docs/notes docs/project docs/results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find engram tests -name '__pycache__' -prune -exec rm -rf {} +
 	find engram -name '*.so' -delete
 
@@ -72,6 +76,10 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/.docs: pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .venv-oldest/.installed: pyproject.toml setup.py constraints-oldest.txt requirements-data.txt $(NATIVE)

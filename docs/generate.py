@@ -1,0 +1,193 @@
+"""Pages that are made from other files of the repository when the site is built: results, notes and the API reference.
+
+Nothing on them is typed: questions, readings, figures, tables and verdicts are those of experiments/<question>/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+LAB = ROOT / "experiments"
+MADE = ("results", "notes", "project", "api")  # folders of generated pages, which git ignores
+CLAIMS = "claims"  # the heading of a question's table of claims has this word
+NOTES = ("claims", "equations", "dialects", "sinkhorn", "decisions", "log", "log_full")
+# Every public name has one place in the reference; test_docs.py fails if one is missing.
+API = {
+    "addresses": ("Addresses", ["TokenMap", "HashLayout", "NgramHasher"]),
+    "memory": ("Memory and tables", ["EngramConfig", "EngramMemory", "HostTable", "build_optimizer"]),
+    "transformers": (
+        "Models of transformers",
+        ["attach", "detach", "from_pretrained", "MemoryCallback", "offload", "convert"],
+    ),
+    "language_models": (
+        "The small transformer",
+        ["TransformerConfig", "Transformer", "train", "evaluate", "generate", "ablate"],
+    ),
+    "tools": ("Look inside, plan, measure", ["explain", "plan", "bench"]),
+}
+
+
+def questions() -> list[Path]:
+    """Folders of the lab that hold a question with runs: a README, results and a list of runs."""
+    return sorted(file.parent for file in LAB.glob("*/configs.py") if (file.parent / "README.md").is_file())
+
+
+def sections(text: str) -> list[tuple[str, str]]:
+    """[(heading, body)] of a Markdown text at its headings of any level; the first has the heading ""."""
+    parts = re.split(r"(?m)^(#{1,6} .+)$", text)
+    return [("", parts[0]), *((h.lstrip("# "), body) for h, body in zip(parts[1::2], parts[2::2], strict=True))]
+
+
+def linked(text: str, source: Path, page: Path) -> str:
+    """Markdown whose relative links, written for `source`, suit `page`; a target outside the site becomes its path."""
+
+    def link(match: re.Match[str]) -> str:
+        picture, words, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        bare = target.partition("#")[0]
+        file = (source.parent / bare).resolve()
+        if picture:
+            return f"![{words}]({os.path.relpath(file, page.parent)})"
+        question = file.parent if file.name in ("README.md", "tables.md") else file
+        if question in questions():
+            return f"[{words}]({os.path.relpath(DOCS / 'results' / f'{question.name}.md', page.parent)})"
+        if file.parent == ROOT / "paper_notes" and file.stem in NOTES and file.is_file():
+            return f"[{words}]({os.path.relpath(DOCS / 'notes' / file.name, page.parent)})"
+        path = os.path.relpath(file, ROOT)
+        return f"`{path}`" if words.strip("`./") in path else f"{words} (`{path}`)"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
+def answer(table: str) -> str:
+    """One sentence: the first claim of a question's table, its figure and its verdict."""
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    if len(rows) < 3:
+        return ""
+    line = dict(zip(rows[0], rows[2], strict=False))
+    claim = line["claim"][:1].upper() + line["claim"][1:]
+    measure, figure = line["what we measure"], line["figure with interval"]
+    return f"“{claim}”: **{line['verdict']}** ({measure}: {figure}; {line['table']})."
+
+
+def _without_marks(text: str) -> str:
+    return re.sub(r"<!-- (table|end) -->\n?", "", text)
+
+
+def _flat(text: str) -> str:
+    """Headings as bold lines: long tables stay out of the page's list of contents."""
+    return re.sub(r"(?m)^#{1,6} (.+)$", r"**\1**", text)
+
+
+def question_page(home: Path, page: Path) -> str:
+    """Markdown of one question: question, answer, reading, figure, claims, what it does not show, all tables."""
+    text = (home / "README.md").read_text()
+    marked = re.search(r"<!-- table -->\n(.*?)<!-- end -->", text, re.S)
+    tables = home / "tables.md"
+    generated = tables.read_text() if tables.is_file() else marked[1] if marked else ""
+    if marked:
+        text = text.replace(marked[0], "")
+    parts = sections(text)
+    title, reading = parts[1]
+    reading = re.sub(r"(?m)^Tables: \[tables.md\].*\n", "", reading)
+    commands = "\n".join(re.findall(r"(?m)^    python .+$", reading))
+    reading = re.sub(r"(?m)^`report` writes what is between.*\n?(?:.*figure.png`\.\n?)?", "", reading)
+    reading = re.sub(r"(?m)^    python .+\n?", "", reading)
+    claims = next((body for heading, body in sections(generated) if CLAIMS in heading), "")
+    rest = "\n".join(f"## {heading}\n{body}" for heading, body in parts[2:])
+    first = answer(claims)
+    made = [f"# {title}", ""]
+    if first:
+        made += ["**The first claim and its verdict.** " + first, ""]
+    made += [reading.strip(), ""]
+    if claims:
+        made += ["## What the runs say about the claims", "", claims.strip(), ""]
+    made += [rest.strip(), ""]
+    others = re.sub(r"(?s)^# .*?\n", "", generated).replace(claims, "") if claims else generated
+    others = re.sub(rf"(?m)^#+ .*{CLAIMS}.*$", "", others)
+    if others.strip():
+        made += ["## All tables", "", "<details><summary>Show the tables</summary>", "", _flat(others).strip(), ""]
+        made += ["</details>", ""]
+    if commands:
+        made += ["## Run it again", "", "```console", *(line.strip() for line in commands.splitlines()), "```", ""]
+    return linked(_without_marks("\n".join(made)), home / "README.md", page)
+
+
+def results_index() -> str:
+    """Markdown: every question with its first claim and verdict."""
+    lines = [
+        "# Results",
+        "",
+        "Each page is made from the runs of one question when this site is built: no figure on it is typed.",
+        "A verdict is of small models on a few megabytes of text, and of no other size. All claims with their",
+        "sources and commands are on the page of [claims](../notes/claims.md).",
+        "",
+        "| question | the first claim of its table and its verdict |",
+        "|---|---|",
+    ]
+    for home in questions():
+        page = (DOCS / "results" / f"{home.name}.md").read_text()
+        title = page.partition("\n")[0].lstrip("# ")
+        first = re.search(r"\*\*The first claim and its verdict\.\*\* (.+)", page)
+        lines.append(f"| [{title}]({home.name}.md) | {first[1] if first else ''} |")
+    contents = "\n".join(home.name for home in questions())
+    return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", contents, "```", ""])
+
+
+def api_page(title: str, names: list[str]) -> str:
+    """reStructuredText of some public names, from their docstrings."""
+    import engram
+
+    lines = [title, "=" * len(title), ""]
+    for name in names:
+        if isinstance(getattr(engram, name), type):
+            lines += [name, "-" * len(name), "", f".. autoclass:: engram.{name}", "   :members:", ""]
+        else:
+            lines += [name, "-" * len(name), "", f".. autofunction:: engram.{name}", ""]
+    return "\n".join(lines)
+
+
+def write_all() -> None:
+    """Write all generated pages anew. A page that did not change keeps its date, so that it is not built again."""
+    pages: dict[Path, str] = {}
+    for home in questions():
+        page = DOCS / "results" / f"{home.name}.md"
+        pages[page] = question_page(home, page)
+    for name in NOTES:
+        source, page = ROOT / "paper_notes" / f"{name}.md", DOCS / "notes" / f"{name}.md"
+        if source.is_file():
+            pages[page] = linked(_without_marks(source.read_text()), source, page)
+    listed = "\n".join(page.stem for page in pages if page.parent.name == "notes")
+    for name in ("CHANGELOG", "CONTRIBUTING"):
+        source, page = ROOT / f"{name}.md", DOCS / "project" / f"{name.lower()}.md"
+        pages[page] = linked(source.read_text(), source, page)
+    pages[DOCS / "notes" / "index.md"] = (
+        f"# Notes\n\nEquations and their tests, the released dialects side by side, decisions with what was measured, "
+        f"and the log of what was tried.\n\n```{{toctree}}\n{listed}\n```\n"
+    )
+    for name, (title, names) in API.items():
+        pages[DOCS / "api" / f"{name}.rst"] = api_page(title, names)
+    listed = "\n   ".join(API)
+    title = "API reference"
+    pages[DOCS / "api" / "index.rst"] = f"{title}\n{'=' * len(title)}\n\n.. toctree::\n\n   {listed}\n"
+    for folder in MADE:
+        for old in (DOCS / folder).glob("*"):
+            if old not in pages and old.name != "index.md":
+                old.unlink() if old.is_file() else shutil.rmtree(old)
+    for page, text in pages.items():
+        _write(page, text)
+    _write(DOCS / "results" / "index.md", results_index())
+
+
+def _write(page: Path, text: str) -> None:
+    page.parent.mkdir(exist_ok=True)
+    if not page.is_file() or page.read_text() != text:
+        page.write_text(text)

@@ -1,0 +1,193 @@
+"""The pages say what is: their code runs, and their tables and drawing are those of the files they are about."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from documents import PAGES, ROOT, blocks, examples
+
+DOCS = ROOT / "docs"
+CASES = [(page, name) for page in PAGES for name in examples(page)]
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    """Imports a module of docs/, which is a folder of pages and no package."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module
+
+
+def prepared(name: str) -> dict:
+    """Names that the text of an example asks the reader to have."""
+    import engram
+
+    if name.startswith("attach"):
+        from hf_models import build
+
+        return {"model": build("llama"), "tokenizer": engram.TokenMap.identity(64)}
+    return {"golden_folder": ROOT / "tests" / "golden"} if name == "golden" else {}
+
+
+@pytest.mark.parametrize(("page", "name"), CASES, ids=[f"{page.stem}:{name}" for page, name in CASES])
+def test_every_example_of_the_pages_runs(page, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = prepared(name)
+    for code in examples(page)[name]:
+        exec(compile(code, f"{page.name}:{name}", "exec"), names)
+
+
+def test_no_python_of_the_pages_is_without_a_marker():
+    for page in PAGES:
+        for marker, _, language, text in blocks(page):
+            assert language != "python" or marker == "example", f"{page}: {text}"
+
+
+def test_the_saved_things_of_the_attach_page_open_again(tmp_path, monkeypatch):
+    from hf_models import build
+
+    import engram
+
+    monkeypatch.chdir(tmp_path)
+    names = prepared("attach")
+    for code in examples(DOCS / "guides" / "attach.md")["attach"]:
+        exec(code, names)
+    again = engram.attach(build("llama"), "adapter", names["tokenizer"])
+    whole = engram.from_pretrained("model")
+    digest = names["memory"].layout.digest
+    assert again.layout.digest == digest == whole.model.engram.layout.digest
+    assert names["memory"].attachment is None
+
+
+def test_the_drawing_is_the_one_its_script_draws(docs):
+    drawings = docs("drawings")
+    assert drawings.draw() == (DOCS / "lookup.svg").read_text()
+    _, _, rows, layout = drawings.facts()
+    assert len(set(rows)) == 4 and max(rows) < layout.rows[1]
+
+
+def test_plan_prints_what_the_pages_show(capsys, monkeypatch):
+    from engram.cli import main
+
+    (shown,) = examples(DOCS / "concepts.md", "console")["plan"]
+    command, *expected = shown.splitlines()
+    monkeypatch.setattr(sys, "argv", shlex.split(command.removeprefix("$ ")))
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main()
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert len(expected) == 2
+    for line in expected:
+        assert any(one.startswith(line) for one in printed), line
+
+
+def test_the_lm_eval_task_of_the_pages_runs(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[lm-eval]' in the project's folder")
+    import datasets
+    import tokenizers
+    import transformers as hf
+
+    import engram
+    from engram.cli import main
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "guides" / "evaluate.md"
+    (block,) = examples(page, "yaml")["task"]
+    task, data = re.findall(r"# (\S+); its data is (\S+):", block)[0]
+    Path(task).parent.mkdir()
+    Path(task).write_text(block)
+    Path(data).write_text(next(line.removeprefix("# ") for line in block.splitlines() if line.startswith("# {")))
+    letters = {letter: i for i, letter in enumerate(map(chr, range(32, 127)))}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="~")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=95, max_position_embeddings=64, **shape))
+    model.save_pretrained("models/llama")
+    tokenizer.save_pretrained("models/llama")
+    engram.attach(model, engram.EngramConfig(layers=(1,), heads=2, head_dim=8), tokenizer).save("adapter")
+    (console,) = examples(page, "console")["task"]
+    monkeypatch.setattr(sys, "argv", shlex.split(console.splitlines()[1].removeprefix("$ ")))
+    with pytest.raises(SystemExit) as end:
+        main()
+    report = json.loads(capsys.readouterr().out)
+    assert not end.value.code and [row["metric"] for row in report["results"]] == ["acc", "acc_norm"]
+
+
+@pytest.mark.parametrize("page", [DOCS / "index.md"], ids=lambda page: page.stem)
+def test_the_table_of_versions_is_that_of_the_constraints(page):
+    oldest, pinned = (
+        re.findall(r"(?m)^([\w-]+)==([^\s;]+)", (ROOT / name).read_text())  # several of one package for several Pythons
+        for name in ("constraints-oldest.txt", "constraints.txt")
+    )
+    lines = re.findall(r"(?m)^\| (\w+) \| (\d[\d.]*) \| (\d[\d.]*) \|", page.read_text())
+    assert len(lines) == 7
+    for name, first, second in lines:
+        assert (name, first) in oldest and (name, second) in pinned, name
+
+
+def test_every_public_name_is_in_the_reference(docs):
+    import engram
+
+    named = [name for _, names in docs("generate").API.values() for name in names]
+    assert sorted(named) == sorted(set(engram.__all__) - {"__version__"})
+
+
+def test_each_question_gets_a_page_with_its_verdicts_and_limits(docs):
+    generate = docs("generate")
+    homes = generate.questions()
+    assert len(homes) >= 11
+    for home in homes:
+        page = generate.question_page(home, DOCS / "results" / f"{home.name}.md")
+        assert page.startswith("# ") and page.count("\n# ") == 0, home
+        assert "<!--" not in page and "figure.png)" in page, home
+        assert "The first claim and its verdict" in page and "## What this does not show" in page, home
+        for target in re.findall(r"\]\(([^)#:]+)\)", page):
+            if not target.startswith("../notes/") and not target.endswith(".md"):
+                assert (DOCS / "results" / target).exists(), target
+
+
+def test_links_of_the_repository_become_links_of_the_site(docs):
+    linked = docs("generate").linked
+    source, page = ROOT / "experiments" / "slots" / "README.md", DOCS / "results" / "slots.md"
+    assert linked("[c](../../paper_notes/claims.md)", source, page) == "[c](../notes/claims.md)"
+    assert linked("[s](../sceptic/README.md)", source, page) == "[s](sceptic.md)"
+    assert linked("![f](figure.png)", source, page) == "![f](../../experiments/slots/figure.png)"
+    assert linked("[`../arms/README.md`](../arms/README.md)", source, page) == "`experiments/arms/README.md`"
+    assert linked("[the arms](../arms/README.md)", source, page) == "the arms (`experiments/arms/README.md`)"
+    for kept in ("[x](https://example.org/a)", "[y](#part)", "no link"):
+        assert linked(kept, source, page) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Return |x| of *args.", ["Return \\|x\\| of \\*args.", ""]),
+        ("A `name_` and `b`s.", ["A ``name_``\\  and ``b``\\ s.", ""]),
+        ("Do.\n\nArgs:\n    a, b: one\n        two.\n    c: three.", ["* **a, b**: one two.", "* **c**: three."]),
+        ("Do.\n\nExample:\n    >>> 1 * 2\n    2", [".. code-block:: python", "   >>> 1 * 2"]),
+        (
+            "Rows.\n\na_long_name:   kept as it is\nb:             too",
+            [".. code-block:: text", "   b:             too"],
+        ),
+        (
+            "Do.\n\nRaises:\n    ValueError: bad x. OSError: no disk,\n    or a slow one.",
+            ["* **ValueError**: bad x. OSError: no disk, or a slow one."],
+        ),
+    ],
+)
+def test_docstrings_hold_no_markup_but_code(text, expected, docs):
+    lines = docs("docstrings").to_rst(text.splitlines())
+    for line in expected:
+        assert line in lines, lines
+
+
+def test_the_hosted_workflow_calls_the_script_of_ci():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"- run: (.+)", workflow) == [".ci/run"]
+    assert (ROOT / ".ci" / "run").read_text().count("\nmake docs") == 1

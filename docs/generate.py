@@ -99,7 +99,7 @@ def question_page(home: Path, page: Path) -> str:
     title, reading = parts[1]
     reading = re.sub(r"(?m)^Tables: \[tables.md\].*\n", "", reading)
     commands = "\n".join(re.findall(r"(?m)^    python .+$", reading))
-    reading = re.sub(r"(?m)^`report` writes what is between.*\n?(?:.*figure.png`\.\n?)?", "", reading)
+    reading = re.sub(r"`report` writes what is between the\s+marks, `plot` draws `figure\.png`\.\s*", "", reading)
     reading = re.sub(r"(?m)^    python .+\n?", "", reading)
     claims = next((body for heading, body in sections(generated) if CLAIMS in heading), "")
     rest = "\n".join(f"## {heading}\n{body}" for heading, body in parts[2:])

@@ -146,6 +146,8 @@ def test_each_question_gets_a_page_with_its_verdicts_and_limits(docs):
         page = generate.question_page(home, DOCS / "results" / f"{home.name}.md")
         assert page.startswith("# ") and page.count("\n# ") == 0, home
         assert "<!--" not in page and "figure.png)" in page, home
+        reading = page.partition("\n## ")[0]
+        assert "`report` writes" not in reading and not re.search(r"\n\n[a-z]", reading), home
         assert "The first claim and its verdict" in page and "## What this does not show" in page, home
         for target in re.findall(r"\]\(([^)#:]+)\)", page):
             if not target.startswith("../notes/") and not target.endswith(".md"):

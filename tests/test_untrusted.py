@@ -10,9 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from engram import EngramConfig, EngramMemory, TokenMap
+from engram import EngramConfig, EngramMemory, HostTable, TokenMap, convert
+from engram.integrations.formats.conversion import inspect
 from engram.integrations.formats.readers import read_config, read_token_map
 from engram.storage.untrusted import open_regular, parse_json, printable, read_json, read_tensors, read_tokenizer
+from engram.tables import EncodedTable
 
 READERS = [
     lambda path: open_regular(path),
@@ -124,6 +126,41 @@ def test_files_of_memories_that_are_pipes_are_refused_and_not_waited_for(tmp_pat
     for read in (read_config, lambda path: read_token_map(tmp_path / "x.json")):
         with pytest.raises(OSError, match=r"x\.json"):
             read(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("read", [inspect, lambda path: convert(path, f"{path}.new", "engram"), read_config])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.gguf", "x.bin"])
+def test_a_pipe_in_place_of_a_model_is_refused_by_name_though_others_lie_beside_it(read, name, tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"{name} is a pipe"):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "model-00001-of-00002.safetensors", "model0-mp1.safetensors"])
+def test_a_pipe_among_the_files_of_a_model_is_refused_by_name(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    if "-of-" in name:
+        safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / name.replace("00001-", "00002-"))
+    for read in (inspect, lambda path: convert(path, tmp_path / "new", "engram")):
+        with pytest.raises(OSError, match=f"{name} is a pipe"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_rows_behind_a_pipe_are_refused_by_name(mode, tmp_path):
+    os.mkfifo(tmp_path / "x.rows")
+    for table in (
+        lambda: HostTable(10, 8, path=tmp_path / "x.rows", mode=mode),
+        lambda: EncodedTable(10, 32, "fp8", path=tmp_path / "x.rows", mode=mode),
+    ):
+        with pytest.raises(OSError, match=r"x\.rows is a pipe"):
+            table()
+    EngramMemory(EngramConfig(layers=(1,), rows_per_head=50), TokenMap.identity(8), 4, folder=tmp_path / "f").close()
+    (tmp_path / "f" / "layer-1.rows").unlink()
+    os.mkfifo(tmp_path / "f" / "layer-1.rows")
+    with pytest.raises(OSError, match=r"layer-1\.rows is a pipe"):
+        EngramMemory(EngramConfig(layers=(1,), rows_per_head=50), TokenMap.identity(8), 4, folder=tmp_path / "f")
 
 
 def test_weights_of_every_dtype_that_safetensors_names_are_read_or_refused(tmp_path):

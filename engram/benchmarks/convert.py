@@ -123,7 +123,8 @@ def _open_large(path: Path, nbytes: int) -> float:
     with open(path, "wb") as file:
         file.truncate(rows * dim * 4)
         for row, value in zip(ids.tolist(), values, strict=True):
-            os.pwrite(file.fileno(), value.numpy().tobytes(), row * dim * 4)
+            file.seek(row * dim * 4)
+            file.write(value.numpy().tobytes())
     began = time.perf_counter()
     table = HostTable(rows, dim, path=path, mode="r")
     seconds = time.perf_counter() - began

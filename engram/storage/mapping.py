@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from engram.storage import limits
+from engram.storage.untrusted import check_regular
 from engram.storage.weak import WeakList
 
 # What flock answers on file systems that cannot lock: Lustre without -o flock, NFS without its lock daemon, FUSE.
@@ -54,7 +55,8 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
 
     Raises:
         ValueError: a file of another size. BlockingIOError: the file is held by another table. FileNotFoundError:
-        nothing there to read. PermissionError: a file that may not be opened so. OSError: no disk space.
+        nothing there to read. PermissionError: a file that may not be opened so. OSError: no disk space, or a pipe,
+        socket, device or folder.
     """
     if writable and path.is_symlink():
         raise OSError(
@@ -63,7 +65,9 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
             f"their whole folder instead, or give the path of {os.path.realpath(path)} itself",
         )
     fresh = not path.exists()
-    if fresh and not writable:
+    if not fresh:
+        check_regular(path, "a file of rows")  # opening a pipe could block forever
+    elif not writable:
         raise FileNotFoundError(f"{path} does not exist: a table opened for reading needs its file of rows")
     create = os.O_CREAT | os.O_EXCL if fresh else 0
     try:

@@ -10,7 +10,8 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ def check_regular(path: str | os.PathLike[str], what: str = "a file") -> int:
     return _regular(path, os.stat(path), what)
 
 
-def open_regular(path: str | os.PathLike[str], what: str = "a file") -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], what: str = "a file") -> BufferedReader:
     """Open a regular file for reading; a pipe is refused and not waited for. Raises as check_regular does."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

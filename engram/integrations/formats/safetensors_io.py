@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from engram.config import whole_numbers
+from engram.storage.untrusted import open_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,7 +74,7 @@ class Stored:
         """Bytes of the file as uint8 [nbytes]."""
         data = torch.empty(nbytes, dtype=torch.uint8)
         view, done = data.numpy().data, 0
-        with open(self.path, "rb", buffering=0) as file:
+        with open_regular(self.path) as file:
             file.seek(offset)
             while done < nbytes:
                 count = file.readinto(view[done:])
@@ -90,11 +91,11 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """All tensors of a safetensors file, by name, and the file's metadata.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a torn or foreign file: a header that is no JSON, tensors that
-        overlap, leave gaps, have another size than their shape says, or end beyond the file.
+        FileNotFoundError: no such file. OSError: not a regular file. ValueError: a torn or foreign file: a header that
+        is no JSON, tensors that overlap, leave gaps, have another size than their shape says, or end beyond the file.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path, "a safetensors file") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"{path} is no safetensors file, or torn: it holds {size:,} bytes")
@@ -166,14 +167,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A safetensors file, or a folder of them: with an index, as model-00001-of-000NN, or as model<rank>-mp<ranks>.
 
     Raises:
-        FileNotFoundError: no safetensors there. ValueError: a torn file; a shard that is missing.
+        FileNotFoundError: no safetensors there. OSError: a pipe, socket or device. ValueError: a torn file; a shard
+        that is missing.
     """
     given = Path(path)
     home = given if given.is_dir() else given.parent
     config = _read_json(home / "config.json") if (home / "config.json").is_file() else None
     if not given.exists():
         raise FileNotFoundError(f"{given} does not exist: give a safetensors file or a folder of them")
-    files = [given] if given.is_file() else sorted(home.glob("*.safetensors"))
+    files = sorted(home.glob("*.safetensors")) if given.is_dir() else [given]
     files = [file for file in files if file.name != "token_map.safetensors"]
     found = Checkpoint(home, {}, config)
     index = home / "model.safetensors.index.json"

@@ -26,6 +26,7 @@ from engram.config import EngramConfig
 from engram.integrations.formats.safetensors_io import Checkpoint, open_checkpoint
 from engram.memory import EngramMemory, hash_layout
 from engram.storage.files import whole_folder, write_whole
+from engram.storage.untrusted import read_json
 from engram.tables import EncodedTable, HostTable
 from engram.tables.codecs import PQ
 
@@ -153,7 +154,7 @@ def open_memory(folder: Any, token_map: TokenMap | None = None) -> EngramMemory:
     if (inner / "manifest.json").exists():
         return EngramMemory.load(inner, token_map=token_map)
     try:
-        facts = json.loads((inner / "config.json").read_text())
+        facts = read_json(inner / "config.json", "the shape of a memory")
         config = EngramConfig.from_json(json.dumps(facts["config"]))
         shape, codec = (int(facts["hidden_size"]), int(facts["streams"])), facts["codec"]
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -44,6 +45,12 @@ MOVED = {
     "engram.untrusted": "engram.storage.untrusted",
 }
 
+SPLIT = {  # where other names of an old module now live
+    "engram.integrations.pretrained": ("engram.integrations.transformers.model_folder",),
+    "engram.integrations.targets": ("engram.integrations.formats.recoder",),
+    "engram.lm.report": ("engram.lm.units",),
+}
+
 
 class _Moved(MetaPathFinder, Loader):
     """Find the modules of MOVED after the usual finders have failed."""
@@ -61,15 +68,21 @@ class _Moved(MetaPathFinder, Loader):
             DeprecationWarning,
             stacklevel=_frames_of_import(),
         )
-        here = import_module(new)
-        module.__getattr__ = lambda name: getattr(here, name)  # type: ignore[method-assign]
+        homes = [import_module(home) for home in (new, *SPLIT.get(module.__name__, ()))]
+        module.__getattr__ = partial(_find, homes)  # type: ignore[method-assign]
+
+
+def _find(homes: Sequence[ModuleType], name: str) -> Any:
+    """Return the attribute of the first module that has it; the first one raises if none has."""
+    return getattr(next((home for home in homes if hasattr(home, name)), homes[0]), name)
 
 
 def _frames_of_import() -> int:
-    """Count the frames between exec_module and the import statement that caused it."""
+    """Count the frames between exec_module and the import statement that caused it, as warnings.warn counts them: it
+    skips those of importlib._bootstrap."""
     level, frame = 2, sys._getframe(2)
     while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
-        level, frame = level + 1, frame.f_back
+        level, frame = level + ("_bootstrap" not in frame.f_code.co_filename), frame.f_back
     return level
 
 

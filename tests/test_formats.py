@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap
 from engram.cli import app
-from engram.integrations.formats import conversion, convert, inspect
+from engram.integrations.formats import conversion, convert, inspect, recoder
 from engram.integrations.formats.gguf import read_gguf
 from engram.integrations.formats.readers import open_source, read_config
 from engram.integrations.formats.safetensors_io import Stored, open_checkpoint
@@ -297,7 +297,7 @@ def test_never_written_rows_of_a_normal_table_convert_as_what_they_read_as(tmp_p
 
 def test_blocks_smaller_than_the_table_give_the_same_files(v41, tmp_path, monkeypatch):
     convert(v41, tmp_path / "one", "engram", token_map=TOKENS)
-    monkeypatch.setattr(conversion, "BLOCK", 4 * 64 * 10)  # ten rows
+    monkeypatch.setattr(recoder, "BLOCK", 4 * 64 * 10)  # ten rows
     convert(v41, tmp_path / "many", "engram", token_map=TOKENS)
     one, many = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("one", "many"))
     assert one["tables"] == many["tables"]  # digests of the rows are in there
@@ -306,7 +306,7 @@ def test_blocks_smaller_than_the_table_give_the_same_files(v41, tmp_path, monkey
 
 def test_no_more_than_a_block_is_ever_read_at_once(v41, tmp_path, monkeypatch):
     asked, read = [], Stored.read
-    monkeypatch.setattr(conversion, "BLOCK", 4 * 64 * 10)
+    monkeypatch.setattr(recoder, "BLOCK", 4 * 64 * 10)
 
     def spy(self, first=0, stop=None):
         if "embed" in self.name or self.name.endswith(".fp8"):

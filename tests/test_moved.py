@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from engram._moved import MOVED
+from engram._moved import MOVED, SPLIT
 
 
 @pytest.mark.parametrize("old", sorted(MOVED))
@@ -28,3 +28,15 @@ def test_the_warning_points_at_the_line_that_imports(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "script.py:2: DeprecationWarning: engram.recall has moved to engram.memory.recall" in ran.stderr
     assert "script.py:3: DeprecationWarning: engram.lm.statistics has moved" in ran.stderr
+
+
+@pytest.mark.parametrize("old", sorted(SPLIT))
+def test_an_old_module_that_was_split_serves_the_names_of_all_its_parts(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning):
+        module = import_module(old)
+    for home in map(import_module, SPLIT[old]):
+        own = [name for name, value in vars(home).items() if getattr(value, "__module__", None) == home.__name__]
+        assert own and all(getattr(module, name) is getattr(home, name) for name in own)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        module.nothing  # noqa: B018

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from engram.ablation.figure import draw_curves
 from engram.ablation.html_report import write_html
-from engram.ablation.tables import format_bytes, format_count, print_report
+from engram.ablation.tables import print_report
+from engram.lm.units import format_bytes, format_count
 
 FINAL = {"plain": 4.184, "one-row": 4.185, "engram": 3.814}
 SEEN_GAIN = {"0": 0.05, "1": 0.22, "2-9": 0.41, "10+": 0.52}

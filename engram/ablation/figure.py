@@ -15,12 +15,12 @@ from engram.ablation.tables import (
     BUCKETS,
     Report,
     arms_of,
-    format_count,
     percent,
     runs_of,
     seen_of,
     title_of,
 )
+from engram.lm.units import format_count
 from engram.storage.files import write_whole
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; lighter on dark.

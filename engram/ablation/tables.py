@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engram.lm.units import format_bytes, format_count
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,24 +32,6 @@ class Table(NamedTuple):
     caption: str
     head: list[Cell]
     rows: list[list[Cell]]
-
-
-def format_count(number: float) -> str:
-    """1_234_567 -> "1.23M": three significant digits and k, M, G or T (powers of 1000)."""
-    return _scaled(number, 1000, ("", "k", "M", "G", "T"))
-
-
-def format_bytes(number: float) -> str:
-    """67_108_864 -> "64.0 MiB": three significant digits and a binary unit (powers of 1024)."""
-    return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _scaled(number: float, base: int, units: Sequence[str]) -> str:
-    power = 0
-    while abs(number) >= 999.5 and power < len(units) - 1:
-        number, power = number / base, power + 1
-    digits = 0 if power == 0 or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
-    return f"{number:.{digits}f}{units[power]}"
 
 
 def arms_of(report: Report) -> list[str]:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from engram.ablation.tables import format_bytes, format_count
+from engram.lm.units import format_bytes, format_count
 from engram.storage.untrusted import printable
 
 EVERY = 30.0  # seconds between plain lines

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engram.addressing import TokenMap
 from engram.config import EngramConfig, whole
 from engram.integrations.formats.dialects import check_dialect, refuse_unknown
 from engram.integrations.formats.gguf import is_gguf, own_facts, read_gguf
 from engram.integrations.formats.readers import Source, dialect_of_tensors, open_source
+from engram.integrations.formats.recoder import Recoder
 from engram.integrations.formats.safetensors_io import Stored, open_checkpoint, read_header
 from engram.integrations.formats.stored_rows import Rows
 from engram.integrations.formats.writers import write_engram, write_gguf, write_safetensors
@@ -47,54 +47,9 @@ from engram.storage.files import (
     whole_folder,
 )
 from engram.storage.untrusted import read_json
-from engram.tables import EncodedTable
 
 FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")
-BLOCK = 64 << 20  # bytes of a block's rows as float32
 _SAMPLE = 256  # rows per table compared one by one
-
-
-class Recoder:
-    """Blocks of one table's rows, checked and turned into the target's form.
-
-    error: the largest difference between a value and what is stored for it; 0.0 where nothing was rounded.
-    """
-
-    def __init__(self, rows: Rows, form: str):
-        self.rows, self.form, self.error = rows, form, 0.0
-        self.block = max(1, min(BLOCK // (4 * rows.dim), rows.rows))
-        fp8 = "fp8" in (rows.form, form)
-        self._scratch = EncodedTable(self.block, rows.dim, "fp8") if fp8 else None
-        self._ids = torch.arange(self.block)
-
-    def read(self, first: int, stop: int) -> Tensor:
-        """Rows first .. stop - 1, at most `block` of them, in the target's form. Raises ValueError for NaN."""
-        block, scratch = self.rows.read(first, stop), self._scratch
-        n = stop - first
-        try:
-            if self.rows.form == "fp8":
-                assert scratch is not None
-                scratch.tensor[:n] = block
-                scratch.validate(0, n)
-                values = scratch.gather(self._ids[:n])  # the largest scales make infinities of finite bytes
-            else:
-                values = block
-            if not torch.stack(torch.aminmax(values)).isfinite().all():
-                raise ValueError("a value is NaN or infinite")
-        except ValueError as error:
-            raise ValueError(f"tensor {self.rows.name}, rows {first:,} to {stop - 1:,}: {error}") from error
-        if self.form == self.rows.form:
-            return block
-        wide = values.float()
-        if self.form == "fp8":
-            assert scratch is not None
-            scratch._store(wide)
-            stored, back = scratch.tensor[:n].clone(), scratch.gather(self._ids[:n])
-        else:
-            stored = wide.to(getattr(torch, self.form))
-            back = stored.float()
-        self.error = max(self.error, float((back - wide).abs().max()))
-        return stored
 
 
 def _target_form(to: str, rows: Rows) -> str:

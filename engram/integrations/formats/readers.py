@@ -41,6 +41,7 @@ from engram.integrations.formats.stored_rows import (
     scale_of,
     table_rows,
 )
+from engram.memory import EngramMemory
 from engram.storage.untrusted import of_library, read_json, read_tokenizer
 from engram.tables import EncodedTable
 
@@ -319,8 +320,6 @@ def _open_gguf(path: Path, config: EngramConfig | None, token_map: TokenMap | No
 
 def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:
     """Our folder: rows are read from their files, except where only a table can say what they are."""
-    from engram.memory import EngramMemory
-
     memory = EngramMemory.load(folder, mode="shared", token_map=token_map)
     manifest = read_json(folder / "manifest.json", "the manifest of a saved memory")
     rows: dict[int, Rows] = {}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -17,11 +17,12 @@ from engram.fusion import EngramFusion
 from engram.integrations.formats.dialects import config_to_hf, fusion_to
 from engram.integrations.formats.gguf import NAME, GgufWriter, Value, keys_of
 from engram.integrations.formats.readers import Source
+from engram.integrations.formats.recoder import Recoder
 from engram.integrations.formats.safetensors_io import NAMES, Stored, Writer
+from engram.memory import EngramMemory, new_table
+from engram.memory.saved import save_memory
 from engram.storage.files import bad_blocks, write_rows
-
-if TYPE_CHECKING:
-    from engram.integrations.formats.conversion import Recoder
+from engram.tables import EncodedTable, HostTable
 
 Step = Callable[[int], None]
 _FLOATS = {"float32": "F32", "bfloat16": "BF16"}
@@ -150,10 +151,6 @@ def write_safetensors(
 
 def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step: Step) -> None:
     """Our folder. The memory that is saved lives on the meta device; its rows are streamed into their files."""
-    from engram.memory import EngramMemory, new_table
-    from engram.memory.saved import save_memory
-    from engram.tables import EncodedTable, HostTable
-
     assert source.token_map is not None
     forms = {r.form for r in recoders.values()}
     if len(forms) != 1:

@@ -30,7 +30,7 @@ from engram.addressing import TokenMap
 from engram.config import EngramConfig
 from engram.integrations.transformers.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of, suspend
 from engram.integrations.transformers.inputs import documents, padding, placeholder_ids, vocabulary
-from engram.integrations.transformers.pretrained import SavePretrained, open_memory
+from engram.integrations.transformers.model_folder import SavePretrained, open_memory
 from engram.memory import EngramMemory
 from engram.memory.recall import MemoryCache, Recall, refuse_recording, uncompiled
 

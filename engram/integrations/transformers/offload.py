@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram.integrations.formats.conversion import BLOCK, Recoder
 from engram.integrations.formats.readers import Source, open_source
+from engram.integrations.formats.recoder import BLOCK, Recoder
 from engram.integrations.formats.safetensors_io import NAMES, Stored
 from engram.integrations.formats.stored_rows import Rows
 from engram.storage.files import load_manifest, manifest_digest, read_folder, whole_folder, write_rows

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from engram.integrations.transformers.pretrained import FOLDER
+from engram.integrations.transformers.model_folder import FOLDER
 from engram.memory import EngramMemory
 
 

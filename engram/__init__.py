@@ -1,31 +1,49 @@
-"""engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer."""
+"""engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer.
+
+Every public name is imported on its first use, so that `import engram` takes milliseconds: torch and the libraries of
+the command line, figures and transformers are imported by the names that need them.
+"""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engram import _command, _moved  # noqa: F401  (first: _command must run before torch is imported)
-from engram.ablation.ablate import ablate
-from engram.addressing import HashLayout, NgramHasher, TokenMap
-from engram.benchmarks import bench
-from engram.config import EngramConfig
-from engram.inspect.explain import explain
-from engram.inspect.plan import plan
-from engram.integrations.formats import convert
-from engram.integrations.transformers.offload import offload
-from engram.lm.evaluate import evaluate
-from engram.lm.generate import generate
-from engram.lm.train import train
-from engram.lm.transformer import Transformer, TransformerConfig
-from engram.memory import EngramMemory
-from engram.optimizer import build_optimizer
-from engram.tables import HostTable
+
+if TYPE_CHECKING:
+    from engram import ablation as ablation
+    from engram import addressing as addressing
+    from engram import benchmarks as benchmarks
+    from engram import config as config
+    from engram import fusion as fusion
+    from engram import inspect as inspect
+    from engram import integrations as integrations
+    from engram import lm as lm
+    from engram import memory as memory
+    from engram import optimizer as optimizer
+    from engram import storage as storage
+    from engram import tables as tables
+    from engram.ablation.ablate import ablate
+    from engram.addressing import HashLayout, NgramHasher, TokenMap
+    from engram.benchmarks import bench
+    from engram.config import EngramConfig
+    from engram.inspect.explain import explain
+    from engram.inspect.plan import plan
+    from engram.integrations.formats import convert
+    from engram.integrations.transformers.attach import attach, detach
+    from engram.integrations.transformers.offload import offload
+    from engram.integrations.transformers.pretrained import from_pretrained
+    from engram.integrations.transformers.trainer import MemoryCallback
+    from engram.lm.evaluate import evaluate
+    from engram.lm.generate import generate
+    from engram.lm.train import train
+    from engram.lm.transformer import Transformer, TransformerConfig
+    from engram.memory import EngramMemory
+    from engram.optimizer import build_optimizer
+    from engram.tables import HostTable
+
+    __version__: str
 
 _moved.install()
-try:
-    __version__ = version("engram-lm")
-except PackageNotFoundError:  # run from its source, not installed
-    __version__ = "0+source"
 
 __all__ = [
     "EngramConfig",
@@ -52,26 +70,82 @@ __all__ = [
     "train",
 ]
 
-_LAZY = {"attach": "attach", "detach": "attach", "from_pretrained": "pretrained", "MemoryCallback": "trainer"}
+_HOME = {  # public name -> module that defines it
+    "EngramConfig": "engram.config",
+    "EngramMemory": "engram.memory",
+    "HashLayout": "engram.addressing",
+    "HostTable": "engram.tables",
+    "MemoryCallback": "engram.integrations.transformers.trainer",
+    "NgramHasher": "engram.addressing",
+    "TokenMap": "engram.addressing",
+    "Transformer": "engram.lm.transformer",
+    "TransformerConfig": "engram.lm.transformer",
+    "ablate": "engram.ablation.ablate",
+    "attach": "engram.integrations.transformers.attach",
+    "bench": "engram.benchmarks",
+    "build_optimizer": "engram.optimizer",
+    "convert": "engram.integrations.formats",
+    "detach": "engram.integrations.transformers.attach",
+    "evaluate": "engram.lm.evaluate",
+    "explain": "engram.inspect.explain",
+    "from_pretrained": "engram.integrations.transformers.pretrained",
+    "generate": "engram.lm.generate",
+    "offload": "engram.integrations.transformers.offload",
+    "plan": "engram.inspect.plan",
+    "train": "engram.lm.train",
+}
+_ROOMS = (
+    "ablation",
+    "addressing",
+    "benchmarks",
+    "config",
+    "fusion",
+    "inspect",
+    "integrations",
+    "lm",
+    "memory",
+    "optimizer",
+    "storage",
+    "tables",
+)
 
 
-def __getattr__(name: str) -> Any:
-    """Names of _LAZY on first use: they import transformers, which nothing else here needs."""
-    if name in _LAZY:
-        try:
-            module = import_module(f"engram.integrations.transformers.{_LAZY[name]}")
-        except ModuleNotFoundError as error:
-            if error.name != "transformers":
-                raise
-            raise ModuleNotFoundError(
-                f"engram.{name} needs transformers, which is not installed: pip install -e '.[hf]' in the project's "
-                f"folder",
-                name="transformers",
-            ) from None
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
 
-        return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return version("engram-lm")
+    except PackageNotFoundError:  # run from its source, not installed
+        return "0+source"
+
+
+def _load(name: str) -> Any:
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ModuleNotFoundError(
+            f"engram.{name} needs transformers, which is not installed: pip install -e '.[hf]' in the project's folder",
+            name="transformers",
+        ) from None
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would accept any name
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name or a subpackage on its first use."""
+        if name in _HOME:
+            value = _load(name)
+        elif name in _ROOMS:
+            return import_module(f"engram.{name}")
+        elif name == "__version__":
+            value = _version()
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS, "__version__"})

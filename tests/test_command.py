@@ -50,6 +50,7 @@ def look(name, *arguments, **named):
     return real(name, *arguments, **named)
 builtins.__import__ = look
 import engram
+engram.HostTable
 """
     clean = {k: v for k, v in os.environ.items() if k not in _command._SETTINGS}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=60)

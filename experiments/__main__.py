@@ -1,4 +1,4 @@
-"""python -m experiments list | run NAME | plot [NAME] | report [NAME]: see experiments/README.md."""
+"""python -m experiments list | run NAME | plot [NAME] | report [NAME] | new NAME: see experiments/README.md."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import importlib
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from experiments.config import HOME, NAMES, SETTINGS, Run, hook, questions, read_results
-from experiments.report import by_numbers, write_tables
-from experiments.runner import run_again, sweep
+from experiments.lab.cell import HOME, LETTERS, SETTINGS, Run, hook, names, questions, size_named
+from experiments.lab.report import by_numbers, document, write_tables
+from experiments.lab.results import read_results
+from experiments.lab.runner import run_again, sweep
 
 
 def seeds_of(text: str) -> list[int]:
@@ -26,58 +29,58 @@ def seeds_of(text: str) -> list[int]:
 
 
 def chosen(name: str, only: list[str] | None) -> list[str] | None:
-    """["a,b", "c, d"] -> ["a", "b", "c, d"] where "c, d" is a label. Raises ValueError: an unknown experiment."""
-    labels = {run.label for setting in SETTINGS for run in questions(name).configs(setting)}
-    return only and [part for text in only for part in ([text] if text in labels else text.split(","))]
+    """["a,b", "c, d"] -> ["a", "b", "c, d"] if "c, d" is a variant. Raises ValueError: an unknown question."""
+    variants = {run.variant for size in SETTINGS for run in questions(name).configs(size)}
+    return only and [part for text in only for part in ([text] if text in variants else text.split(","))]
 
 
 def runs_of(
     name: str,
     seeds: list[int],
     only: list[str] | None = None,
-    setting: str | None = None,
+    size: str | None = None,
     corpus: str | None = None,
     groups: list[str] | None = None,
 ) -> list[Run]:
-    """The runs of an experiment, all of a seed before the next seed's.
+    """The runs of a question, all of a seed before the next seed's.
 
     Args:
-        only: labels or arms to keep. groups: texts of which one must be in the name of a run's group.
-        setting: "S" or "T" instead of the experiment's own. corpus: another text than the setting's; its runs get a
+        only: variants or arms to keep. groups: texts, one of which must be in the caption of a run's table.
+        size: "small" or "tiny" instead of the question's own. corpus: another text than the setting's; its runs get a
             table of their own.
 
     Raises:
-        ValueError: an unknown experiment; an `only` that no run has, or a text that no group has in its name.
+        ValueError: an unknown question; an `only` that no run has, or a text that no caption has.
     """
     module = questions(name)
-    cells = module.configs(setting or module.SETTING)
+    cells = module.configs(size or module.SIZE)
     if corpus is not None:
-        cells = [_on_corpus(run, corpus) for run in cells]
-    names = {name for run in cells for name in (run.label, run.arm)}
-    unknown = [arm for arm in only or () if arm not in names]
+        cells = [replace(run, setting=replace(run.setting, corpus=corpus)) for run in cells]
+    known = {name for run in cells for name in (run.variant, run.arm)}
+    unknown = [arm for arm in only or () if arm not in known]
     if unknown:
-        raise ValueError(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-    missing = [part for part in groups or () if not any(part in run.group for run in cells)]
+        raise ValueError(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    missing = [part for part in groups or () if not any(_is_in(part, run) for run in cells)]
     if missing:
-        there = "; ".join(sorted({run.group for run in cells}, key=by_numbers))
-        raise ValueError(f"{name} has no group with {' or '.join(missing)} in its name; it has {there}")
+        captions = "; ".join(sorted({str(run.table) for run in cells}, key=by_numbers))
+        raise ValueError(f"{name} has no group with {' or '.join(missing)} in its name; it has {captions}")
     return [run.seeded(seed) for seed in seeds for run in _keep(cells, only, groups)]
 
 
+def _is_in(part: str, run: Run) -> bool:
+    """Whether a caption has a text in it, with the size by its name or by its letter ("S:", "T:")."""
+    caption = str(run.table)
+    letters = {size: letter for letter, size in LETTERS.items()}
+    return part in caption or part in caption.replace(run.size, letters.get(run.size, ""), 1)
+
+
 def _keep(runs: list[Run], only: list[str] | None, groups: list[str] | None = None) -> list[Run]:
-    """The runs with these labels, or of these arms where no label is called so, in groups with one of these texts in
-    their name; None is no choice."""
-    labels = {run.label for run in runs}
+    """The runs of these variants, or of these arms if no variant has that name, in tables with one of these texts in
+    their caption; None keeps all."""
+    variants = {run.variant for run in runs}
     if only is not None:
-        runs = [run for run in runs if run.label in only or run.arm in set(only) - labels]
-    return [run for run in runs if groups is None or any(part in run.group for part in groups)]
-
-
-def _on_corpus(run: Run, corpus: str) -> Run:
-    """The same run on another text, whose name takes the place of the old one's in the name of the table."""
-    old = run.setting.corpus
-    group = run.group.replace(old, corpus) if old in run.group else f"{run.group}, {corpus}"
-    return replace(run, setting=replace(run.setting, corpus=corpus), group=group)
+        runs = [run for run in runs if run.variant in only or run.arm in set(only) - variants]
+    return [run for run in runs if groups is None or any(_is_in(part, run) for part in groups)]
 
 
 def tune(
@@ -107,19 +110,87 @@ def tune(
 
 
 def list_experiments() -> None:
-    for name in NAMES:
+    for name in names():
         module = questions(name)
         done = {result["key"] for result in read_results(HOME / name / "results.jsonl")}
-        cells = module.configs(module.SETTING)
+        cells = module.configs(module.SIZE)
         runs = [cell.seeded(seed) for cell in cells for seed in (0, 1, 2)]
         there = sum(run.key in done for run in runs)
-        print(f"{name:18} {module.SETTING}  {len(cells):3} cells, {there:3} of {len(runs):3} runs", end="")
-        other = f" and {len(done) - there} at other settings or texts" if len(done) > there else ""
-        print(f"{other}  {(module.__doc__ or '').splitlines()[0]}")
+        print(f"{name:18} {module.SIZE:5}  {len(cells):3} cells, {there:3} of {len(runs):3} runs", end="")
+        other = f" and {len(done) - there} at other sizes or texts" if len(done) > there else ""
+        print(f"{other}  {_question(module)}")
+
+
+def _question(module: ModuleType) -> str:
+    return (module.__doc__ or "").strip().partition("\n")[0]
 
 
 def _with_results() -> list[str]:
-    return [name for name in NAMES if read_results(HOME / name / "results.jsonl")]
+    return [name for name in names() if read_results(HOME / name / "results.jsonl")]
+
+
+def plot(name: str) -> Path:
+    """Draw home/figure.png with the question's own plot.py, or as dots with intervals if it has none."""
+    if (HOME / name / "plot.py").exists():
+        return importlib.import_module(f"experiments.{name}.plot").draw(HOME / name)
+    plots = importlib.import_module("experiments.lab.plots")  # not above: it brings matplotlib along
+    return plots.dot_plots(HOME / name, questions(name).BASELINE)
+
+
+def report(name: str | None) -> None:
+    """Write tables.md of a question; without a name of all, with claims.md and the table of the project's README."""
+    page = importlib.import_module("experiments.lab.claims_page")
+    results = page.found_in(name=name or "")
+    for one in [name] if name else names():
+        module, home = questions(one), HOME / one
+        text = document(home, module.BASELINE, hook(one, "summary"), page.answers(results, one))
+        write_tables(home, one, text)
+    if not name:
+        page.write_claims(results)
+
+
+def new(name: str, home: Path = HOME) -> Path:
+    """Write the skeleton of a question: a folder with configs.py and README.md. Returns the folder.
+
+    Raises:
+        ValueError: a name that is not a Python identifier, or one that is taken.
+    """
+    folder = home / name
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"the name of a question is a lower-case Python identifier, not {name!r}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another name")
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "configs.py").write_text(SKELETON.format(name=name), encoding="utf-8")
+    (folder / "README.md").write_text(READING.format(name=name), encoding="utf-8")
+    return folder
+
+
+SKELETON = '''"""Write the question here, in one line. What follows says what is compared and why."""
+
+from __future__ import annotations
+
+from experiments.lab.cell import SETTINGS, Run, change
+from experiments.lab.tuning import tuned
+
+BASELINE, SIZE = "plain", "tiny"
+
+
+def configs(size: str) -> list[Run]:
+    setting = SETTINGS[size]
+    return [Run("{name}", arm, change(setting, train=tuned(arm, setting)), size=size) for arm in ("plain", "engram")]
+'''
+READING = """# {name}
+
+Write the reading here: what was asked, what came out, in three to six sentences without figures.
+
+![the figure](figure.png)
+
+Tables: [tables.md](tables.md).
+
+## What this does not show
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,12 +198,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the experiments and how many of their runs are there")
     run = commands.add_parser("run", help="make the runs that are not there yet")
-    run.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    run.add_argument("name", choices=names(), metavar="NAME", help=", ".join(names()))
     run.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="default 0,1,2")
-    only = "labels or arms, with commas between them; a label that has commas itself in an --only of its own"
+    only = "variants or arms, with commas between them; a variant that has commas itself in an --only of its own"
     run.add_argument("--only", action="append", help=only)
-    run.add_argument("--group", action="append", help="only groups (tables) with this in their name; may be repeated")
-    run.add_argument("--setting", choices=tuple(SETTINGS), help="default: the experiment's own")
+    run.add_argument("--group", action="append", help="only tables with this in their caption; may be repeated")
+    sizes = "small (4 layers, 3.3M tokens) or tiny (2 layers, 0.56M tokens); default: the question's own"
+    run.add_argument("--size", "--setting", type=_size, metavar="SIZE", help=sizes)
     run.add_argument("--corpus", help="another text, as engram.lm.corpus.load_corpus takes it")
     run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead, of seed 0")
     run.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
@@ -142,11 +214,20 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
     for command, what in (
         ("plot", "draw figure.png from the results"),
-        ("report", "write the tables into README.md; of all, into paper_notes/claims.md and the project's README too"),
+        ("report", "write tables.md; of all, paper_notes/claims.md and the table of the project's README too"),
     ):
         one = commands.add_parser(command, help=f"{what}; without a NAME of all")
-        one.add_argument("name", choices=NAMES, metavar="NAME", nargs="?")
+        one.add_argument("name", choices=names(), metavar="NAME", nargs="?")
+    skeleton = commands.add_parser("new", help="write the skeleton of a question: a folder with configs.py")
+    skeleton.add_argument("name", metavar="NAME")
     return top
+
+
+def _size(text: str) -> str:
+    try:
+        return size_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main() -> int:
@@ -162,22 +243,18 @@ def main() -> int:
                 if arguments.device != "cpu":
                     raise ValueError("rates are tuned on the CPU: leave --device out")
                 return bool(tune(arguments.name, only, arguments.group, **how))
-            runs = runs_of(arguments.name, arguments.seeds, only, arguments.setting, arguments.corpus, arguments.group)
+            runs = runs_of(arguments.name, arguments.seeds, only, arguments.size, arguments.corpus, arguments.group)
             runs = [run.on(arguments.device) for run in runs]
             if arguments.again:
                 return bool(run_again(runs, **how))
             return bool(sweep(runs, **how))
         elif arguments.command == "plot":
             for name in [arguments.name] if arguments.name else _with_results():
-                importlib.import_module(f"experiments.{name}.plot").draw(HOME / name)
+                plot(name)
+        elif arguments.command == "new":
+            print(f"{new(arguments.name)}: edit configs.py, then python -m experiments run {arguments.name}")
         else:
-            claims = importlib.import_module("experiments.claims")  # not above: it brings matplotlib along
-            results = claims.found_in(name=arguments.name or "")
-            for name in [arguments.name] if arguments.name else NAMES:
-                answers = claims.answers(results, name)
-                write_tables(HOME / name, questions(name).BASELINE, hook(name, "summary"), answers)
-            if not arguments.name:
-                claims.write_claims(results)
+            report(arguments.name)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

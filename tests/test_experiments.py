@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,12 +21,15 @@ from engram.config import EngramConfig
 from engram.lm.run import Setting, prepare
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
-from experiments import claims, config, prepared, report, runner
-from experiments.__main__ import chosen, main, runs_of, seeds_of, tune
+from experiments.__main__ import chosen, main, new, runs_of, seeds_of, tune
 from experiments.arms.knn_lm import INDEXES
-from experiments.config import NAMES, SETTINGS, Run, rate_grid, read_results, tuned
-from experiments.slots.plot import log_fit
-from experiments.trained import FILE, training_of
+from experiments.lab import caches, cell, claims_page, report, results, runner, tuning
+from experiments.lab.caches import FILE, training_of
+from experiments.lab.cell import HOME, SETTINGS, Run, Table, cell_of, names
+from experiments.lab.results import append, read_documents, read_results, write_documents
+from experiments.lab.tuning import rate_grid, tuned
+from experiments.lab.version import processor
+from experiments.slots.summary import log_fit
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +62,22 @@ def finished(setting, tmp_path_factory):
     (home / "toy").mkdir()
     for run in runs:
         record, documents = runner.execute(run)
-        runner.append(home / "toy" / "results.jsonl", record)
-        (home / "toy" / "documents").mkdir(exist_ok=True)
-        np.savez_compressed(home / "toy" / "documents" / f"{run.key}.npz", **documents)
+        append(home / "toy" / "results.jsonl", record)
+        write_documents(home / "toy", run.key, documents)
     return home, runs
 
 
 def fake(label, seed=0, lr=3e-3, table_lr=0.03, loss=1.0, **other):
     setting = {"train": {"lr": lr, "table_lr": table_lr, "tokens": 560_000}}
+    setting |= {"corpus": "g", "vocab_size": 300, "model": {"layers": 2}}
     return {
         "key": f"{label}{seed}{lr}{table_lr}",
-        "label": label,
+        "experiment": "toy",
+        "arm": label,
+        "variant": label,
+        "size": "",
+        "options": {},
+        "held_out": "validation",
         "seed": seed,
         "setting": setting,
         "loss": loss,
@@ -82,13 +91,12 @@ def test_runs_from_before_a_field_was_added_keep_their_place(finished, tmp_path)
     records = read_results(file)
     for record in records:  # as a version without the field wrote them
         del record["setting"]["memory"]["row_multiple"]
-        documents = file.parent / "documents"
-        os.replace(documents / f"{record['key']}.npz", documents / f"old{record['key']}.npz")
+        results.rename_documents(file.parent, {record["key"]: f"old{record['key']}"})
         record["key"] = record["cell"] = f"old{record['key']}"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert runner.rekey(tmp_path / "home", "toy", file) == len(runs)
     assert read_results(file) == read_results(home / "toy" / "results.jsonl")
-    assert all((file.parent / "documents" / f"{run.key}.npz").exists() for run in runs)
+    assert results.document_keys(file.parent) == {run.key for run in runs}
     assert runner.rekey(tmp_path / "home", "toy", file) == 0
 
 
@@ -98,17 +106,17 @@ def test_the_key_changes_with_whatever_decides_the_outcome_and_with_nothing_else
         replace(run, arm="engram"),
         replace(run, options=(("rows", 3),)),
         replace(run, held_out="tune"),
-        replace(run, setting=config.change(setting, train={"lr": 0.5})),
-        replace(run, setting=config.change(setting, {"gate": "none"})),
+        replace(run, setting=cell.change(setting, train={"lr": 0.5})),
+        replace(run, setting=cell.change(setting, {"gate": "none"})),
         run.seeded(1),
     ]
     assert len({r.key for r in [run, *others]}) == 7
-    assert replace(run, experiment="other", label="x", group="y").key == run.key
+    assert replace(run, experiment="other", variant="x", size="y").key == run.key
 
 
 def test_repetitions_with_other_seeds_share_their_cell(setting):
     run = Run("toy", "engram", setting)
-    assert run.seeded(1).cell == run.seeded(2).cell == run.key
+    assert run.seeded(1).kind == run.seeded(2).kind == run.key
     assert run.seeded(2).setting.memory.seed == 2
 
 
@@ -120,50 +128,51 @@ def test_the_key_does_not_hang_on_the_order_of_the_options(setting):
 
 
 def test_the_key_is_the_same_in_another_process():
-    code = "from experiments.config import *; print(Run('toy', 'engram', SETTINGS['T'], (('rows', 3),)).key)"
-    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(config.HOME.parent)}
+    code = "from experiments.config import *; print(Run('toy', 'engram', SETTINGS['tiny'], (('rows', 3),)).key)"
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(HOME.parent)}
     printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == Run("toy", "engram", SETTINGS["T"], (("rows", 3),)).key
+    assert printed.strip() == Run("toy", "engram", SETTINGS["tiny"], (("rows", 3),)).key
 
 
 def test_a_run_survives_its_json(setting):
-    run = Run("toy", "engram", setting, (("index", "ivf"), ("k", 3)), "label", "group", "tune").seeded(4)
+    run = Run("toy", "engram", setting, (("index", "ivf"), ("k", 3)), "variant", "size", "tune").seeded(4)
     assert Run.from_json(run.to_json()) == run
     assert Run.from_json(run.to_json()).key == run.key
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("setting_name", SETTINGS)
-def test_every_experiment_lists_distinct_runs_with_its_baseline_in_every_group(name, setting_name):
-    module = config.questions(name)
-    runs = module.configs(setting_name)
-    assert len({run.key for run in runs}) == len({(run.group, run.label) for run in runs}) == len(runs)
-    assert {run.experiment for run in runs} == {name}
-    for group in {run.group for run in runs}:
-        assert module.BASELINE in {run.label for run in runs if run.group == group}
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("size", SETTINGS)
+def test_every_experiment_lists_distinct_runs_with_its_baseline_in_every_group(name, size):
+    module = cell.questions(name)
+    runs = module.configs(size)
+    assert len({run.key for run in runs}) == len({(run.table, run.variant) for run in runs}) == len(runs)
+    assert len({str(run.table) for run in runs}) == len({run.table for run in runs})
+    assert {(run.experiment, run.size) for run in runs} == {(name, size)}
+    for table in {run.table for run in runs}:
+        assert module.BASELINE in {run.variant for run in runs if run.table == table}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(config.questions(n), "tune")])
+@pytest.mark.parametrize("name", [n for n in names() if hasattr(cell.questions(n), "tune")])
 def test_nothing_is_tuned_on_the_reported_text(name):
-    runs = config.questions(name).tune()
+    runs = cell.questions(name).tune()
     assert runs and {run.held_out for run in runs} == {"tune"}
 
 
 def test_only_and_corpus_select_and_change_the_runs():
-    runs = runs_of("sceptic", [0, 1], ["plain", "knn-lm"], "T", "stdlib")
-    assert [run.label for run in runs[:4]] == ["plain", *(f"knn-lm ({index}, 1,024)" for index in INDEXES)]
+    runs = runs_of("sceptic", [0, 1], ["plain", "knn-lm"], "tiny", "stdlib")
+    assert [run.variant for run in runs[:4]] == ["plain", *(f"knn-lm ({index}, 1,024)" for index in INDEXES)]
     assert {run.setting.corpus for run in runs} == {"stdlib"} and [run.seed for run in runs] == [0] * 4 + [1] * 4
-    assert {run.group for run in runs} == {"T: stdlib"}
+    assert {str(run.table) for run in runs} == {"tiny: stdlib"}
 
 
 def test_a_label_with_commas_is_chosen_by_an_option_of_its_own():
     only = chosen("components", ["engram,plain", "orders: 2, 3, 4"])
-    assert [run.label for run in runs_of("components", [0], only)] == ["engram", "plain", "orders: 2, 3, 4"]
+    assert [run.variant for run in runs_of("components", [0], only)] == ["engram", "plain", "orders: 2, 3, 4"]
     assert chosen("components", None) is None
 
 
 def test_changes_of_the_memory_keep_engrams_rate_where_no_grid_of_theirs_is_of_that_length():
-    runs = {run.label: run.setting.train for run in runs_of("components", [0], setting="S")}
+    runs = {run.variant: run.setting.train for run in runs_of("components", [0], size="small")}
     del runs["plain"]
     assert {train.lr for train in runs.values()} == {runs["engram"].lr}
     assert runs["optimiser: adam"].table_lr != runs["engram"].table_lr  # a rate of another kind of step
@@ -171,9 +180,9 @@ def test_changes_of_the_memory_keep_engrams_rate_where_no_grid_of_theirs_is_of_t
 
 def test_groups_are_chosen_by_a_part_of_their_name():
     runs = runs_of("tokens", [0], groups=[": kjv", "2.24M"])
-    assert len(runs) == 2 * (4 + 1) + 2 and all(": kjv" in run.group or "2.24M" in run.group for run in runs)
+    assert len(runs) == 2 * (4 + 1) + 2 and all(": kjv" in str(run.table) or "2.24M" in str(run.table) for run in runs)
     assert [run.arm for run in runs_of("tokens", [0], ["plain"], groups=["+kjv, 2.24M"])] == ["plain"]
-    with pytest.raises(ValueError, match=r"no group with 2\.5M in its name; it has T: kjv, 0\.28M tokens;"):
+    with pytest.raises(ValueError, match=r"no group with 2\.5M in its name; it has tiny: kjv, 0\.28M tokens;"):
         runs_of("tokens", [0], groups=["2.5M"])
     with pytest.raises(ValueError, match="recall tunes nothing that --only and --group leave"):
         tune("recall", groups=["4 in 8"])
@@ -196,8 +205,21 @@ def test_a_run_again_gives_the_same_loss(setting, finished):
     again, documents = runner.execute(runs[2])
     assert again["arm"] == "engram"
     assert again["loss"] == pytest.approx(before["loss"], abs=1e-6)
-    with np.load(home / "toy" / "documents" / f"{runs[2].key}.npz") as saved:
-        np.testing.assert_allclose(documents["nats"], saved["nats"], rtol=1e-6)
+    np.testing.assert_allclose(documents["nats"], read_documents(home / "toy", runs[2].key)["nats"], rtol=1e-6)
+
+
+def test_a_result_names_the_processor(finished, tmp_path):
+    (recorded,) = {json.dumps(run["processor"]) for run in read_results(finished[0] / "toy" / "results.jsonl")}
+    assert json.loads(recorded) == processor() and json.loads(recorded)["name"]
+    flags = "fpu avx2 avx512f avx512_bf16 amx_tile avx512vl"
+    (tmp_path / "intel").write_text(f"processor\t: 0\nmodel name\t: Some CPU @ 2.1 GHz\nflags\t\t: {flags}\n")
+    (tmp_path / "amd").write_text("model name\t: Other CPU\nflags\t\t: fpu avx avx2\n")
+    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    every = ["avx2", "avx512f", "avx512_bf16", "amx_tile"]
+    assert processor(tmp_path / "intel") == {"name": "Some CPU @ 2.1 GHz", "extensions": every}
+    assert processor(tmp_path / "amd") == {"name": "Other CPU", "extensions": ["avx2"]}
+    assert processor(tmp_path / "arm")["extensions"] == []
+    assert "extensions" not in processor(tmp_path / "none")
 
 
 def test_a_result_says_what_ran_and_what_it_cost(setting, finished):
@@ -289,7 +311,7 @@ def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(setting, tmp_path
     runs = [Run("toy", "plain", setting)]
     assert runner.sweep(runs, tmp_path, others=()) == 0
     first = (tmp_path / "toy" / "results.jsonl").read_text()
-    assert (tmp_path / "toy" / "documents" / f"{runs[0].key}.npz").is_file()
+    assert results.document_keys(tmp_path / "toy") == {runs[0].key}
     assert runner.sweep(runs, tmp_path, others=()) == 0
     assert (tmp_path / "toy" / "results.jsonl").read_text() == first and first.count("\n") == 1
     assert "1 of 1 runs are there" in capsys.readouterr().out
@@ -313,20 +335,20 @@ def test_a_run_made_again_is_compared_and_nothing_is_written(setting, finished, 
 
 def test_a_run_that_another_experiment_has_is_taken_over(setting, finished, tmp_path):
     home, runs = finished
-    mine = replace(runs[0], experiment="mine", label="base", group="g")
+    mine = replace(runs[0], experiment="mine", variant="base", size="g")
     (tmp_path / "toy").symlink_to(home / "toy")
     assert runner.sweep([mine], tmp_path, others=("toy",), limit_minutes=0) == 0
     (line,) = read_results(tmp_path / "mine" / "results.jsonl")
-    assert (line["label"], line["group"], line["experiment"]) == ("base", "g", "mine")
+    assert (line["variant"], line["size"], line["experiment"]) == ("base", "g", "mine")
     assert line["loss"] == read_results(home / "toy" / "results.jsonl")[0]["loss"]
-    assert (tmp_path / "mine" / "documents" / f"{mine.key}.npz").is_file()
+    assert results.document_keys(tmp_path / "mine") == {mine.key}
 
 
 def test_a_text_made_ready_for_a_sweep_gives_the_same_record(setting, finished, tmp_path, monkeypatch):
     home, runs = finished
-    prepared.save(tmp_path / prepared.key_of(setting, "validation"), prepare(setting))
-    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
-    monkeypatch.setattr(prepared, "make", None)  # nothing is made again
+    caches.save(tmp_path / caches.key_of(setting, "validation"), prepare(setting))
+    monkeypatch.setenv(caches.FOLDER, str(tmp_path))
+    monkeypatch.setattr(caches, "make", None)  # nothing is made again
     record, documents = runner.execute(runs[2])
     before = read_results(home / "toy" / "results.jsonl")[2]
     record = json.loads(json.dumps(record))
@@ -334,8 +356,8 @@ def test_a_text_made_ready_for_a_sweep_gives_the_same_record(setting, finished, 
     assert {name: record[name] for name in record.keys() - measured} == {
         name: before[name] for name in before.keys() - measured
     }
-    with np.load(home / "toy" / "documents" / f"{runs[2].key}.npz") as saved:
-        assert all(np.array_equal(documents[name], saved[name]) for name in ("nats", "tokens", "bytes"))
+    saved = read_documents(home / "toy", runs[2].key)
+    assert all(np.array_equal(documents[name], saved[name]) for name in ("nats", "tokens", "bytes"))
 
 
 @pytest.mark.parametrize(
@@ -372,22 +394,22 @@ def test_what_trains_otherwise_has_another_digest(setting):
         plain.seeded(1),
         replace(plain, held_out="tune"),
         replace(plain, options=(("epochs", 2),)),
-        replace(plain, setting=config.change(setting, train={"lr": 1e-3})),
+        replace(plain, setting=cell.change(setting, train={"lr": 1e-3})),
         engram,
         replace(engram, options=(("token_map", "identity"),)),
-        replace(engram, setting=config.change(setting, {"rows_per_head": 77})),
+        replace(engram, setting=cell.change(setting, {"rows_per_head": 77})),
         replace(engram, arm="random"),
     ]
     assert len({training_of(run) for run in (plain, *others)}) == len(others) + 1
-    assert training_of(replace(plain, setting=config.change(setting, {"rows_per_head": 77}))) == training_of(plain)
+    assert training_of(replace(plain, setting=cell.change(setting, {"rows_per_head": 77}))) == training_of(plain)
     assert training_of(replace(plain, arm="kneser-ney", options=(("base", "none"),))) is None
 
 
 @pytest.mark.parametrize("held_out", ["validation", "tune"])
 def test_a_text_survives_its_folder(setting, tmp_path, held_out):
     made = prepare(setting, held_out)
-    prepared.save(tmp_path / "text", made)
-    read = prepared.load(tmp_path / "text")
+    caches.save(tmp_path / "text", made)
+    read = caches.load(tmp_path / "text")
     for name in ("train", "validation"):
         for a, b in zip(getattr(made, name), getattr(read, name), strict=True):
             assert a.dtype == b.dtype and np.array_equal(a, b)
@@ -404,7 +426,7 @@ def test_a_text_survives_its_folder(setting, tmp_path, held_out):
 def test_the_runs_of_a_sweep_have_one_folder_of_texts_and_leave_none_behind(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(runner, "_child_command", lambda *_: [sys.executable, "-c", TEXTS_OF_THE_SWEEP])
-    runs = [Run("toy", "plain", setting, label=label).seeded(seed) for seed, label in enumerate("abc")]
+    runs = [Run("toy", "plain", setting, variant=label).seeded(seed) for seed, label in enumerate("abc")]
     assert runner.sweep(runs, tmp_path / "home", workers=2, others=()) == 0
     results = read_results(tmp_path / "home" / "toy" / "results.jsonl")
     assert [r["is_folder"] for r in results] == [True] * 3 and len({r["texts"] for r in results}) == 1
@@ -413,37 +435,37 @@ def test_the_runs_of_a_sweep_have_one_folder_of_texts_and_leave_none_behind(sett
 
 TEXTS_OF_THE_SWEEP = f"""
 import json, os
-texts = os.environ["{prepared.FOLDER}"]
+texts = os.environ["{caches.FOLDER}"]
 print(json.dumps({{"key": "k", "texts": texts, "is_folder": os.path.isdir(texts), "loss": 1.0, "total_seconds": 1.0}}))
 """
 
 
 def test_a_text_that_two_runs_need_at_once_is_made_once(setting, tmp_path, monkeypatch):
-    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
+    monkeypatch.setenv(caches.FOLDER, str(tmp_path))
     made = []
 
     def in_this_process(command, **how):
         made.append(command)
         time.sleep(0.2)
-        prepared.save(tmp_path / prepared.key_of(setting, "validation"), prepare(setting))
+        caches.save(tmp_path / caches.key_of(setting, "validation"), prepare(setting))
 
-    monkeypatch.setattr(prepared.subprocess, "run", in_this_process)
+    monkeypatch.setattr(caches.subprocess, "run", in_this_process)
     with ThreadPoolExecutor(3) as pool:
-        texts = list(pool.map(prepared.prepare, [setting, setting, replace(setting, train=TrainConfig(seed=5))]))
+        texts = list(pool.map(caches.prepare, [setting, setting, replace(setting, train=TrainConfig(seed=5))]))
     assert len(made) == 1 and len({text.digest for text in texts}) == 1
 
 
 def test_a_text_that_cannot_be_made_fails_with_its_own_reason(setting, tmp_path, monkeypatch):
-    monkeypatch.setenv(prepared.FOLDER, str(tmp_path))
+    monkeypatch.setenv(caches.FOLDER, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no-such-text"):
-        prepared.prepare(replace(setting, corpus="no-such-text"))
+        caches.prepare(replace(setting, corpus="no-such-text"))
 
 
 def test_a_crash_is_written_down_and_the_sweep_goes_on(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_child_command", lambda *_: [sys.executable, "-c", CRASH_OR_RESULT])
-    runs = [Run("toy", arm, setting, label=arm) for arm in ("bad", "plain")]
+    runs = [Run("toy", arm, setting, variant=arm) for arm in ("bad", "plain")]
     assert runner.sweep(runs, tmp_path, others=()) == 1
-    assert [r["label"] for r in read_results(tmp_path / "toy" / "results.jsonl")] == ["plain"]
+    assert [r["variant"] for r in read_results(tmp_path / "toy" / "results.jsonl")] == ["plain"]
     log = (tmp_path / "toy" / "failures.log").read_text()
     assert "ZeroDivisionError" in log and runs[0].key in log and "Traceback" in log
 
@@ -452,7 +474,7 @@ CRASH_OR_RESULT = """
 import json, sys
 run = json.loads(sys.stdin.read())
 if run["arm"] == "bad": 1 / 0
-print(json.dumps({"key": "k", "label": run["label"], "loss": 1.0, "total_seconds": 1.0}))
+print(json.dumps({"key": "k", "variant": run["variant"], "loss": 1.0, "total_seconds": 1.0}))
 """
 
 
@@ -463,7 +485,7 @@ def test_a_run_on_another_device_is_another_run_in_another_table(setting, monkey
         run.on("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     there = run.on("cuda")
-    assert there.key != run.key and there.group == f"{run.group}, on cuda" and there.label == run.label
+    assert there.key != run.key and str(there.table) == f"{run.table}, on cuda" and there.variant == run.variant
     assert training_of(there) != training_of(run)
 
 
@@ -486,8 +508,8 @@ def test_no_new_run_begins_after_the_limit(setting, tmp_path):
 def test_a_finished_run_waits_while_another_sweep_writes_the_file_anew(tmp_path):
     file = tmp_path / "results.jsonl"
     with ThreadPoolExecutor(1) as other:
-        with runner.alone(tmp_path):
-            done = other.submit(runner.append, file, {"key": "late"})
+        with results.alone(tmp_path):
+            done = other.submit(append, file, {"key": "late"})
             time.sleep(0.2)
             assert not done.done() and not file.exists()
             file.write_text('{"key": "early"}\n')
@@ -497,40 +519,40 @@ def test_a_finished_run_waits_while_another_sweep_writes_the_file_anew(tmp_path)
 
 def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tmp_path, capsys):
     file = tmp_path / "results.jsonl"
-    runner.append(file, fake("plain"))
+    append(file, fake("plain"))
     with file.open("a") as stream:
         stream.write('{"key": "half')
     with pytest.raises(ValueError, match=r"results\.jsonl is torn"):
         read_results(file)
-    assert runner.repair(file) == 13 and runner.repair(file) == 0
-    assert [r["label"] for r in read_results(file)] == ["plain"]
+    assert results.repair(file) == 13 and results.repair(file) == 0
+    assert [r["variant"] for r in read_results(file)] == ["plain"]
     assert "torn" in capsys.readouterr().err
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text(json.dumps(fake("plain")) + "\nnonsense\n")
-    with pytest.raises(ValueError, match="line 2 is no result"):
+    with pytest.raises(ValueError, match="line 2 is not a result"):
         read_results(file)
 
 
 def test_the_second_rate_is_tuned_at_the_best_first_rate(setting, tmp_path):
     file, cell = tmp_path / "tune.jsonl", Run("toy", "engram", setting)
     first = rate_grid([cell], file)
-    assert [run.setting.train.lr for run in first] == list(config.LRS)
+    assert [run.setting.train.lr for run in first] == list(tuning.LRS)
     for run, loss in zip(first, (2.0, 1.0, 1.5), strict=True):
-        runner.append(file, fake("engram", lr=run.setting.train.lr, loss=loss) | {"key": run.key})
+        append(file, fake("engram", lr=run.setting.train.lr, loss=loss) | {"key": run.key})
     second = rate_grid([cell], file)[3:]
     assert [(r.setting.train.lr, r.setting.train.table_lr) for r in second] == [(3e-3, 0.01), (3e-3, 0.1)]
 
 
 def test_a_grid_goes_on_beyond_an_edge_where_its_best_rate_lies_and_ends_somewhere(setting, tmp_path):
     file, cell, tried = tmp_path / "tune.jsonl", Run("toy", "engram", setting), []
-    for _ in range(config.WIDEST):  # the larger the rate, the better: without an end
+    for _ in range(tuning.WIDEST):  # the larger the rate, the better: without an end
         new = [run for run in rate_grid([cell], file, table_lrs=()) if run.setting.train.lr not in tried]
         for run in new:
             tried.append(run.setting.train.lr)
-            runner.append(file, fake("engram", lr=tried[-1], loss=1 / tried[-1]) | {"key": run.key})
+            append(file, fake("engram", lr=tried[-1], loss=1 / tried[-1]) | {"key": run.key})
     assert tried == [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]
 
 
@@ -538,8 +560,8 @@ def test_the_chosen_rates_are_those_of_the_lowest_loss(setting, tmp_path):
     file = tmp_path / "tune.jsonl"
     assert tuned("engram", setting, file) == {}
     for lr, loss in ((1e-3, 3.0), (2e-3, 1.0), (4e-3, 2.0)):
-        runner.append(file, fake("engram", lr=lr, loss=loss))
-    runner.append(file, fake("plain", lr=9e-3, loss=0.5))
+        append(file, fake("engram", lr=lr, loss=loss))
+    append(file, fake("plain", lr=9e-3, loss=0.5))
     assert tuned("engram", setting, file) == {"lr": 2e-3, "table_lr": 0.03}
 
 
@@ -548,29 +570,31 @@ def test_the_chosen_rates_are_those_of_the_nearest_budget(setting, tmp_path):
     for factor, lr in ((1, 4e-3), (8, 2e-3)):  # the larger budget has the lower loss
         line = fake("engram", lr=lr, loss=1 / factor)
         line["setting"]["train"]["tokens"] = factor * tokens
-        runner.append(file, line)
+        append(file, line)
     for factor, lr in ((0.1, 4e-3), (2, 4e-3), (4, 2e-3), (100, 2e-3)):
-        asked = config.change(setting, train={"tokens": round(factor * tokens)})
+        asked = cell.change(setting, train={"tokens": round(factor * tokens)})
         assert tuned("engram", asked, file)["lr"] == lr
         assert tuned("engram", setting, file, tokens=factor * tokens)["lr"] == lr
 
 
 @pytest.mark.parametrize("name", ["sensitivity", "vocabulary"])
 def test_passes_over_a_text_are_given_the_rates_of_the_tokens_that_they_come_to(name):
-    came_to = {(r["group"], r["arm"]): r["tokens"] for r in read_results(config.HOME / name / "results.jsonl")}
+    came_to = {(cell_of(r).table, r["arm"]): r["tokens"] for r in read_results(HOME / name / "results.jsonl")}
     for run in runs_of(name, [0]):
-        if "facts:1:" in run.group:  # compared with the text that says each line eight times, at that one's rates
+        if (
+            "facts:1:" in run.setting.corpus
+        ):  # compared with the text that says each line eight times, at that one's rates
             continue
-        rates = tuned(run.arm, run.setting, tokens=came_to[run.group, run.arm])
+        rates = tuned(run.arm, run.setting, tokens=came_to[run.table, run.arm])
         assert rates and rates == {rate: getattr(run.setting.train, rate) for rate in rates}
 
 
 def test_rows_compare_with_the_baseline_of_the_same_seeds(finished):
     home, _ = finished
-    (runs,) = report.groups_of(read_results(home / "toy" / "results.jsonl")).values()
+    (runs,) = report.tables_of(read_results(home / "toy" / "results.jsonl")).values()
     alone = {**runs, "engram": runs["engram"][1:]}
     plain, engram = report.rows_of(home / "toy", alone, "plain")
-    assert (plain.label, engram.paired) == ("plain", (1,))
+    assert (plain.variant, engram.paired) == ("plain", (1,))
     difference = runs["engram"][1]["loss"] - runs["plain"][1]["loss"]
     assert engram.nats.mean == pytest.approx(difference, abs=1e-5)
     assert engram.bits.mean == pytest.approx(runs["engram"][1]["bpb"] - runs["plain"][1]["bpb"], abs=1e-5)
@@ -579,62 +603,67 @@ def test_rows_compare_with_the_baseline_of_the_same_seeds(finished):
 
 def test_arms_with_another_tokenizer_are_compared_per_byte_alone(finished, tmp_path):
     home, _ = finished
-    (runs,) = report.groups_of(read_results(home / "toy" / "results.jsonl")).values()
-    (tmp_path / "documents").mkdir()
+    (runs,) = report.tables_of(read_results(home / "toy" / "results.jsonl")).values()
     for run in [*runs["plain"], *runs["engram"]]:
-        with np.load(home / "toy" / "documents" / f"{run['key']}.npz") as arrays:
-            other = dict(arrays)
+        other = read_documents(home / "toy", run["key"])
         if run["arm"] == "engram":
             other["tokens"] = other["tokens"] // 2
-        np.savez_compressed(tmp_path / "documents" / f"{run['key']}.npz", **other)
+        write_documents(tmp_path, run["key"], other)
     _, engram = report.rows_of(tmp_path, runs, "plain")
     assert engram.nats is None and engram.bits is not None
 
 
 def test_runs_of_an_older_kind_are_left_out_of_a_row():
-    old = [fake("engram", seed, group="g", cell="old") for seed in (0, 1, 2)]
-    new = [fake("engram", seed, group="g", cell="new") for seed in (0,)]
-    assert report.groups_of(old + new) == {"g": {"engram": new}}
+    old = [fake("engram", seed, cell="old") for seed in (0, 1, 2)]
+    new = [fake("engram", seed, cell="new") for seed in (0,)]
+    assert report.tables_of(old + new) == {Table("toy", "", "g"): {"engram": new}}
 
 
 def test_a_relabelled_run_has_its_new_row_alone():
-    old = fake("engram", group="g", cell="c")
-    new = old | {"label": "memory"}
-    assert report.groups_of([old, new]) == {"g": {"memory": [new]}}
+    old = fake("engram", cell="c")
+    new = old | {"variant": "memory"}
+    assert report.tables_of([old, new]) == {Table("toy", "", "g"): {"memory": [new]}}
 
 
-def test_the_report_writes_between_its_marks_and_nothing_else(finished):
+def test_the_report_writes_between_its_marks_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Question\n\n<!-- table -->\nold\n<!-- end -->\n\n## More\n")
+    report.write_between_marks(readme, "new")
+    assert readme.read_text() == "# Question\n\n<!-- table -->\nnew\n<!-- end -->\n\n## More\n"
+
+
+def test_the_tables_of_a_question_have_a_row_for_each_variant(finished):
     home, _ = finished
-    readme = home / "toy" / "README.md"
-    readme.write_text("# Question\n\n<!-- table -->\nold\n<!-- end -->\n\n## What this does not show\n")
-    report.write_tables(home / "toy", "plain")
-    written = readme.read_text()
-    assert "old" not in written and written.startswith("# Question\n\n<!-- table -->\n### ")
-    assert written.endswith("\n<!-- end -->\n\n## What this does not show\n")
+    report.write_tables(home / "toy", "toy", report.document(home / "toy", "plain"))
+    written = (home / "toy" / "tables.md").read_text()
+    assert written.startswith("# toy: tables\n\nWritten by `python -m experiments report`.")
     lines = [line for line in written.splitlines() if line.startswith(("| plain", "| engram"))]
     assert [line.split(" | ")[:2] for line in lines[:2]] == [["| plain", "2"], ["| engram", "2"]]
     assert [line.count("±") for line in lines[2:]] == [4, 4]  # by bigrams and trigrams seen
-    report.write_tables(home / "toy", "plain")
-    assert readme.read_text() == written
 
 
 def test_a_readme_without_marks_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("# Question\n")
     with pytest.raises(ValueError, match="<!-- table -->"):
-        report.write_tables(tmp_path, "plain")
+        report.write_between_marks(tmp_path / "README.md", "new")
 
 
 def test_a_missing_side_file_is_named(finished, tmp_path):
-    (runs,) = report.groups_of(read_results(finished[0] / "toy" / "results.jsonl")).values()
-    with pytest.raises(FileNotFoundError, match="run it again"):
+    (runs,) = report.tables_of(read_results(finished[0] / "toy" / "results.jsonl")).values()
+    with pytest.raises(FileNotFoundError, match=r"documents\.npz is missing"):
+        report.rows_of(tmp_path, runs, "plain")
+    write_documents(tmp_path, "another", {"nats": np.zeros(3)})
+    with pytest.raises(FileNotFoundError, match=f"no array {runs['engram'][0]['key']}/nats.*and run it again"):
         report.rows_of(tmp_path, runs, "plain")
 
 
 def test_tables_stand_in_the_order_of_their_numbers():
-    groups = ["T: kjv, 10.28M", "T: 16,384", "T: 4,096", "S: 1", "T: 257 (bytes)", "T: kjv, 2.14M"]
-    ordered = ["S: 1", "T: 257 (bytes)", "T: 4,096", "T: 16,384", "T: kjv, 2.14M", "T: kjv, 10.28M"]
-    runs = [{"key": group, "cell": group, "group": group, "label": "plain", "seed": 0} for group in groups]
-    assert list(report.groups_of(runs)) == ordered
+    captions = ["tiny: kjv, 10.28M", "tiny: 16,384", "tiny: 4,096", "small: 1", "tiny: 257 (bytes)", "tiny: kjv, 2.14M"]
+    runs = [fake("plain", cell=text) | {"key": text} for text in captions]
+    for run, caption in zip(runs, captions, strict=True):
+        run["setting"] = {**run["setting"], "corpus": caption}
+    ordered = ["small: 1", "tiny: 257 (bytes)", "tiny: 4,096", "tiny: 16,384", "tiny: kjv, 2.14M", "tiny: kjv, 10.28M"]
+    assert [str(table) for table in report.tables_of(runs)] == ordered
 
 
 def test_the_tuning_table_marks_the_best_and_warns_at_the_edge():
@@ -653,17 +682,16 @@ def test_the_tuning_table_keeps_budgets_apart():
     assert "| a, 0.56M tokens | **3.0000 at 2 / 0.03** |" in table and "| a, 1.12M tokens | **1.0000" in table
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_readme_has_the_tables_of_its_results_and_says_what_they_do_not_show(name):
-    text = (config.HOME / name / "README.md").read_text()
-    assert text.index("<!-- table -->\n") < text.index("<!-- end -->\n") < text.index("## What this does not show\n")
-    answers = claims.answers(claims.found_in(name=name), name)
-    made = report.document(config.HOME / name, config.questions(name).BASELINE, config.hook(name, "summary"), answers)
-    assert f"<!-- table -->\n{made}\n<!-- end -->" in text, f"python -m experiments report {name}"
+@pytest.mark.parametrize("name", names())
+def test_every_question_has_the_tables_of_its_results_and_says_what_they_do_not_show(name):
+    readme = (HOME / name / "README.md").read_text()
+    assert "](tables.md)" in readme and "## What this does not show\n" in readme
+    answers = claims_page.answers(claims_page.found_in(name=name), name)
+    made = report.document(HOME / name, cell.questions(name).BASELINE, cell.hook(name, "summary"), answers)
+    assert (HOME / name / "tables.md").read_text().endswith(f"\n\n{made}\n"), f"python -m experiments report {name}"
 
 
 def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
-    (tmp_path / "documents").mkdir()
     rng, tokens = np.random.default_rng(0), np.full(40, 100.0)
 
     def row(label, loss):
@@ -671,7 +699,7 @@ def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
         for seed in (0, 1):
             nats = 100 * (loss + rng.normal(0, 0.02, 40))
             run = fake(label, seed, loss=loss)
-            np.savez(tmp_path / "documents" / f"{run['key']}.npz", nats=nats, tokens=tokens, bytes=tokens)
+            write_documents(tmp_path, run["key"], {"nats": nats, "tokens": tokens, "bytes": tokens})
             runs.append(run)
         return report.Row(label, tuple(runs), (0, 1))
 
@@ -686,26 +714,27 @@ def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
     assert (band[0] < band[1]).all() and (band[1] < band[2]).all()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if config.hook(n, "measure") is None])  # test_lab_measures has those
+@pytest.mark.parametrize("name", [n for n in names() if cell.hook(n, "measure") is None])  # test_lab_measures has those
 def test_every_figure_is_drawn_from_the_results_alone(name, tmp_path):
-    module = config.questions(name)
-    cells = [run for run in module.configs(module.SETTING)][:6]
+    module = cell.questions(name)
+    cells = [run for run in module.configs(module.SIZE)][:6]
     home = made_up_results(tmp_path / name, cells, module.BASELINE)
     path = importlib.import_module(f"experiments.{name}.plot").draw(home)
     assert path == home / "figure.png" and path.read_bytes()[:4] == b"\x89PNG"
 
 
 def made_up_results(home, cells, baseline):
-    (home / "documents").mkdir(parents=True)
+    home.mkdir(parents=True)
     rng, tokens = np.random.default_rng(0), np.full(20, 50.0)
     for run in cells:
-        nats = 50 * (4 - 0.1 * (run.label != baseline) + rng.normal(0, 0.1, 20))
-        record = fake(run.label, loss=float(nats.mean() / 50), cell=run.cell, group=run.group, arm=run.arm)
+        nats = 50 * (4 - 0.1 * (run.variant != baseline) + rng.normal(0, 0.1, 20))
+        record = fake(run.variant, loss=float(nats.mean() / 50), cell=run.kind, arm=run.arm)
+        record |= {"experiment": run.experiment, "size": run.size, "options": dict(run.options)}
         record |= {"key": run.key, "setting": json.loads(run.setting.to_json()), "bpb": 1.0, "corpus": "c"}
         record |= {"tokens": run.setting.train.tokens, "text_tokens": 10**6, "train_cpu_seconds": 1.0}
         record["bytes"] = {"dense": 10**6, "table": 10**7, "optimizer_dense": 0, "optimizer_rows": 0}
-        runner.append(home / "results.jsonl", record | {"vocabulary": run.setting.vocab_size})
-        np.savez(home / "documents" / f"{run.key}.npz", nats=nats, tokens=tokens, bytes=3 * tokens)
+        append(home / "results.jsonl", record | {"vocabulary": run.setting.vocab_size})
+        write_documents(home, run.key, {"nats": nats, "tokens": tokens, "bytes": 3 * tokens})
     return home
 
 
@@ -718,3 +747,166 @@ def test_the_command_line_fails_where_there_is_nothing_to_tune(capsys, monkeypat
     monkeypatch.setattr(sys, "argv", ["experiments", "run", "slots", "--tune"])
     assert main() == 1
     assert "nothing to tune" in capsys.readouterr().err
+
+
+# documents.npz
+
+
+def arrays_of(number):
+    return {
+        "nats": np.linspace(number, number + 1, 7, dtype=np.float32),
+        "tokens": np.arange(7, dtype=np.int32),
+        "measured_states": np.full((2, 3), number, np.float16),
+        "empty": np.empty((0, 4)),
+    }
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+
+
+def test_arrays_of_many_runs_come_back_bit_for_bit(tmp_path):
+    for number in range(4):
+        write_documents(tmp_path, f"key{number}", arrays_of(number))
+    write_documents(tmp_path, "key1", arrays_of(10))  # made again: replaced
+    for number, expected in enumerate((0, 10, 2, 3)):
+        same(read_documents(tmp_path, f"key{number}"), arrays_of(expected))
+    assert results.document_keys(tmp_path) == {f"key{number}" for number in range(4)}
+    assert list(read_documents(tmp_path, "key2", ("tokens",))) == ["tokens"]
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.npz"]
+    with np.load(tmp_path / "documents.npz") as archive:  # a reader of its own needs NumPy alone
+        assert archive["key3/nats"][0] == 3
+
+
+def test_the_arrays_of_one_run_are_read_without_those_of_others(tmp_path, monkeypatch):
+    for number in range(3):
+        write_documents(tmp_path, f"key{number}", arrays_of(number))
+    opened, plain_open = [], zipfile.ZipFile.open
+
+    def spy(archive, name, *how, **others):
+        opened.append(getattr(name, "filename", name))
+        return plain_open(archive, name, *how, **others)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", spy)
+    read_documents(tmp_path, "key1", ("nats",))
+    assert set(opened) == {"key1/nats.npy"}
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_documents_that_cannot_be_written_leave_the_old_file(tmp_path, monkeypatch, renamed):
+    write_documents(tmp_path, "old", arrays_of(1))
+    before = (tmp_path / "documents.npz").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_documents(tmp_path, "old" if renamed else "new", arrays_of(2))
+    assert (tmp_path / "documents.npz").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.npz"]
+
+
+def test_two_sweeps_that_write_documents_at_once_lose_none(tmp_path):
+    code = "import sys, numpy as np; from pathlib import Path; from experiments.lab.results import write_documents\n"
+    code += "for n in range(10): write_documents(Path(sys.argv[1]), f'{sys.argv[2]}{n}', {'nats': np.full(50, n)})"
+    env = {**os.environ, "PYTHONPATH": str(HOME.parent)}
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], env=env) for name in "ab"]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert results.document_keys(tmp_path) == {f"{name}{n}" for name in "ab" for n in range(10)}
+    assert read_documents(tmp_path, "b7")["nats"].tolist() == [7] * 50
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_committed_result_has_its_documents_and_a_cell_with_a_caption(name):
+    records = read_results(HOME / name / "results.jsonl")
+    assert {record["key"] for record in records} <= results.document_keys(HOME / name)
+    tables = {cell_of(record).table for record in records}
+    assert len({str(table) for table in tables}) == len(tables)
+    for record in records[:: max(1, len(records) // 10)]:
+        setting = Setting.from_json(json.dumps(record["setting"]))
+        options, how = tuple(record["options"].items()), (record["held_out"], record.get("device", "cpu"))
+        run = Run(name, record["arm"], setting, options, record["variant"], record["size"], *how)
+        assert (run.key, run.kind, run.cell) == (record["key"], record["cell"], cell_of(record))
+
+
+# A question and an arm in a file of their own
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A copy of the lab without its results, and how to call it."""
+    ignored = shutil.ignore_patterns("*.npz", "*.jsonl", "*.png", "*.md", "__pycache__", "scripts")
+    shutil.copytree(HOME, tmp_path / "experiments", ignore=ignored)
+    home = tmp_path / "experiments"
+    shutil.copy(HOME / "sceptic" / "tune.jsonl", home / "sceptic")
+    path = os.pathsep.join((str(tmp_path), str(HOME.parent)))
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "experiments", *arguments]
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    return home, call
+
+
+def test_a_new_question_runs_reports_and_plots_from_its_configs_alone(lab, setting):
+    home, call = lab
+    assert "edit configs.py" in call("new", "short_texts").stdout
+    configs = home / "short_texts" / "configs.py"
+    small = f"Setting.from_json({setting.to_json()!r})"  # so that it takes a moment and not a minute
+    text = configs.read_text().replace("Write the question here, in one line.", "Do short texts need a memory?")
+    text = text.replace("SETTINGS[size]", small).replace("import SETTINGS, Run", "import Run, Setting")
+    configs.write_text(text)
+    assert "short_texts" in (listed := call("list").stdout) and "Do short texts need a memory?" in listed
+    done = call("run", "short_texts", "--seeds", "0")
+    assert done.returncode == 0, done.stderr
+    for command in ("report", "plot"):
+        made = call(command, "short_texts")
+        assert made.returncode == 0, made.stderr
+    tables = (home / "short_texts" / "tables.md").read_text()
+    assert "\n### tiny: " in tables and "\n| plain | 1 |" in tables and "\n| engram | 1 |" in tables
+    assert (home / "short_texts" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in (home / "short_texts").iterdir() if path.name != "__pycache__") == [
+        *("README.md", "__init__.py", "configs.py", "documents.npz", "figure.png", "results.jsonl", "tables.md"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["sceptic", "Two Words", "2nd", "Upper"])
+def test_a_new_question_needs_a_free_name(name, tmp_path):
+    (tmp_path / "sceptic").mkdir()
+    with pytest.raises(ValueError, match=r"exists: choose another name|lower-case Python identifier"):
+        new(name, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sceptic"]
+
+
+def test_an_arm_is_a_file_that_is_found(lab):
+    home, _ = lab
+    (home / "arms" / "aaa_twice.py").write_text(
+        '"""twice: plain with its head doubled."""\n\nfrom experiments.arms.host import plain\n\n\n'
+        "def build(setting, data, *, factor=2.0):\n    model = plain(setting, data)\n"
+        "    model.head.weight.data *= factor\n    return model\n\n\n"
+        'ARMS = {"twice": build, "plain-again": plain}\n'
+    )
+    code = "from experiments import arms; print(arms.NAMES); print(arms.trained_as('longer', {}))\n"
+    code += "print(arms.trained_as('plain-again', {}), arms.trained_as('twice', {'factor': 3.0}))\n"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(home.parent), str(HOME.parent)))}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=home.parent)
+    names_found, longer, others = done.stdout.splitlines()
+    assert "'twice'" in names_found and "'knn-lm'" in names_found and longer == "('plain', {})"
+    assert others == "('plain', {}) ('twice', {'factor': 3.0})"
+
+
+def test_sizes_are_called_by_name_or_letter(capsys, monkeypatch):
+    assert [cell.size_named(text) for text in ("S", "T", "small", "tiny")] == ["small", "tiny", "small", "tiny"]
+    with pytest.raises(ValueError, match="unknown size 'M'; there are small, tiny"):
+        cell.size_named("M")
+    runs = runs_of("sceptic", [0], ["plain"], size="tiny", groups=["T: wiki"])
+    assert runs == runs_of("sceptic", [0], ["plain"], size="tiny", groups=["tiny: wiki"])
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["experiments", "run", "sceptic", "--setting", "M"])
+        main()
+    assert "unknown size 'M'" in capsys.readouterr().err

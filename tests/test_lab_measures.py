@@ -6,7 +6,6 @@ import importlib
 import itertools
 import json
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -19,23 +18,28 @@ from engram.lm.corpus import Document, Split
 from engram.lm.run import Data, Setting, build_model
 from engram.lm.tokenizer import END_OF_TEXT_ID, train_tokenizer
 from engram.lm.train import TrainConfig
-from experiments import arms, claims, config, findings, prepared, report, runner
+from experiments import arms
 from experiments.arms import mixture
-from experiments.codecs import summary as storing
-from experiments.config import NAMES, Run
 from experiments.depth.measure import alignment, cka, layer_states
 from experiments.depth.measure import measure as measure_depth
 from experiments.depth.summary import effective_rank, shift
-from experiments.findings import Finding
-from experiments.measures import paired, share_of, shown
+from experiments.kneser_ney.configs import parts_of
+from experiments.lab import caches, cell, claims, claims_page, report, runner
+from experiments.lab.cell import SETTINGS, Run, Table, names
+from experiments.lab.claims import RULES, Finding
+from experiments.lab.measures import paired, share_of, shown
+from experiments.lab.results import append, write_documents
+from experiments.recall import claims as recall_claims
 from experiments.recall import task
 from experiments.recall.summary import accuracy, half_way, learned_after
 from experiments.recall.task import KEYS, VALUES, VOCABULARY, Task
+from experiments.scripts.codecs import claims as storing_claims
+from experiments.scripts.codecs import summary as storing
 from experiments.sensitivity import facts as facts_module
 from experiments.sensitivity import measure as sensitivity
 from experiments.sensitivity.facts import Fact, fact_of
 from experiments.sensitivity.summary import learned_retention, never_taught, retention, retention_gap
-from experiments.tokens.summary import tokens_for, worth
+from experiments.tokens.summary import tokens_for, twice_the_tokens, worth
 
 TASK = Task(3, 2, 5)
 SETTING = Setting(
@@ -45,14 +49,14 @@ SETTING = Setting(
     EngramConfig(layers=(1,), orders=(2, 3), heads=2, head_dim=4, rows_per_head=97),
     TrainConfig(tokens=4 * 8 * TASK.length, batch_size=8, context=TASK.length, warmup_steps=2),
 )
-MEASURED = [name for name in NAMES if config.hook(name, "measure")]
+MEASURED = [name for name in names() if cell.hook(name, "measure")]
 
 
 @pytest.fixture(scope="module")
 def data():
     train, held = task.documents_of(TASK, 500, 0), task.documents_of(TASK, 40, 1)
     made = task._encoded(train, TASK.questions), task._encoded(held, TASK.questions)
-    return Data(None, TokenMap.identity(VOCABULARY), *made, prepared.Overlap(0.0), "toy")  # type: ignore[arg-type]
+    return Data(None, TokenMap.identity(VOCABULARY), *made, caches.Overlap(0.0), "toy")  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -98,11 +102,19 @@ def test_a_base_that_does_not_exist_is_refused(data):
 
 
 def test_engram_with_counts_has_the_bytes_of_engram():
-    runs = {(run.group, run.label): run for run in config.questions("kneser_ney").configs("T")}
-    for (group, label), run in runs.items():
-        if label.startswith("engram + "):
-            whole = runs[group, label.replace("engram + kneser-ney", "engram")]
+    runs = {(run.table, run.variant): run for run in cell.questions("kneser_ney").configs("tiny")}
+    for (table, variant), run in runs.items():
+        if variant.startswith("engram + "):
+            whole = runs[table, variant.replace("engram + kneser-ney", "engram")]
             assert 2 * run.setting.memory.rows_per_head == whole.setting.memory.rows_per_head
+
+
+@pytest.mark.parametrize("size", SETTINGS)
+def test_what_counts_stand_beside_is_read_from_the_fields_of_a_result(size):
+    for run in cell.questions("kneser_ney").configs(size):
+        record = {"arm": run.arm, "options": dict(run.options), "setting": json.loads(run.setting.to_json())}
+        name, rows = parts_of(record)
+        assert run.variant == (name if rows is None else f"{name}, {rows:,} rows")
 
 
 # The hooks of the runner
@@ -129,9 +141,9 @@ def test_an_experiment_measures_with_the_model_that_was_evaluated(small_texts, m
 )
 def test_a_run_without_its_own_measures_is_made_again(other, measures, taken, tmp_path, monkeypatch):
     run = Run("toy", "plain", SETTING)
-    record = {"key": run.key, "label": run.label, "group": run.group}
+    record = {"key": run.key, "variant": run.variant, "size": run.size}
     (tmp_path / other).mkdir()
-    runner.append(tmp_path / other / "results.jsonl", record | ({} if measures is None else {"measures": measures}))
+    append(tmp_path / other / "results.jsonl", record | ({} if measures is None else {"measures": measures}))
     monkeypatch.setattr(runner, "hook", lambda name, what: len if (name, what) == ("toy", "measure") else None)
     there = runner._is_done(tmp_path, run) or runner._take_over(tmp_path, run, ("elsewhere",))
     assert there == taken
@@ -141,8 +153,8 @@ def test_a_measured_run_serves_an_experiment_that_asks_for_the_loss_alone(tmp_pa
     run = Run("toy", "plain", SETTING)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "toy").mkdir()
-    record = {"key": run.key, "label": run.label, "group": run.group, "measures": {}}
-    runner.append(tmp_path / "elsewhere" / "results.jsonl", record)
+    record = {"key": run.key, "variant": run.variant, "size": run.size, "measures": {}}
+    append(tmp_path / "elsewhere" / "results.jsonl", record)
     assert runner._take_over(tmp_path, run, ("elsewhere",))
 
 
@@ -220,14 +232,13 @@ def test_the_states_of_a_pass_lead_to_its_logits_and_leave_no_hook(data):
 
 
 def test_a_model_whose_layers_are_plains_next_ones_is_a_layer_deeper(tmp_path):
-    (tmp_path / "documents").mkdir()
     rng = np.random.default_rng(0)
     layers = [rng.normal(size=(40, 5)) for _ in range(6)]
     states = {"plain": layers[:5], "engram": [layers[0], *layers[2:5], layers[4]]}
     runs = {label: {seed: {"key": f"{label}{seed}"} for seed in (0, 1)} for label in states}
     for label, seed in ((label, seed) for label in states for seed in (0, 1)):
         noise = 0.01 * rng.normal(size=(5, 40, 5))
-        np.savez(tmp_path / "documents" / f"{label}{seed}.npz", measured_states=np.array(states[label]) + noise)
+        write_documents(tmp_path, f"{label}{seed}", {"measured_states": np.array(states[label]) + noise})
     deeper = shift(tmp_path, runs["engram"], runs["plain"])
     assert deeper.mean == pytest.approx(2 / 3, abs=0.3)  # of the three from the memory on two are the next one
     assert shift(tmp_path, runs["engram"], {0: runs["plain"][0]}) is None
@@ -339,7 +350,7 @@ def test_recall_trains_at_the_answers_alone(data):
 
 
 def test_recall_learns_and_logs_like_any_training(data):
-    setting = config.change(SETTING, train={"tokens": 60 * 8 * TASK.length, "lr": 1e-2})
+    setting = cell.change(SETTING, train={"tokens": 60 * 8 * TASK.length, "lr": 1e-2})
     model = build_model(setting, "engram", data.token_map)
     log = task.train(Run("recall", "engram", setting), model, data)
     assert len(log.curve) == 60 and log.tokens == 60 * 8 * TASK.length and log.row_state_bytes > 0
@@ -348,11 +359,11 @@ def test_recall_learns_and_logs_like_any_training(data):
 
 
 def test_recall_trains_on_no_document_twice(data):
-    setting = config.change(SETTING, train={"tokens": 63 * 8 * TASK.length})
+    setting = cell.change(SETTING, train={"tokens": 63 * 8 * TASK.length})
     with pytest.raises(ValueError, match="63 steps of 8 documents want more than the 499 that are there"):
         task.train(Run("recall", "plain", setting), None, data)
-    for name in ("S", "T"):
-        for run in config.questions("recall").configs(name):
+    for name in SETTINGS:
+        for run in cell.questions("recall").configs(name):
             assert run.setting.train.steps * run.setting.train.batch_size < task.TRAIN_DOCUMENTS
 
 
@@ -398,24 +409,26 @@ def test_what_is_learned_in_half_the_tokens_is_a_doubling_sooner():
         return {"setting": {"corpus": "recall:4/4+0"}, "curve": [[tokens, 0.0]], "tokens": 8e6}
 
     labels = {"engram": {0: run(1e6), 1: run(2e6)}, "plain": {0: run(2e6), 1: run(4e6), 2: run(1.0)}}
-    assert findings.learned_sooner("engram")(None, labels) == pytest.approx((-1.0, -1.0, -1.0))
-    assert findings.learned_sooner("engram, slow rows")(None, labels) is None
+    assert recall_claims.learned_sooner("engram")(None, labels) == pytest.approx((-1.0, -1.0, -1.0))
+    assert recall_claims.learned_sooner("engram, slow rows")(None, labels) is None
     labels["plain"] = {seed: {**one, "curve": [[1e6, 9.0]]} for seed, one in labels["plain"].items()}
-    assert findings.learned_sooner("engram")(None, labels).mean == -2.5  # plain never learned: 8 and 4 times, at least
+    assert (
+        recall_claims.learned_sooner("engram")(None, labels).mean == -2.5
+    )  # plain never learned: 8 and 4 times, at least
     labels["engram"][1] = labels["plain"][1]
-    assert findings.learned_sooner("engram")(None, labels).mean == -3.0  # of the seed in which one of them did
-    assert findings.learned_sooner("engram")(None, {"engram": labels["plain"], "plain": labels["plain"]}) is None
+    assert recall_claims.learned_sooner("engram")(None, labels).mean == -3.0  # of the seed in which one of them did
+    assert recall_claims.learned_sooner("engram")(None, {"engram": labels["plain"], "plain": labels["plain"]}) is None
 
 
 def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):
-    prepared.save(tmp_path / "text", data)
-    read = prepared.load(tmp_path / "text")
+    caches.save(tmp_path / "text", data)
+    read = caches.load(tmp_path / "text")
     assert read.tokenizer is None and read.token_map.digest == data.token_map.digest
     assert all(np.array_equal(a, b) for a, b in zip(read.train, data.train, strict=True))
 
 
 def test_windows_that_are_no_documents_are_refused(data):
-    setting = config.change(SETTING, train={"context": 7})
+    setting = cell.change(SETTING, train={"context": 7})
     with pytest.raises(ValueError, match="16 tokens, context is 7"):
         task.train(Run("recall", "plain", setting), None, data)
 
@@ -453,7 +466,7 @@ def test_taught_facts_are_in_the_training_text_as_often_as_the_corpus_says_and_n
     wiki = replace(wiki, corpus=corpus)
     lines = facts_module.lines_of(wiki)
     taught, untaught = lines.taught, lines.untaught
-    made = prepared.make(wiki, "validation")
+    made = caches.make(wiki, "validation")
     text = [made.tokenizer.decode(ids[1:].tolist()) for ids in np.split(made.train.ids, made.train.starts[1:-1])]
     assert len(taught) == len(untaught) == 5 and not any(text.count(fact.text) for fact in untaught)
     assert {text.count(line.text) for line in taught + lines.prose} == {copies}
@@ -477,8 +490,8 @@ def test_prose_is_of_other_articles_than_the_facts_and_new_prose_of_held_out_one
 
 
 def test_what_is_held_out_has_no_facts(wiki):
-    made = prepared.make(wiki, "validation")
-    assert len(made.validation.bytes) == 7 and prepared.make(wiki, "tune").digest == made.digest
+    made = caches.make(wiki, "validation")
+    assert len(made.validation.bytes) == 7 and caches.make(wiki, "tune").digest == made.digest
 
 
 def test_a_corpus_without_facts_is_refused():
@@ -556,9 +569,9 @@ def test_facts_never_taught_are_compared_with_the_memory_on_seed_by_seed():
 
 def made_up(name, home, seeds=(0, 1)):
     """Results of every cell with measures such as the experiment makes: engram is the better one."""
-    (home / "documents").mkdir(parents=True)
+    home.mkdir(parents=True)
     rng, tokens = np.random.default_rng(0), np.full(20, 50.0)
-    for run in (run.seeded(seed) for run in config.questions(name).configs("T") for seed in seeds):
+    for run in (run.seeded(seed) for run in cell.questions(name).configs("tiny") for seed in seeds):
         good = float(run.arm == "engram")
         level = 0.4 + 0.3 * good + 0.01 * rng.random()
         states = {"on": level, "off": 0.2} if run.arm != "plain" else {"on": level}
@@ -572,12 +585,13 @@ def made_up(name, home, seeds=(0, 1)):
         }[name]
         nats = 50 * (4 - 0.1 * good + rng.normal(0, 0.1, 20))
         setting = json.loads(run.setting.to_json())
-        record = {"key": run.key, "cell": run.cell, "group": run.group, "label": run.label, "arm": run.arm}
+        record = {"key": run.key, "cell": run.kind, "experiment": name, "variant": run.variant, "size": run.size}
+        record |= {"arm": run.arm, "options": dict(run.options), "held_out": run.held_out}
         record |= {"seed": run.seed, "setting": setting, "loss": nats.mean() / 50, "bpb": 1.0, "corpus": "c"}
         record["curve"] = [[1e6, 2.0], [2e6, 1.0 - good]]
-        runner.append(home / "results.jsonl", record | {"measures": measures, "tokens": 1, "train_cpu_seconds": 1.0})
+        append(home / "results.jsonl", record | {"measures": measures, "tokens": 1, "train_cpu_seconds": 1.0})
         arrays = {"nats": nats, "tokens": tokens, "bytes": 3 * tokens, "measured_states": rng.normal(size=(4, 30, 6))}
-        np.savez(home / "documents" / f"{run.key}.npz", **arrays)
+        write_documents(home, run.key, arrays)
     return home
 
 
@@ -591,7 +605,7 @@ def test_figures_and_tables_are_made_from_the_measures_alone(name, tmp_path):
     home = made_up(name, tmp_path / name)
     path = importlib.import_module(f"experiments.{name}.plot").draw(home)
     assert path == home / "figure.png" and path.read_bytes()[:4] == b"\x89PNG"
-    text = config.hook(name, "summary")(home)
+    text = cell.hook(name, "summary")(home)
     assert "| engram |" in text and "nan" not in text
     for line in text.splitlines():
         if line.startswith("|"):
@@ -602,7 +616,7 @@ def test_figures_and_tables_are_made_from_the_measures_alone(name, tmp_path):
 def test_one_seed_is_drawn_too(name, tmp_path):
     home = made_up(name, tmp_path / name, seeds=(0,))
     assert importlib.import_module(f"experiments.{name}.plot").draw(home).is_file()
-    assert "(one seed)" in config.hook(name, "summary")(home)
+    assert "(one seed)" in cell.hook(name, "summary")(home)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -614,80 +628,163 @@ def test_a_figure_without_measures_says_what_to_run(name, tmp_path):
 @pytest.mark.parametrize(
     "rule, interval, seeds, expected",
     [
-        ("below", (-0.2, -0.3, -0.1), 3, "agrees"),
-        ("below", (-0.2, -0.3, 0.1), 3, "cannot tell"),
-        ("below", (0.2, 0.1, 0.3), 3, "disagrees"),
-        ("below", (-0.2, -0.3, -0.1), 1, "cannot tell"),
-        ("below", (-0.2, -math.inf, math.inf), 3, "cannot tell"),
-        ("above", (0.2, 0.1, 0.3), 2, "agrees"),
-        ("above", (-0.2, -0.3, -0.1), 2, "disagrees"),
-        ("near", (0.0, -0.001, 0.001), 3, "agrees"),
-        ("near", (0.004, 0.001, 0.008), 3, "cannot tell"),
-        ("near", (0.1, 0.05, 0.2), 3, "disagrees"),
-        ("no worse", (-0.1, -0.2, 0.001), 3, "agrees"),
-        ("no worse", (0.1, 0.05, 0.2), 3, "disagrees"),
+        ("below", (-0.2, -0.3, -0.1), 3, "supported"),
+        ("below", (-0.2, -0.3, 0.1), 3, "open"),
+        ("below", (0.2, 0.1, 0.3), 3, "not supported"),
+        ("below", (-0.2, -0.3, -0.1), 1, "open"),
+        ("below", (-0.2, -math.inf, math.inf), 3, "open"),
+        ("above", (0.2, 0.1, 0.3), 2, "supported"),
+        ("above", (-0.2, -0.3, -0.1), 2, "not supported"),
+        ("near", (0.0, -0.001, 0.001), 3, "supported"),
+        ("near", (0.004, 0.001, 0.008), 3, "open"),
+        ("near", (0.1, 0.05, 0.2), 3, "not supported"),
+        ("near", (-0.1, -0.2, -0.05), 3, "not supported"),
+        ("no worse", (-0.1, -0.2, 0.001), 3, "supported"),
+        ("no worse", (0.1, 0.05, 0.2), 3, "not supported"),
+        ("worse", (0.1, 0.05, 0.2), 3, "supported"),
+        ("worse", (-0.1, -0.2, 0.001), 3, "not supported"),
+        ("worse", (0.01, -0.01, 0.03), 3, "open"),
     ],
 )
 def test_verdicts_follow_from_the_interval(rule, interval, seeds, expected):
-    assert claims.verdict(Finding("g", Interval(*interval), seeds), rule) == expected
+    assert claims.verdict(Finding(Interval(*interval), seeds), rule) == expected
+
+
+# The rules as they were before claims were worded about the memory: (rule, turned round?) of each rule of today.
+EARLIER = {
+    "below": [("below", False), ("above", True)],
+    "above": [("above", False)],
+    "near": [("near", False)],
+    "above -0.03": [("above -0.03", False)],
+    "no worse": [("no worse", False)],
+    "worse": [("no worse", True)],
+}
+EARLIER_RULES = {
+    "below": (lambda i: i.high < 0, lambda i: i.low > 0),
+    "above": (lambda i: i.low > 0, lambda i: i.high < 0),
+    "near": (lambda i: i.low > -0.005 and i.high < 0.005, lambda i: i.low > 0.005 or i.high < -0.005),
+    "above -0.03": (lambda i: i.low > -0.03, lambda i: i.high < -0.03),
+    "no worse": (lambda i: i.high < 0.005, lambda i: i.low > 0.005),
+}
+NOW = {"agrees": "supported", "disagrees": "not supported", "cannot tell": "open"}
+TURNED = {"agrees": "not supported", "disagrees": "supported", "cannot tell": "open"}
+
+
+def earlier_verdict(value, seeds, rule):
+    agrees, disagrees = EARLIER_RULES[rule]
+    if seeds < 2 or not all(map(math.isfinite, value)):
+        return "cannot tell"
+    return "agrees" if agrees(value) else "disagrees" if disagrees(value) else "cannot tell"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_earlier_verdict_has_one_of_today(rule):
+    ends = (-math.inf, -0.2, -0.031, -0.03, -0.02, -0.006, -0.005, -0.001, 0.0, 0.001, 0.005, 0.006, 0.2, math.inf)
+    for earlier, turned in EARLIER[rule]:
+        for low, high in itertools.combinations_with_replacement(ends, 2):
+            for seeds in (1, 2, 3):
+                value = Interval((low + high) / 2 if math.isfinite(low + high) else 0.0, low, high)
+                was = earlier_verdict(value, seeds, earlier)
+                assert claims.verdict(Finding(value, seeds), rule) == (TURNED if turned else NOW)[was], (value, was)
+
+
+@pytest.mark.parametrize(
+    "rule, unit, interval, close",
+    [
+        ("below", "nats", (-0.02, -0.03, -0.012), True),
+        ("below", "nats", (-0.02, -0.03, -0.014), False),
+        ("below", "nats", (0.02, 0.012, 0.03), True),
+        ("worse", "nats", (0.02, 0.017, 0.03), True),
+        ("worse", "nats", (0.03, 0.019, 0.04), False),
+        ("below", "bits", (-0.02, -0.03, -0.005), True),
+        ("below", "bits", (-0.02, -0.03, -0.007), False),
+        ("below", "", (-0.02, -0.03, -0.001), False),  # no loss: nothing is known of what a CPU does to it
+        ("below", "nats", (0.0, -0.03, 0.02), False),  # open already
+    ],
+)
+def test_a_verdict_that_another_cpu_could_change_is_marked(rule, unit, interval, close):
+    claim = claims.Claim(claims.PAPER, "words", "measure", lambda home: [], rule, unit)
+    finding = Finding(Interval(*interval), 3, note="table")
+    assert claim.within_another_cpu(finding) == close
+    assert (claims_page.CLOSE in claims_page.document([(claim, [finding])]).splitlines()[-1]) == close
+
+
+def test_the_strongest_counter_results_come_first():
+    found = claims.all_claims()
+    first = [claim for claim in found if claim.counter]
+    assert found[: len(first)] == first and [claim.short for claim in first] == list(range(1, len(first) + 1))
+    assert {claim.question for claim in first} == {"sceptic", "tokens", "sensitivity"}
+    places = sorted(claim.short for claim in found if claim.short)
+    assert places == list(range(1, len(places) + 1))
 
 
 def test_claims_without_runs_say_so(tmp_path):
-    found = claims.found_in(tmp_path)
-    lines = [line for line in claims.document(found).splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == len(claims.CLAIMS) and all("not run yet" in line for line in lines)
-    short = claims.in_short(found).splitlines()[2:]
-    assert len(short) == len(claims.IN_SHORT) and all("not run yet" in line for line in short)
+    found = claims_page.found_in(tmp_path)
+    lines = [line for line in claims_page.document(found).splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(claims.all_claims()) and all("not run yet" in line for line in lines)
+    short = claims_page.in_short(found).splitlines()[2:]
+    assert len(short) == sum(bool(claim.short) for claim in claims.all_claims())
+    assert all("not run yet" in line for line in short)
 
 
 def test_claims_are_filled_from_the_results(tmp_path):
     for name in MEASURED:
         made_up(name, tmp_path / name, seeds=(0, 1, 2))
-    found = claims.found_in(tmp_path)
-    rows = [line for line in claims.document(found).splitlines() if line.startswith("| ")]
+    found = claims_page.found_in(tmp_path)
+    rows = [line for line in claims_page.document(found).splitlines() if line.startswith("| ")]
     lines = {line.split(" | ")[1]: line for line in rows}
-    needles = [row for row in rows if "several needles are found more often" in row]
+    needles = [row for row in rows if "Several needles are found more often" in row]
     for row, which in zip(needles, ("4 in 8", "8 in 16"), strict=True):
-        assert f"T: needles, {which}, 3 seeds" in row and "| agrees |" in row and ("| +0.29" in row or "| +0.30" in row)
-    assert "| agrees |" in lines["switched off, facts lose more than reading"]
-    assert "| agrees |" in lines["early layers are nearer to prediction"]
-    assert "not run yet" in lines["the gate earns its place"]
-    short = claims.in_short(found)
-    assert "| T: facts:wiki, 3 seeds | below 0 | **agrees** |" in short
+        assert f"tiny: needles, {which}, 3 seeds" in row and "| supported |" in row
+        assert "| +0.29" in row or "| +0.30" in row
+    assert "| supported |" in lines["Switched off, facts lose more than reading"]
+    assert "| supported |" in lines["Early layers are nearer to prediction"]
+    assert "not run yet" in lines["The gate earns its place"]
+    short = claims_page.in_short(found)
+    assert "| tiny: facts:wiki, 3 seeds | below 0 | **supported** |" in short
 
 
 def test_the_claims_are_those_of_the_committed_results():
-    found = claims.found_in()
-    assert claims.document(found) == claims.FILE.read_text(), "python -m experiments report"
-    short = f"<!-- table -->\n{claims.in_short(found)}\n<!-- end -->"
-    assert short in claims.README.read_text(), "python -m experiments report"
+    found = claims_page.found_in()
+    assert claims_page.document(found) == claims_page.FILE.read_text(), "python -m experiments report"
+    short = f"<!-- table -->\n{claims_page.in_short(found)}\n<!-- end -->"
+    assert short in claims_page.README.read_text(), "python -m experiments report"
 
 
-def test_the_readme_shows_the_largest_setting_with_the_most_seeds():
-    words = claims.IN_SHORT[0]
-    claim = next(claim for claim in claims.CLAIMS if claim.words == words)
-    tables = [("T: b", -0.2, 3), ("S: a", -0.3, 3), ("S: b", -0.4, 1), ("T: a", 0.1, 3)]
-    found = [Finding(group, Interval(mean, mean - 0.01, mean + 0.01), seeds) for group, mean, seeds in tables]
-    results = [(other, found if other is claim else []) for other in claims.CLAIMS]
-    (line,) = (line for line in claims.in_short(results).splitlines() if words in line)
-    assert "-0.3000 (-0.3100 .. -0.2900) | S: a, 3 seeds | below 0 | **agrees** |" in line
-    assert "agrees (1), disagrees (1), cannot tell (1)" in line
+def test_the_readme_shows_the_largest_size_with_the_most_seeds():
+    everything = claims.all_claims()
+    claim = next(claim for claim in everything if claim.words == "The memory lowers the loss of a dense model")
+    tables = [("tiny", "b", -0.2, 3), ("small", "a", -0.3, 3), ("small", "b", -0.4, 1), ("tiny", "a", 0.1, 3)]
+    found = [
+        Finding(Interval(mean, mean - 0.01, mean + 0.01), seeds, Table("sceptic", size, text))
+        for size, text, mean, seeds in tables
+    ]
+    results = [(other, found if other is claim else []) for other in everything]
+    (line,) = (line for line in claims_page.in_short(results).splitlines() if claim.words in line)
+    assert "-0.3000 (-0.3100 .. -0.2900) | small: a, 3 seeds | below 0 | **supported** |" in line
+    assert "supported (1), not supported (1), open (1)" in line
+
+
+MAIN = "wiki+shakespeare+kjv"
 
 
 @pytest.mark.parametrize(
-    "name, group, options",
+    "name, table, options",
     [
-        ("sceptic", "S: wiki+shakespeare+kjv", ""),
-        ("sceptic", "T: wiki+shakespeare+kjv", " --setting T"),
-        ("sceptic", "T: botocore", " --setting T --corpus botocore"),
-        ("lookup_or_module", "T: vocabulary 1,024", " --setting T"),
-        ("slots", "T, 4,096 rows", ""),
-        ("slots", "S", " --setting S"),
+        ("sceptic", Table("sceptic", "small", MAIN), ""),
+        ("sceptic", Table("sceptic", "tiny", MAIN), " --size tiny"),
+        ("sceptic", Table("sceptic", "tiny", "botocore"), " --size tiny --corpus botocore"),
+        ("sceptic", Table("sceptic", "tiny", MAIN, "cuda"), " --size tiny --device cuda"),
+        ("tokens", Table("tokens", "tiny", "kjv", tokens=280_000), ""),
+        ("lookup_or_module", Table("lookup_or_module", "tiny", MAIN, vocabulary=1024), " --size tiny"),
+        ("slots", Table("slots", "tiny", MAIN), ""),
+        ("slots", Table("slots", "small", MAIN), " --size small"),
     ],
 )
-def test_a_claim_names_the_command_that_makes_its_table(name, group, options):
-    claim = next(claim for claim in claims.CLAIMS if claim.command.endswith(f"run {name}"))
-    assert claims.command(claim, group) == f"python -m experiments run {name}{options}"
+def test_a_claim_names_the_command_that_makes_its_table(name, table, options):
+    claim = next(claim for claim in claims.all_claims() if claim.question == name)
+    finding = Finding(Interval(0, 0, 0), 3, table, note=", 4,096 rows")
+    assert claims_page.command(claim, finding) == f"python -m experiments run {name}{options}"
 
 
 def test_the_effective_rank_is_the_number_of_equal_directions():
@@ -697,66 +794,70 @@ def test_the_effective_rank_is_the_number_of_equal_directions():
     assert 1 < effective_rank(basis * 10.0 ** -np.arange(8)) < 1.1
 
 
+def line_of(experiment, arm, seed, text, tokens=1):
+    """The fields of a result that its cell is made of."""
+    setting = {"corpus": text, "vocab_size": 300, "train": {"tokens": tokens}, "model": {"layers": 2}}
+    line = {"experiment": experiment, "arm": arm, "variant": arm, "size": "tiny", "options": {}, "seed": seed}
+    return line | {"held_out": "validation", "setting": setting}
+
+
 def test_a_gain_that_shrinks_along_the_tables_is_above_0(tmp_path):
     home, rng = tmp_path / "tokens", np.random.default_rng(0)
-    (home / "documents").mkdir(parents=True)
+    home.mkdir()
     base, sizes = rng.normal(300, 20, 40), np.full(40, 100)
     with (home / "results.jsonl").open("w") as file:
-        for tokens, lead in ((1, 50), (4, 10), (2, 90)):
+        for millions, lead in ((1, 50), (4, 10), (2, 90)):
             for seed, arm in itertools.product((0, 1), ("plain", "engram")):
-                key = f"{tokens}{seed}{arm}"
+                tokens, key = 10**6 * millions, f"{millions}{seed}{arm}"
                 nats = base + rng.normal(0, 0.1, 40) - lead * (arm == "engram")
-                np.savez(home / "documents" / f"{key}.npz", nats=nats, tokens=sizes, bytes=sizes)
-                record = {"key": key, "cell": f"{tokens}{arm}", "label": arm, "seed": seed, "tokens": tokens}
-                record |= {"group": f"T: text, {tokens}M tokens", "text_tokens": 2, "bpb": 1.0, "corpus": "c"}
-                record |= {"train_cpu_seconds": 1.0}
-                record |= {"setting": {"corpus": "text", "train": {"tokens": tokens}}}
-                file.write(json.dumps(record) + "\n")
-    (found,) = findings.change_of_gain("tokens", "tokens")(tmp_path)
-    assert found.group == "T: text, 1M tokens to T: text, 4M tokens" and found.seeds == 2
+                write_documents(home, key, {"nats": nats, "tokens": sizes, "bytes": sizes})
+                record = {"key": key, "cell": f"{millions}{arm}", "tokens": tokens, "text_tokens": 2 * 10**6}
+                record |= {"bpb": 1.0, "corpus": "c", "train_cpu_seconds": 1.0}
+                file.write(json.dumps(line_of("tokens", arm, seed, "text", tokens) | record) + "\n")
+    (found,) = claims.change_of_gain("tokens")(home)
+    assert found.caption == "tiny: text, 1.00M tokens to tiny: text, 4.00M tokens" and found.seeds == 2
     assert found.value.mean == pytest.approx(40 / 100 / np.log(2), rel=0.01) and found.value.low > 0
-    for passes, ends, lost in (("one", "1M tokens to T: text, 2M", -40), ("several", "2M tokens to T: text, 4M", 80)):
-        (part,) = findings.change_of_gain("tokens", "tokens", passes)(tmp_path)
-        assert part.group == f"T: text, {ends} tokens"
+    for passes, first, last, lost in (("one", 1, 2, -40), ("several", 2, 4, 80)):
+        (part,) = claims.change_of_gain("tokens", passes)(home)
+        assert (part.table.tokens, part.last.tokens) == (first * 10**6, last * 10**6)
         assert part.value.mean == pytest.approx(lost / 100 / np.log(2), rel=0.01)
-    (late,) = findings.change_of_gain("tokens", "tokens", least_tokens=2)(tmp_path)
-    assert late.group == "T: text, 2M tokens to T: text, 4M tokens"
-    assert findings.change_of_gain("tokens", "tokens", "one", least_tokens=2)(tmp_path) == []
-    assert findings.change_of_gain("vocabulary", "vocabulary")(tmp_path) == []
+    (late,) = claims.change_of_gain("tokens", least_tokens=2 * 10**6)(home)
+    assert (late.table.tokens, late.last.tokens) == (2 * 10**6, 4 * 10**6)
+    assert claims.change_of_gain("tokens", "one", least_tokens=2 * 10**6)(home) == []
+    assert claims.change_of_gain("vocabulary")(tmp_path / "vocabulary") == []
     lines = (home / "results.jsonl").read_text()
     (home / "results.jsonl").write_text(lines.replace('"text_tokens": 2', '"text_tokens": 3'))
-    assert findings.change_of_gain("tokens", "tokens", "several")(tmp_path) == [], "1.3 passes are hardly several"
-    once, twice = findings.twice_the_tokens(tmp_path)  # there is no plain for twice the largest
-    assert (once.group, twice.group, once.seeds) == ("T: text, 1M tokens", "T: text, 2M tokens", 2)
+    assert claims.change_of_gain("tokens", "several")(home) == [], "1.3 passes are hardly several"
+    once, twice = twice_the_tokens(home)  # there is no plain for twice the largest
+    assert (once.caption, once.seeds) == ("tiny: text, 1.00M tokens", 2)
+    assert twice.caption == "tiny: text, 2.00M tokens"
     assert once.value.mean == pytest.approx(0.5, rel=0.01) and twice.value.mean == pytest.approx(0.9, rel=0.01)
 
 
 def test_recall_says_where_plain_knows_no_more_than_without_keys(tmp_path):
-    (tmp_path / "recall").mkdir()
-    with (tmp_path / "recall" / "results.jsonl").open("w") as file:
-        for task, right in (("MQAR, 4 pairs", 0.6), ("needles, 4 in 8", 0.27)):
+    with (tmp_path / "results.jsonl").open("w") as file:
+        for text, right in (("recall:4/4+8", 0.6), ("recall:8/8+16", 0.27), ("recall:4/4+0", 0.27)):
             for seed, arm in itertools.product((0, 1), ("plain", "engram")):
                 on = {"accuracy": right if arm == "plain" else 1.0 - 0.1 * seed, "keyless": 0.25}
-                record = {"key": f"{task}{seed}{arm}", "cell": f"{task}{arm}", "label": arm, "seed": seed}
-                file.write(json.dumps({**record, "group": f"T: {task}", "measures": {"on": on}}) + "\n")
-    (learned,), (not_learned,) = (findings.recall(task)(tmp_path) for task in ("MQAR", "needles"))
-    assert (learned.group, learned.seeds) == ("T: MQAR, 4 pairs", 2)
-    assert not_learned.group == "T: needles, 4 in 8, not learned by plain"
+                record = {"key": f"{text}{seed}{arm}", "cell": f"{text}{arm}", "measures": {"on": on}}
+                file.write(json.dumps(line_of("recall", arm, seed, text) | record) + "\n")
+    claim = next(claim for claim in recall_claims.CLAIMS if "needles" in claim.words)
+    learned, not_learned = claim.figure(tmp_path)  # MQAR has no needles
+    assert (learned.caption, learned.seeds) == ("tiny: needles, 4 in 8", 2)
+    assert not_learned.caption == "tiny: needles, 8 in 16, not learned by plain"
     assert not_learned.value.mean == pytest.approx(0.68) and not_learned.value.low < 0.68
 
 
-def test_every_label_of_a_claim_is_one_that_its_experiment_runs():
-    labels = {
-        (name, run.label) for name in NAMES for setting in "ST" for run in config.questions(name).configs(setting)
+def test_every_variant_of_a_claim_is_one_that_its_question_runs():
+    variants = {
+        (name, run.variant) for name in names() for size in SETTINGS for run in cell.questions(name).configs(size)
     }
-    for claim in claims.CLAIMS:
-        if " minus " in claim.ours and claim.figure.__qualname__.startswith("difference"):
-            name, what = claim.command.split()[-1], re.sub(", (nats a token|bits a byte)$", "", claim.ours)
-            assert all((name, label) in labels for label in what.split(" minus ")), claim
+    pairs = [(claim.question, variant) for claim in claims.all_claims() for variant in claim.pair or ()]
+    assert len(pairs) > 40 and set(pairs) <= variants
 
 
 def test_a_summary_stands_before_the_tables_of_the_losses(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "groups_of", lambda records: {"g": {}})
+    monkeypatch.setattr(report, "tables_of", lambda records: {"g": {}})
     monkeypatch.setattr(report, "rows_of", lambda *_: [])
     monkeypatch.setattr(report, "table", lambda *_: "losses")
     monkeypatch.setattr(report, "facts", lambda *_: "")
@@ -781,29 +882,29 @@ def test_the_interval_of_a_share_ends_where_shares_do():
 
 
 def stored_rows(home, seed, cost, corpus="c"):
-    (home / "documents").mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     sizes, nats = np.full(30, 50.0), np.random.default_rng(seed).normal(200, 20, 30)
     codecs = {"float32": nats, "fp8": nats + cost * sizes}
-    np.savez(storing.documents_file(home, 1000, seed), tokens=sizes, **codecs)
+    write_documents(home, storing.documents_key(1000, seed), {"tokens": sizes, **codecs})
     for codec, values in codecs.items():
         line = {"codec": codec, "tokens": 1000, "seed": seed, "corpus": corpus, "row_bytes": 33, "ratio": 0.25}
-        runner.append(home / "results.jsonl", line | {"loss": values.sum() / 1500, "rms_error": 0.1, "rms": 0.4})
+        append(home / "results.jsonl", line | {"loss": values.sum() / 1500, "rms_error": 0.1, "rms": 0.4})
 
 
 def test_what_stored_rows_cost_is_judged_over_trained_models(tmp_path):
     home = tmp_path / "codecs"
     for seed, cost in enumerate((0.01, 0.02, 0.03)):
         stored_rows(home, seed, cost)
-    (found,) = findings.fp8(tmp_path)
-    assert (found.group, found.seeds) == ("0.00M tokens", 3) and found.value.mean == pytest.approx(0.02)
+    (found,) = storing_claims.fp8(home)
+    assert (found.caption, found.seeds) == ("0.00M tokens", 3) and found.value.mean == pytest.approx(0.02)
     assert found.value.low < 0 and found.value.high > 0.04  # Student's, of three values
     text = storing.summary(home, 1000)
     assert "| fp8 | 33 | 0.2500 |" in text and "models of seeds 0, 1, 2" in text and "+0.02000 (" in text
     stored_rows(home, 3, 0.01, corpus="another")
     with pytest.raises(ValueError, match="of different texts: make all seeds again"):
-        findings.fp8(tmp_path)
+        storing_claims.fp8(home)
 
 
-def test_the_readme_of_codecs_has_the_table_of_its_results():
-    home = config.HOME / "codecs"
-    assert f"<!-- table -->\n{storing.summary(home, 1_100_000)}\n<!-- end -->" in (home / "README.md").read_text()
+def test_the_tables_of_codecs_are_those_of_its_results():
+    home = cell.HOME / "scripts" / "codecs"
+    assert f"\n\n{storing.summary(home, 1_100_000)}\n" in (home / "tables.md").read_text()

@@ -19,7 +19,8 @@ from hf_models import LLAMA
 
 import engram
 from engram.lm.corpus import Document
-from experiments.retrofit import arms, data, job, measure, run, summary
+from experiments.lab.results import rename_documents
+from experiments.scripts.retrofit import arms, data, job, measure, run, summary
 from experiments.sensitivity.facts import Fact
 
 WORDS = "the name of a service that you want to list or delete is in this region".split()
@@ -278,14 +279,10 @@ def done(finished, tmp_path, monkeypatch):
 
 
 def test_every_arm_runs_and_the_tables_are_written_again_from_what_it_left(done):
-    readme = done / "README.md"
-    readme.write_text("# Title\n\n<!-- table -->\nold\n<!-- end -->\n\nwords that stay\n")
     summary.write(done)
-    text = readme.read_text()
-    assert "old" not in text and text.endswith("\nwords that stay\n")
+    text = (done / "tables.md").read_text()
+    assert text.startswith("# retrofit: tables\n")
     assert all(f"\n| {arm} |" in text for arm in (*arms.NAMES, summary.OFF))
-    summary.write(done)
-    assert readme.read_text() == text
     assert summary.draw(done).stat().st_size > 10_000
 
 
@@ -372,8 +369,8 @@ def test_arms_of_one_seed_that_saw_other_batches_are_not_compared(tmp_path):
 
 def test_a_missing_side_file_is_named(done):
     record = summary.arms_of(done)["lora"][0]
-    (done / "documents" / f"{record['key']}.npz").unlink()
-    with pytest.raises(FileNotFoundError, match="lora seed 0"):
+    rename_documents(done, {record["key"]: "lost"})
+    with pytest.raises(FileNotFoundError, match=f"delete the line of run {record['key']}"):
         summary.document(done)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engram.lm.run import Setting
-from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+from experiments.lab.cell import HOME, SETTINGS, Run, change
+from experiments.lab.tuning import rate_grid, tuned
 
-SETTING = "T"
+SIZE, TABLES = "tiny", ()
 TUNING = HOME / "allocation" / "tune.jsonl"
 BUDGET, TOP_K = 64, 2  # inactive experts a layer, where all goes to experts; two are in use at any token
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the table; at 1 only the two experts in use are left
@@ -22,8 +23,8 @@ def label_of(share: float) -> str:
 BASELINE = label_of(0.0)
 
 
-def cells(setting_name: str, shares: Sequence[float] = SHARES) -> list[Run]:
-    setting = SETTINGS[setting_name]
+def cells(size: str, shares: Sequence[float] = SHARES) -> list[Run]:
+    setting = SETTINGS[size]
     setting = change(setting, train=tuned("engram", setting))
     rows = BUDGET * expert_parameters(setting) // (setting.memory.columns * setting.memory.head_dim)
     return [
@@ -33,7 +34,7 @@ def cells(setting_name: str, shares: Sequence[float] = SHARES) -> list[Run]:
             setting,
             (("experts", TOP_K + round(BUDGET * (1 - share))), ("rows", round(rows * share)), ("top_k", TOP_K)),
             label_of(share),
-            setting_name,
+            size,
         )
         for share in shares
     ]
@@ -44,17 +45,17 @@ def expert_parameters(setting: Setting) -> int:
     return setting.model.layers * 8 * setting.model.hidden_size**2 // TOP_K
 
 
-def configs(setting_name: str) -> list[Run]:
+def configs(size: str) -> list[Run]:
     """The split cells, each at the dense rate of the nearest split that was tuned, and plain, which has no such
     parameters."""
-    setting = SETTINGS[setting_name]
-    runs = [Run("allocation", "plain", change(setting, train=tuned("plain", setting)), group=setting_name)]
-    for share, run in zip(SHARES, cells(setting_name), strict=True):
+    setting = SETTINGS[size]
+    runs = [Run("allocation", "plain", change(setting, train=tuned("plain", setting)), size=size)]
+    for share, run in zip(SHARES, cells(size), strict=True):
         nearest = min(TUNED, key=lambda tuned_share: abs(tuned_share - share))
         runs.append(replace(run, setting=change(run.setting, train=tuned(label_of(nearest), setting, TUNING))))
     return runs
 
 
 def tune() -> list[Run]:
-    """A grid of lr for three splits, at T; rows take the rate of engram."""
-    return rate_grid(cells("T", TUNED), TUNING, table_lrs=())
+    """A grid of lr for three splits, at tiny; rows take the rate of engram."""
+    return rate_grid(cells("tiny", TUNED), TUNING, table_lrs=())

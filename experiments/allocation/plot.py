@@ -8,18 +8,18 @@ import matplotlib
 from engram.lm.statistics import Interval
 
 from experiments.allocation.configs import BASELINE, SHARES, label_of
-from experiments.plots import COLOURS, SOFT, STYLE, curve, load, new_figure, save
+from experiments.lab.plots import COLOURS, SOFT, STYLE, curve, load, new_figure, save
 
 
 def draw(home: Path) -> Path:
     found = load(home, BASELINE)
-    groups = {group: rows for group, rows in found.items() if any(row.label == BASELINE for row in rows)}
+    groups = {group: rows for group, rows in found.items() if any(row.variant == BASELINE for row in rows)}
     if not groups:
         raise ValueError(f"{home / 'results.jsonl'} has no run of {BASELINE!r} to compare with")
     figure, panels = new_figure(7.2, [3.6] * len(groups))
     with matplotlib.rc_context(STYLE):
         for axes, (group, rows) in zip(panels, groups.items(), strict=True):
-            by_label = {row.label: row for row in rows}
+            by_label = {row.variant: row for row in rows}
             shares = [share for share in SHARES if label_of(share) in by_label]
             points = []
             for share in shares:

@@ -2,70 +2,32 @@
 
 build(name, setting, data, **options) -> a model that engram.lm's train and evaluate run unchanged; after training,
 finish(name, model, setting, data, **options) -> the model to evaluate.
+
+An arm is a file in this folder that defines ARMS, {name: build(setting, data, *, option=default) -> model}, and, for
+what is done after training, FINISH, {name: finish(model, setting, data, *, option=default) -> model}.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from engram.lm.run import Data, Setting
-from experiments.arms import (
-    bigram_embedding,
-    controls,
-    dense,
-    hashed_bigram,
-    kneser_ney,
-    knn_lm,
-    layer_embeddings,
-    moe,
-    over_encoding,
-    product_key,
-    short_conv,
-    shuffled,
-    value_embeddings,
-)
 from experiments.arms.dense import vocabulary_for
-from experiments.arms.host import plain
 
 __all__ = ["NAMES", "build", "finish", "tables", "trained_as", "vocabulary_for"]
 
-_BUILD: dict[str, Callable[..., Any]] = {
-    "plain": plain,
-    "engram": controls.engram,
-    "one-row": controls.one_row,
-    "random": controls.random,
-    "shuffled": shuffled.build,
-    "gate-one": controls.gate_one,
-    "switched-off": controls.engram,
-    "wider": dense.wider,
-    "deeper": dense.deeper,
-    "longer": plain,
-    "bigram-embedding": bigram_embedding.build,
-    "hashed-bigram": hashed_bigram.build,
-    "over-encoding": over_encoding.build,
-    "value-embeddings": value_embeddings.build,
-    "layer-embeddings": layer_embeddings.build,
-    "larger-vocabulary": plain,
-    "short-conv": short_conv.build,
-    "moe-total": moe.moe_total,
-    "moe-active": moe.moe_active,
-    "moe+engram": moe.moe_engram,
-    "product-key": product_key.build,
-    "kneser-ney": kneser_ney.build,
-    "knn-lm": plain,
-}
-_FINISH: dict[str, Callable[..., Any]] = {
-    "switched-off": controls.switch_off,
-    "moe-total": moe.report_load,
-    "moe-active": moe.report_load,
-    "moe+engram": moe.report_load,
-    "kneser-ney": kneser_ney.finish,
-    "knn-lm": knn_lm.finish,
-}
+_BUILD: dict[str, Callable[..., Any]] = {}
+_FINISH: dict[str, Callable[..., Any]] = {}
+for _module in pkgutil.iter_modules(__path__):
+    _arm = importlib.import_module(f"{__name__}.{_module.name}")
+    _BUILD |= getattr(_arm, "ARMS", {})
+    _FINISH |= getattr(_arm, "FINISH", {})
 NAMES: tuple[str, ...] = tuple(_BUILD)
 
 
@@ -91,13 +53,15 @@ def finish(name: str, model: nn.Module, setting: Setting, data: Data, **options:
 
 
 def trained_as(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The arm whose training this one's is, the first that is built alike, with those of the options that matter to it;
-    None: nothing is trained. Raises what build() raises."""
+    """(arm, options): the arm whose training this one's is, of those built alike the one that the function is named
+    after, with those of the options that matter to it. None: nothing is trained. Raises what build() raises."""
     _check(name, options)
     base = options.get("base", "plain") if name == "kneser-ney" else name
     if base == "none":
         return None
-    return next(arm for arm in NAMES if _BUILD[arm] is _BUILD[base]), _of(_BUILD[base], options)
+    alike = [arm for arm in NAMES if _BUILD[arm] is _BUILD[base]]
+    named = _BUILD[base].__name__.replace("_", "-")  # the arm that the function is named after stands for all
+    return named if named in alike else alike[0], _of(_BUILD[base], options)
 
 
 def tables(model: Any) -> dict[str, int]:

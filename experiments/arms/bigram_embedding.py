@@ -67,3 +67,6 @@ def build(setting: Setting, data: Data) -> Transformer:
     facts: dict[str, Any] = {"bigrams": address.rows - 1, "full_table_parameters": vocabulary(data) ** 2 * d}
     model.extra_facts = facts
     return model
+
+
+ARMS = {"bigram-embedding": build}

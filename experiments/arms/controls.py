@@ -40,3 +40,13 @@ def gate_one(setting: Setting, data: Data) -> Transformer:
 def switch_off(model: Transformer, setting: Setting, data: Data) -> Transformer:
     model.memory = None
     return model
+
+
+ARMS = {
+    "engram": engram,
+    "one-row": one_row,
+    "random": random,
+    "gate-one": gate_one,
+    "switched-off": engram,
+}
+FINISH = {"switched-off": switch_off}

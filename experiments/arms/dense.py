@@ -68,3 +68,6 @@ def vocabulary_for(setting: Setting) -> int:
     stored *= getattr(torch, memory.table_dtype).itemsize
     row = model.hidden_size * 4 * (1 if model.tie_embeddings else 2)
     return min(setting.vocab_size + stored // row, LARGEST_VOCABULARY)
+
+
+ARMS = {"plain": plain, "longer": plain, "larger-vocabulary": plain, "wider": wider, "deeper": deeper}

@@ -18,3 +18,6 @@ def build(setting: Setting, data: Data) -> Transformer:
     rows = max(1, engram_size(setting, data).table // (layers * d))
     config = row_config(setting, layers=range(layers), orders=(2,), heads=1, head_dim=d, rows_per_head=rows)
     return with_memory(setting, data, lambda: RowMemory(config, raw_ids(data), d))
+
+
+ARMS = {"hashed-bigram": build}

@@ -222,3 +222,7 @@ def finish(model: Any, setting: Setting, data: Data, *, order: int = 4, base: st
         "bytes": counts.nbytes + sum(table.nbytes for table in held),
     }
     return Mixture(model, counts, 1.0 if base == "none" else fit_weight(p_lm, p_counts), stored, facts)
+
+
+ARMS = {"kneser-ney": build}
+FINISH = {"kneser-ney": finish}

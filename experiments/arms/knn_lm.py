@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engram.lm.run import Data, Setting
 from engram.lm.transformer import Transformer
-from experiments.arms.host import vocabulary
+from experiments.arms.host import plain, vocabulary
 from experiments.arms.mixture import Mixture, fit_weight, scored, seen_windows, tune_windows
 
 INDEXES = ("exact", "ivf", "ivfpq")
@@ -149,3 +149,7 @@ def finish(
         "tune_loss": -best[0],
     }
     return Mixture(model, near, weight, {"parameters": keys.size, "bytes": facts["index_bytes"]}, facts)
+
+
+ARMS = {"knn-lm": plain}
+FINISH = {"knn-lm": finish}

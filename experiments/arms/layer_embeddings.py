@@ -51,3 +51,6 @@ def build(setting: Setting, data: Data) -> Transformer:
         return RowMemory(config, raw_ids(data), d, lambda: GatedRow(d, width, residual_std(len(layers))), address, V)
 
     return with_memory(setting, data, memory)
+
+
+ARMS = {"layer-embeddings": build}

@@ -16,7 +16,7 @@ from engram.lm.evaluate import eval_mode
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches
-from experiments.prepared import prepare
+from experiments.lab.caches import prepare
 
 TUNE_TOKENS = 65_536  # of the tune slice: one or two numbers are fitted on them
 

@@ -123,3 +123,7 @@ def report_load(model: Transformer, setting: Setting, data: Data) -> Transformer
     loads = [block.ffn.load.float() for block in model.blocks]
     model.extra_facts["max_load_over_mean"] = max(float(load.max() / load.mean().clamp_min(1)) for load in loads)
     return model
+
+
+ARMS = {"moe-total": moe_total, "moe-active": moe_active, "moe+engram": moe_engram}
+FINISH = dict.fromkeys(ARMS, report_load)

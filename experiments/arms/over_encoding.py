@@ -23,3 +23,6 @@ def build(setting: Setting, data: Data, *, rows: int | None = None) -> Transform
     rows = rows or max(1, engram_size(setting, data).table // (2 * heads * width))
     config = row_config(setting, layers=(0,), orders=(2, 3), rows_per_head=rows)
     return with_memory(setting, data, lambda: EngramMemory(config, raw_ids(data), setting.model.hidden_size))
+
+
+ARMS = {"over-encoding": build}

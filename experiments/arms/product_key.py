@@ -107,3 +107,6 @@ def build(setting: Setting, data: Data, *, heads: int = 4, top_k: int = 16, norm
     model = with_memory(setting, data, memory)
     model.extra_facts = {"sub_keys": n, "heads": heads, "top_k": min(top_k, n), "norm": norm}
     return model
+
+
+ARMS = {"product-key": build}

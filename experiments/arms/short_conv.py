@@ -48,3 +48,6 @@ def build(setting: Setting, data: Data, *, everywhere: bool = False) -> Transfor
     for layer in range(setting.model.layers) if everywhere else setting.memory.layers:
         model.blocks[layer] = ConvThenBlock(model.blocks[layer], setting.model.hidden_size)
     return model
+
+
+ARMS = {"short-conv": build}

@@ -63,3 +63,6 @@ def build(setting: Setting, data: Data) -> Transformer:
         data,
         lambda: ShuffledMemory(setting.memory, data.token_map, setting.model.hidden_size, data.train),
     )
+
+
+ARMS = {"shuffled": build}

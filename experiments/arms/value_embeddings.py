@@ -24,3 +24,6 @@ def build(setting: Setting, data: Data) -> Transformer:
         data,
         lambda: RowMemory(config, raw_ids(data), d, address=TokenAddress(layers, raw_ids(data)), rows=V),
     )
+
+
+ARMS = {"value-embeddings": build}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments.config import HOME, LRS, SETTINGS, TABLE_LRS, Run, change, rate_grid, tuned
+from experiments.lab.cell import HOME, SETTINGS, Run, change
+from experiments.lab.tuning import LRS, TABLE_LRS, rate_grid, tuned
 
-BASELINE, SETTING = "engram", "T"
+BASELINE, SIZE = "engram", "tiny"
+TABLES = ()
 TUNING = HOME / "components" / "tune.jsonl"
 
 # Steps of these optimisers are not on one scale, so each has a grid of its own. RMS has no bias correction and begins
@@ -55,13 +57,13 @@ def changes(layers: int) -> dict[str, dict[str, Any]]:
     return table
 
 
-def cells(setting_name: str) -> list[Run]:
+def cells(size: str) -> list[Run]:
     """Every change at engram's rates; a row optimiser at the middle of its own grid."""
-    setting = SETTINGS[setting_name]
+    setting = SETTINGS[size]
     base = change(setting, train=tuned("engram", setting))
 
     def cell(label: str, memory: dict[str, Any] | None = None, options: tuple[Any, ...] = (), **train: Any) -> Run:
-        return Run("components", "engram", change(base, memory, train), options, label, setting_name)
+        return Run("components", "engram", change(base, memory, train), options, label, size)
 
     runs = [cell(label, memory) for label, memory in changes(base.model.layers).items()]
     runs.append(cell("token map: raw ids", options=(("token_map", "identity"),)))
@@ -70,26 +72,25 @@ def cells(setting_name: str) -> list[Run]:
     return runs
 
 
-def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
+def configs(size: str) -> list[Run]:
+    setting = SETTINGS[size]
     unchanged = [
-        Run("components", arm, change(setting, train=tuned(arm, setting)), group=setting_name)
-        for arm in ("engram", "plain")
+        Run("components", arm, change(setting, train=tuned(arm, setting)), size=size) for arm in ("engram", "plain")
     ]
     runs = []
-    for run in cells(setting_name):
-        rates = tuned(run.label, setting, TUNING)
-        if setting_name != "T":  # the grids are T's; a longer training wants engram's lower lr
+    for run in cells(size):
+        rates = tuned(run.variant, setting, TUNING)
+        if size != "tiny":  # the grids are of tiny; a longer training wants engram's lower lr
             rates.pop("lr", None)
         runs.append(replace(run, setting=change(run.setting, train=rates)))
     return unchanged + runs
 
 
 def tune() -> list[Run]:
-    """At T, a grid of lr for each change of the module, and of table_lr for each row optimiser; the other rate is
+    """At tiny, a grid of lr for each change of the module, and of table_lr for each row optimiser; the other rate is
     engram's. Rows that go into attention values have a grid of both: value embeddings want rates far from engram's."""
     runs = []
-    for cell in cells("T"):
+    for cell in cells("tiny"):
         own = TABLE_OPTIMIZERS.get(cell.setting.train.table_optimizer)
         into_values = cell.setting.memory.inject == "values"
         runs += rate_grid([cell], TUNING, () if own else LRS, own or (TABLE_LRS if into_values else ()))

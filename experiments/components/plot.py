@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.components.configs import BASELINE
-from experiments.plots import dot_plots
+from experiments.lab.plots import dot_plots
 
 
 def draw(home: Path) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engram.lm.evaluate import eval_mode
 from engram.lm.run import Data
-from experiments.config import Run
+from experiments.lab.cell import Run
 
 WINDOWS = 32  # of held-out text, for the lens
 POSITIONS = 320  # of these, kept for CKA: the same in every run, so that any two runs can be compared

@@ -9,8 +9,8 @@ import numpy as np
 
 from experiments.depth.configs import BASELINE
 from experiments.depth.summary import compare, lens
-from experiments.measures import mean_of, measured
-from experiments.plots import ARM_COLOURS, INK, STYLE, curve, new_figure, save
+from experiments.lab.measures import mean_of, measured
+from experiments.lab.plots import ARM_COLOURS, INK, STYLE, curve, new_figure, save
 
 
 def draw(home: Path) -> Path:

@@ -10,8 +10,8 @@ import numpy as np
 from engram.lm.statistics import Interval, over_seeds
 
 from experiments.depth.measure import alignment, likeness
-from experiments.measures import mean_of, measured, paired, shown, table
-from experiments.report import Record
+from experiments.lab.measures import mean_of, measured, paired, shown, table
+from experiments.lab.results import Record, read_documents
 
 REACHED = 2  # the first layer behind the memory, which is added to what block 1 is given
 
@@ -26,9 +26,8 @@ def early_lens(measures: Any) -> float:
 
 
 def states_of(home: Path, run: Record) -> np.ndarray:
-    """float16 [layers + 1, positions, d]. Raises FileNotFoundError, KeyError: a side file that is not there or old."""
-    with np.load(home / "documents" / f"{run['key']}.npz") as arrays:
-        return arrays["measured_states"]
+    """float16 [layers + 1, positions, d]. Raises FileNotFoundError: no such arrays."""
+    return read_documents(home, run["key"], ("measured_states",))["measured_states"]
 
 
 def compare(home: Path, runs: dict[int, Record], plain: dict[int, Record]) -> dict[int, tuple[np.ndarray, np.ndarray]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from engram.lm.run import Setting
-from experiments.config import SETTINGS, Run, change, read_results, tuned
-from experiments.measures import table
-from experiments.report import Row, groups_of, interval, rows_of
-from experiments.tokens.configs import TUNING, budget, group_of
+from experiments.lab.cell import SETTINGS, Run, Table, change
+from experiments.lab.measures import table
+from experiments.lab.report import Row, interval, rows_of, tables_of
+from experiments.lab.results import Record, read_results
+from experiments.lab.tuning import tuned
+from experiments.tokens.configs import TABLES, TUNING, budget
 
-BASELINE, SETTING = "plain", "T"
+__all__ = ["BASELINE", "SIZE", "TABLES", "configs", "summary"]
+
+BASELINE, SIZE = "plain", "tiny"
 FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # of the setting's training tokens
 ROWS = (256, 1024, 4096, 16384, 65536)  # a head of engram; the counts get the bytes of that table
 ALONE, WITH_PLAIN, WITH_ENGRAM = "kneser-ney alone", "plain + kneser-ney", "engram + kneser-ney"
@@ -24,59 +28,69 @@ ARMS = {
 }
 
 
-def configs(setting_name: str) -> list[Run]:
+def configs(size: str) -> list[Run]:
     """Against training tokens with the largest table; against bytes with the tokens of the setting."""
     runs = []
     for factor in FACTORS:
-        base = budget(SETTINGS[setting_name], factor)
-        group = group_of(setting_name, base)
-        runs.append(Run("kneser_ney", "plain", change(base, train=tuned("plain", base, TUNING)), group=group))
+        base = budget(SETTINGS[size], factor)
+        runs.append(Run("kneser_ney", "plain", change(base, train=tuned("plain", base, TUNING)), size=size))
         for rows in ROWS if factor == 1 else ROWS[-1:]:
-            runs += [_cell(base, name, rows, group) for name in ARMS]
+            runs += [_cell(base, name, rows, size) for name in ARMS]
     return runs
 
 
-def _cell(base: Setting, name: str, rows: int, group: str) -> Run:
+def _cell(base: Setting, name: str, rows: int, size: str) -> Run:
     arm, counts_beside, rates_of, share = ARMS[name]
     mine = change(base, {"rows_per_head": round(rows * share)}, tuned(rates_of, base, TUNING))
     options = () if counts_beside is None else (("base", counts_beside),)
-    return Run("kneser_ney", arm, mine, options, label_of(name, rows), group)
+    return Run("kneser_ney", arm, mine, options, label_of(name, rows), size)
 
 
 def label_of(name: str, rows: int) -> str:
     return f"{name}, {rows:,} rows"
 
 
-def parts_of(label: str) -> tuple[str, int | None]:
-    """(name, rows a head) of a label; no rows for plain."""
-    name, _, rows = label.partition(", ")
-    return name, int(rows.removesuffix(" rows").replace(",", "")) if rows else None
+def parts_of(record: Record) -> tuple[str, int | None]:
+    """(one of ARMS, rows per head of engram's table of as many bytes) of a result; ("plain", None) for plain."""
+    for name, (arm, base, _, share) in ARMS.items():
+        if (arm, base) == (record["arm"], record["options"].get("base")):
+            return name, round(record["setting"]["memory"]["rows_per_head"] / share)
+    return record["arm"], None
 
 
-def against_engram(home: Path) -> list[tuple[str, int, str, Row, Row]]:
-    """(group, rows a head, name, its row with engram of as many bytes as baseline, engram's row) of every cell with
+def against_engram(home: Path) -> list[tuple[Table, int, str, Row, Row]]:
+    """(table, rows per head, name, its row with engram of as many bytes as baseline, engram's row) of every cell with
     counts that has a seed in common with engram. Raises what rows_of raises."""
     found = []
-    for group, labels in groups_of(read_results(home / "results.jsonl")).items():
-        for label, runs in labels.items():
-            name, rows = parts_of(label)
-            if rows is None or name == "engram" or label_of("engram", rows) not in labels:
+    for place, variants in tables_of(read_results(home / "results.jsonl")).items():
+        cells = {parts_of(runs[0]): (variant, runs) for variant, runs in variants.items()}
+        for (name, rows), (variant, runs) in cells.items():
+            if rows is None or name == "engram" or ("engram", rows) not in cells:
                 continue
-            engram = label_of("engram", rows)
-            base, row = rows_of(home, {engram: labels[engram], label: runs}, engram)
+            engram, its_runs = cells["engram", rows]
+            base, row = rows_of(home, {engram: its_runs, variant: runs}, engram)
             if row.nats is not None:
-                found.append((group, rows, name, row, base))
-    return sorted(found, key=lambda cell: (cell[0], cell[1], list(ARMS).index(cell[2])))
+                found.append((place, rows, name, row, base))
+    return sorted(found, key=lambda cell: (str(cell[0]), cell[1], list(ARMS).index(cell[2])))
 
 
 def summary(home: Path) -> str:
     """Counts against engram directly: who is ahead, at how many tokens and bytes."""
-    head = ("table", "arm", "rows a head", "seeds", "MB of its table", "MB of engram's", "nats minus engram's", "ahead")
+    head = (
+        "table",
+        "arm",
+        "rows per head",
+        "seeds",
+        "MB of its table",
+        "MB of engram's",
+        "nats minus engram's",
+        "ahead",
+    )
     lines = []
-    for group, rows, name, row, base in against_engram(home):
+    for place, rows, name, row, base in against_engram(home):
         assert row.nats is not None
         ahead = "engram" if row.nats.low > 0 else name if row.nats.high < 0 else "cannot tell"
         ahead = ahead if len(row.paired) > 1 else "one seed"
         sizes = [f"{one.mean('bytes', 'table') / 1e6:.2f}" for one in (row, base)]
-        lines.append((group, name, f"{rows:,}", f"{len(row.paired)}", *sizes, interval(row.nats), ahead))
+        lines.append((place, name, f"{rows:,}", f"{len(row.paired)}", *sizes, interval(row.nats), ahead))
     return f"### Against engram, counts of at most as many bytes\n\n{table(head, lines, words=2)}"

@@ -8,19 +8,18 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from experiments.kneser_ney.configs import ARMS, BASELINE, ROWS, parts_of
-from experiments.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, load, new_figure, save
-from experiments.report import Row
+from experiments.lab.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, load, new_figure, save
+from experiments.lab.report import Row
 
 Points = dict[str, list[tuple[float, Row]]]  # of each arm, (place on the axis, row)
 
 
 def draw(home: Path) -> Path:
-    found: dict[tuple[str, str], Points] = {}  # of each setting and axis
-    for group, rows in load(home, BASELINE).items():
-        setting = group.partition(":")[0]
-        by_tokens = found.setdefault((setting, "training tokens, millions"), {})
-        by_bytes = found.setdefault((setting, "MB of float32 rows, or of counts at most"), {})
-        cells = [(*parts_of(row.label), row) for row in rows if row.nats is not None]
+    found: dict[tuple[str, str], Points] = {}  # of each size and axis
+    for table, rows in load(home, BASELINE).items():
+        by_tokens = found.setdefault((table.size, "training tokens, millions"), {})
+        by_bytes = found.setdefault((table.size, "MB of float32 rows, or of counts at most"), {})
+        cells = [(*parts_of(row.runs[0]), row) for row in rows if row.nats is not None]
         several = len({size for name, size, _ in cells if name != "engram"}) > 1
         for name, size, row in cells:
             if size == ROWS[-1]:
@@ -29,7 +28,7 @@ def draw(home: Path) -> Path:
                 memory = first_run(row)["setting"]["memory"]
                 columns = len(memory["orders"]) * memory["heads"]
                 by_bytes.setdefault(name, []).append((size * columns * memory["head_dim"] * 4 / 1e6, row))
-    panels = [(f"{setting}: {axis}", points) for (setting, axis), points in sorted(found.items()) if points]
+    panels = [(f"{size}: {axis}", points) for (size, axis), points in sorted(found.items()) if points]
     if not panels:
         raise ValueError(f"{home / 'results.jsonl'} has no arm beside {BASELINE!r} with a seed in common to compare")
     figure, axes = new_figure(7.2, [3.8] * len(panels))

@@ -1,12 +1,16 @@
-"""What a run is, as one value, and the two settings that all experiments are run at."""
+"""What a run is, as one value; which cell of which table its result is; and how both are called in captions.
+
+A result is identified by fields, never by a caption: `cell_of` reads the Cell of a line of results.jsonl from the
+line's own fields, `Table` says which cells are compared with each other, and the captions of both are made here alone.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,32 +20,96 @@ import xxhash
 
 from engram.config import EngramConfig
 from engram.lm.run import Setting
+from engram.lm.tokenizer import SMALLEST_VOCAB
 from engram.lm.train import TrainConfig
 from engram.lm.transformer import TransformerConfig
 
-HOME = Path(__file__).parent
-NAMES = (
-    *("sceptic", "lookup_or_module", "components", "slots", "allocation", "vocabulary", "tokens"),
-    *("kneser_ney", "sensitivity", "depth", "recall"),
-)
+HOME = Path(__file__).parents[1]
 
-# S is the main job. T is for sweeps: its budget is what the plain model trains in about a minute on one thread.
+# small is the main job. tiny is for sweeps: its budget is what the plain model trains in about a minute on one thread.
 SETTINGS: dict[str, Setting] = {
-    "S": Setting(train=TrainConfig(tokens=3_300_000)),
-    "T": Setting(
+    "small": Setting(train=TrainConfig(tokens=3_300_000)),
+    "tiny": Setting(
         model=TransformerConfig(vocab_size=4096, hidden_size=128, layers=2),
         memory=EngramConfig(layers=(1,), orders=(2, 3), heads=4, head_dim=32, rows_per_head=65536),
         train=TrainConfig(tokens=560_000, batch_size=8, context=256),
     ),
 }
+LETTERS = {"S": "small", "T": "tiny"}  # what the sizes were called before
 
-LRS, TABLE_LRS = (1.5e-3, 3e-3, 6e-3), (0.01, 0.03, 0.1)
-# Where a grid goes on when its best rate is its smallest or largest, up to WIDEST rates.
-LADDERS = {
-    "lr": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
-    "table_lr": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-}
-WIDEST = 6
+
+@dataclass(frozen=True)
+class Cell:
+    """What identifies a result, its seed aside.
+
+    Attributes:
+        question: the folder. arm: one of experiments.arms.NAMES. variant: its row in the tables of the question.
+        size: "small" or "tiny"; "" for a setting of its own. text: the corpus. vocabulary: entries of the tokenizer.
+        tokens: of training, as asked for. layers: of the model. options: of the arm. held_out: "validation" or "tune".
+        device: of the dense weights.
+    """
+
+    question: str
+    arm: str
+    variant: str
+    size: str
+    text: str
+    vocabulary: int
+    tokens: int
+    layers: int
+    options: tuple[tuple[str, Any], ...] = ()
+    held_out: str = "validation"
+    device: str = "cpu"
+
+    @property
+    def table(self) -> Table:
+        """The table that this cell is a row of: the fields that TABLES of the question names tell its tables apart."""
+        names = [name for name in tables_by(self.question) if name != "text"]
+        return Table(self.question, self.size, self.text, self.device, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells that are compared with each other. A field is None if cells of one table may differ in it."""
+
+    question: str
+    size: str
+    text: str
+    device: str = "cpu"
+    vocabulary: int | None = None
+    tokens: int | None = None
+    layers: int | None = None
+
+    def __str__(self) -> str:
+        """The caption, "tiny: kjv, 0.56M tokens": the text is left out if the question has one text, the size's own."""
+        usual = self.size in SETTINGS and self.text == SETTINGS[self.size].corpus
+        parts = [] if usual and "text" not in tables_by(self.question) else [_text(self.question, self.text)]
+        if self.vocabulary is not None:
+            parts.append(f"vocabulary {self.vocabulary:,}{' (bytes)' if self.vocabulary == SMALLEST_VOCAB else ''}")
+        if self.tokens is not None:
+            parts.append(f"{self.tokens / 1e6:.2f}M tokens")
+        if self.layers is not None:
+            parts.append(f"{self.layers} layers")
+        caption = ": ".join(filter(None, (self.size, ", ".join(parts))))
+        return caption if self.device == "cpu" else f"{caption}, on {self.device}"
+
+
+def cell_of(record: dict[str, Any]) -> Cell:
+    """The cell of a line of results.jsonl or tune.jsonl, from its own fields."""
+    setting = record["setting"]
+    return Cell(
+        record["experiment"],
+        record["arm"],
+        record["variant"],
+        record["size"],
+        setting["corpus"],
+        setting["vocab_size"],
+        setting["train"]["tokens"],
+        setting["model"]["layers"],
+        tuple(sorted(record["options"].items())),
+        record["held_out"],
+        record.get("device", "cpu"),
+    )
 
 
 @dataclass(frozen=True)
@@ -49,13 +117,13 @@ class Run:
     """One run: what is trained, on what and how, with which seed.
 
     Attributes:
-        experiment: the folder that asks for it. arm: one of experiments.arms.NAMES.
+        experiment: the folder of the question. arm: one of experiments.arms.NAMES.
         setting: text, model, memory, training, seed.
         options: of the arm, as (name, value) pairs. One is the runner's own and goes for every arm: ("epochs", x)
             replaces the budget in tokens by x passes over the training text, so that models with different tokenizers
             read the same text.
-        label: its row in tables and figures; runs that differ only in the seed share it. Default: the arm's name.
-        group: its table. Arms are compared with the baseline of their own group. Default: the text's name.
+        variant: its row in tables and figures; runs that differ only in the seed share it. Default: the arm's name.
+        size: "small" or "tiny", whose setting this one was made from; "" for a setting of its own.
         held_out: "validation", or "tune" for choosing learning rates.
         device: of the dense weights, "cpu" or "cuda"; tables stay in host memory.
     """
@@ -64,28 +132,40 @@ class Run:
     arm: str
     setting: Setting
     options: tuple[tuple[str, Any], ...] = ()
-    label: str = ""
-    group: str = ""
+    variant: str = ""
+    size: str = ""
     held_out: str = "validation"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", tuple(sorted((str(name), value) for name, value in self.options)))
-        object.__setattr__(self, "label", self.label or self.arm)
-        object.__setattr__(self, "group", self.group or self.setting.corpus)
+        object.__setattr__(self, "variant", self.variant or self.arm)
 
     @property
     def key(self) -> str:
-        """Digest (16 hex digits) of everything that decides the outcome, the seed included. Experiment, label and
-        group do not: a run that two experiments ask for is made once."""
+        """Digest (16 hex digits) of everything that decides the outcome, the seed included. Question, variant and size
+        do not: a run that two questions ask for is made once."""
         what = [self.arm, self.options, asdict(self.setting), self.held_out]
         what += [] if self.device == "cpu" else [self.device]
         return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
 
     @property
-    def cell(self) -> str:
-        """The key without the seed: runs that are repetitions of each other share it."""
+    def kind(self) -> str:
+        """The key without the seed ("cell" in a line): runs that are repetitions of each other share it."""
         return self.seeded(0).key
+
+    @property
+    def cell(self) -> Cell:
+        """The cell that the result of this run belongs to."""
+        setting = self.setting
+        shape = setting.corpus, setting.vocab_size, setting.train.tokens, setting.model.layers
+        return Cell(
+            self.experiment, self.arm, self.variant, self.size, *shape, self.options, self.held_out, self.device
+        )
+
+    @property
+    def table(self) -> Table:
+        return self.cell.table
 
     @property
     def seed(self) -> int:
@@ -99,13 +179,13 @@ class Run:
         """The same run on another device, in a table of its own: losses differ in late digits, seconds wholly.
 
         Raises:
-            ValueError: a device that is not there.
+            ValueError: this machine does not have the device.
         """
         if device == self.device:
             return self
         if device != "cuda" or not torch.cuda.is_available():
             raise ValueError(f"no device {device!r} here: cpu, or cuda on a machine with a GPU")
-        return replace(self, device=device, group=f"{self.group}, on {device}")
+        return replace(self, device=device)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -126,105 +206,51 @@ def change(
     return replace(changed, train=replace(changed.train, **(train or {})))
 
 
+def size_named(text: str) -> str:
+    """Return "small" or "tiny" for either name or its letter. Raises ValueError for any other text."""
+    size = LETTERS.get(text, text)
+    if size not in SETTINGS:
+        raise ValueError(f"unknown size {text!r}; there are {', '.join(SETTINGS)}")
+    return size
+
+
+def names() -> tuple[str, ...]:
+    """The questions: every folder beside lab/ that has a configs.py, in the order of their names."""
+    return tuple(sorted(file.parent.name for file in HOME.glob("*/configs.py")))
+
+
 def questions(name: str) -> ModuleType:
-    """The configs module of an experiment. Raises ValueError for an unknown name; the message lists the known ones."""
-    if name not in NAMES:
-        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(NAMES)}")
+    """The configs module of a question. Raises ValueError for an unknown name; the message lists the known ones.
+
+    Such a module has a docstring whose first line is the question, BASELINE (the variant that the others are compared
+    with), SIZE (the size that it is run at) and configs(size) -> list of runs. It may have
+        TABLES: fields of Cell that tell its tables apart, beside the size and the device; default ("text",).
+        TEXTS: {text: its name in captions}.
+        tune() -> the runs of a grid of learning rates, and what `hook` lists.
+    """
+    if name not in names():
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
     return importlib.import_module(f"experiments.{name}.configs")
 
 
 def hook(experiment: str, name: str) -> Callable[..., Any] | None:
-    """What an experiment's configs module does itself beside listing runs; None where it leaves that to the lab.
+    """A function that a question's configs module defines beside its runs; None if it leaves the task to the lab.
 
     train(run, model, data, on_step) -> TrainLog: in place of engram.lm.train.train.
     evaluate(run, model, data) -> Evaluation: in place of engram.lm.evaluate.evaluate, for what else is to be scored.
-    measure(run, model, data) -> dict: called with the evaluated model; its NumPy arrays go into the side file of the
-        run as measured_<name>, all else is small and goes into the record as "measures".
-    summary(home) -> Markdown: tables of its own, before those that `report` makes for every experiment.
+    measure(run, model, data) -> dict: called with the evaluated model; its NumPy arrays go into documents.npz as
+        measured_<name>, all else is small and goes into the record as "measures".
+    summary(home) -> Markdown: tables of its own, before those that `report` makes for every question.
     """
-    return getattr(questions(experiment), name, None) if experiment in NAMES else None
+    return getattr(questions(experiment), name, None) if experiment in names() else None
 
 
-def read_results(file: Path) -> list[dict[str, Any]]:
-    """The runs of a results.jsonl or tune.jsonl, oldest first; [] where there is none yet.
-
-    Raises:
-        ValueError: a line that is no run, with its number; a last line that a crash cut off.
-    """
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        raise ValueError(f"the last line of {file} is torn: the next `python -m experiments run` takes it away")
-    results = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            results.append(json.loads(line))
-            results[-1]["key"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no result: delete it, and its run is made again") from error
-    return results
+@lru_cache
+def tables_by(question: str) -> tuple[str, ...]:
+    """The fields of Cell that tell the tables of a question apart."""
+    return getattr(questions(question), "TABLES", ("text",)) if question in names() else ("text",)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The results of an experiment with a run.py of its own, oldest first; [] where there is none yet."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def tuned(arm: str, setting: Setting, file: Path | None = None, tokens: float = 0) -> dict[str, float]:
-    """The learning rates {"lr", "table_lr"} with the lowest loss of an arm's tuning runs; {} where none ran yet. The
-    best rate falls as training gets longer: where an arm was tuned at several budgets, the one nearest (by ratio) to
-    the training's counts.
-
-    Args:
-        arm: the label of the tuning runs. file: their tune.jsonl; default: the one of sceptic, which tunes all arms.
-        tokens: about how many the training takes, where passes over a text decide; default: the setting's.
-    """
-    tokens = tokens or setting.train.tokens
-    results = [r for r in read_results(file or HOME / "sceptic" / "tune.jsonl") if r["label"] == arm]
-    if not results:
-        return {}
-    budget = min((budget_of(r) for r in results), key=lambda count: abs(math.log(count / tokens)))
-    best = min((r for r in results if budget_of(r) == budget), key=lambda r: (r["loss"], r["key"]))["setting"]["train"]
-    return {"lr": best["lr"], "table_lr": best["table_lr"]}
-
-
-def budget_of(result: dict[str, Any]) -> int:
-    """The tokens that a run was asked to train on."""
-    return int(result["setting"]["train"]["tokens"])
-
-
-def rate_grid(
-    cells: Iterable[Run], file: Path, lrs: Sequence[float] = LRS, table_lrs: Sequence[float] = TABLE_LRS
-) -> list[Run]:
-    """The tuning runs of some cells: first every lr at the cell's own table_lr, then, once those are in `file`, every
-    table_lr at the best lr. A grid whose best rate lies at its edge goes on by one rate of LADDERS, as far as WIDEST.
-    Give table_lrs=() for arms that have no table, lrs=() where lr stays as it is."""
-    done = {result["key"]: result["loss"] for result in read_results(file)}
-    runs = []
-    for cell in cells:
-        cell = replace(cell, held_out="tune")
-        first = _grid(cell, "lr", lrs, done)
-        runs += first
-        if all(run.key in done for run in first):
-            runs += _grid(min(first, key=lambda run: done[run.key]), "table_lr", table_lrs, done)
-    return list({run.key: run for run in runs}.values())
-
-
-def _grid(cell: Run, rate: str, values: Sequence[float], done: dict[str, float]) -> list[Run]:
-    """The cell at each value of a rate, and at the next of the ladder while the best is at the edge; [cell] of none."""
-    while values:
-        runs = [_rates(cell, **{rate: value}) for value in values]
-        if len(values) >= WIDEST or not all(run.key in done for run in runs):
-            return runs
-        best = min(range(len(runs)), key=lambda place: done[runs[place].key])
-        step = {0: -1, len(runs) - 1: 1}.get(best, 0)
-        place = LADDERS[rate].index(values[best]) + step
-        if step == 0 or not 0 <= place < len(LADDERS[rate]):
-            return runs
-        values = sorted({*values, LADDERS[rate][place]})
-    return [cell]
-
-
-def _rates(run: Run, **rates: float) -> Run:
-    return replace(run, setting=change(run.setting, train=rates))
+def _text(question: str, text: str) -> str:
+    texts = getattr(questions(question), "TEXTS", {}) if question in names() else {}
+    return texts.get(text, text)

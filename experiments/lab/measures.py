@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from engram.lm.statistics import Interval, over_seeds
 
-from experiments.config import read_results
-from experiments.report import Record, groups_of
+from experiments.lab.cell import Table
+from experiments.lab.report import tables_of
+from experiments.lab.results import Record, read_results
 
 
-def measured(home: Path) -> dict[str, dict[str, dict[int, Record]]]:
-    """{group: {label: {seed: run}}} of the runs that carry measures."""
-    groups = groups_of(read_results(home / "results.jsonl"))
+def measured(home: Path) -> dict[Table, dict[str, dict[int, Record]]]:
+    """{table: {variant: {seed: run}}} of the runs that carry measures."""
+    tables = tables_of(read_results(home / "results.jsonl"))
     return {
-        group: {label: {run["seed"]: run for run in runs if "measures" in run} for label, runs in labels.items()}
-        for group, labels in groups.items()
+        table: {name: {run["seed"]: run for run in runs if "measures" in run} for name, runs in variants.items()}
+        for table, variants in tables.items()
     }
 
 
@@ -74,7 +75,7 @@ def shown(value: Interval | None, form: str = ".3f") -> str:
     return f"{value.mean:{form}} ({value.low:{form}} .. {value.high:{form}})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], words: int = 1) -> str:
     """Markdown; the first columns, as many as hold words, to the left, all others to the right."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * words + "---:|" * (len(head) - words)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

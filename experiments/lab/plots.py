@@ -19,8 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.config import read_results
-from experiments.report import Record, Row, groups_of, rows_of
+from experiments.lab.cell import Table
+from experiments.lab.report import Row, rows_of, tables_of
+from experiments.lab.results import Record, read_results
 
 INK, SOFT, RULE = "#1f2328", "#59636e", "#d5d9de"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b1559c")  # Okabe and Ito's, told apart by colour-blind readers too
@@ -46,12 +47,12 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def load(home: Path, baseline: str) -> dict[str, list[Row]]:
-    """{group: rows}. Raises ValueError where there is nothing to draw yet."""
-    groups = groups_of(read_results(home / "results.jsonl"))
-    if not groups:
+def load(home: Path, baseline: str) -> dict[Table, list[Row]]:
+    """{table: rows}. Raises ValueError if there is nothing to draw yet."""
+    tables = tables_of(read_results(home / "results.jsonl"))
+    if not tables:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
-    return {group: rows_of(home, runs, baseline) for group, runs in groups.items()}
+    return {table: rows_of(home, runs, baseline) for table, runs in tables.items()}
 
 
 def new_figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
@@ -78,23 +79,23 @@ def dot_plots(home: Path, baseline: str) -> Path:
 
 
 def dot_panels(
-    home: Path, baseline: str, groups: dict[str, list[Row]], more: Sequence[float] = ()
+    home: Path, baseline: str, tables: dict[Table, list[Row]], more: Sequence[float] = ()
 ) -> tuple[Figure, list[Axes]]:
-    """One panel per group, one line per arm, best first: difference to the baseline in bits per byte, which holds for
+    """One panel per table, one line per arm, best first: difference to the baseline in bits per byte, which holds for
     arms with another tokenizer too. Filled where the interval leaves zero out and is of more than one seed. All panels
     have one scale; an arm that would stretch it by half is an arrow at its edge.
 
     Args:
         more: heights of empty panels below these, in inches.
     """
-    groups = {name: [row for row in rows if row.bits] for name, rows in groups.items()}
-    groups = {name: rows for name, rows in groups.items() if rows}
-    if not groups:
+    tables = {name: [row for row in rows if row.bits] for name, rows in tables.items()}
+    tables = {name: rows for name, rows in tables.items() if rows}
+    if not tables:
         raise ValueError(f"{home / 'results.jsonl'} has no arm beside {baseline!r} with a seed in common to compare")
-    figure, panels = new_figure(7.2, [*(1.2 + 0.23 * len(rows) for rows in groups.values()), *more])
+    figure, panels = new_figure(7.2, [*(1.2 + 0.23 * len(rows) for rows in tables.values()), *more])
     with matplotlib.rc_context(STYLE):
-        scale = _scale([row for rows in groups.values() for row in rows])
-        for axes, (name, rows) in zip(panels, groups.items(), strict=False):
+        scale = _scale([row for rows in tables.values() for row in rows])
+        for axes, (name, rows) in zip(panels, tables.items(), strict=False):
             axes.set_xlim(*scale)
             _dots(axes, sorted(rows, key=lambda row: row.bits.mean))  # type: ignore[union-attr]
             axes.set_title(f"{home.name}, {name}")
@@ -129,7 +130,7 @@ def _dots(axes: Axes, rows: list[Row]) -> None:
         ends = [[row.bits.mean - row.bits.low], [row.bits.high - row.bits.mean]]
         axes.errorbar(row.bits.mean, place, xerr=ends, color=colour, linewidth=1.4, capsize=2.5)
         axes.plot(row.bits.mean, place, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=4)
-    names = [f"{row.label}  ({len(row.paired)} seed{'s' if len(row.paired) > 1 else ''})" for row in rows]
+    names = [f"{row.variant}  ({len(row.paired)} seed{'s' if len(row.paired) > 1 else ''})" for row in rows]
     axes.set_yticks(range(len(rows)), names, color=INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(0, color=SOFT, linewidth=1)

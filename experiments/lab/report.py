@@ -15,9 +15,9 @@ from engram.lm.seen import ORDERS
 from engram.lm.statistics import Interval, over_seeds, paired_interval
 from engram.tables.files import write_whole
 
-from experiments.config import budget_of, read_results
-
-Record = dict[str, Any]
+from experiments.lab.cell import Table, cell_of
+from experiments.lab.results import Record, read_documents, read_results
+from experiments.lab.tuning import budget_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Row:
         speed: tokens per processor second of training over the baseline's, the median over common seeds.
     """
 
-    label: str
+    variant: str
     runs: tuple[Record, ...]
     paired: tuple[int, ...] = ()
     nats: Interval | None = None
@@ -49,21 +49,20 @@ class Row:
         return float(np.mean(values))
 
 
-def groups_of(records: list[Record]) -> dict[str, dict[str, list[Record]]]:
-    """{group: {label: one run per seed}}, groups in the order of their numbers. Of runs with the same label but
-    another cell (other rates, say) only the newest kind counts, so that no row mixes two kinds; a run that was
-    relabelled counts under its newest label."""
+def tables_of(records: list[Record]) -> dict[Table, dict[str, list[Record]]]:
+    """{table: {variant: one run per seed}}, tables in the order of the numbers in their captions. Of runs of the same
+    variant but another kind (other rates, say) only the newest kind counts, so that no row mixes two kinds; a run that
+    was given another variant counts under its newest one."""
     latest = {record["key"]: number for number, record in enumerate(records)}
-    records = [record for number, record in enumerate(records) if latest[record["key"]] == number]
-    newest: dict[tuple[str, str], str] = {(r["group"], r["label"]): r["cell"] for r in records}
-    groups: dict[str, dict[str, dict[int, Record]]] = {}
-    for record in records:
-        group, label = record["group"], record["label"]
-        if record["cell"] == newest[group, label]:
-            groups.setdefault(group, {}).setdefault(label, {})[record["seed"]] = record
+    cells = [(cell_of(r), r) for number, r in enumerate(records) if latest[r["key"]] == number]
+    newest: dict[tuple[Table, str], str] = {(cell.table, cell.variant): record["cell"] for cell, record in cells}
+    tables: dict[Table, dict[str, dict[int, Record]]] = {}
+    for cell, record in cells:
+        if record["cell"] == newest[cell.table, cell.variant]:
+            tables.setdefault(cell.table, {}).setdefault(cell.variant, {})[record["seed"]] = record
     return {
-        group: {label: [by_seed[seed] for seed in sorted(by_seed)] for label, by_seed in groups[group].items()}
-        for group in sorted(groups, key=by_numbers)
+        table: {variant: [by_seed[seed] for seed in sorted(by_seed)] for variant, by_seed in tables[table].items()}
+        for table in sorted(tables, key=lambda table: by_numbers(str(table)))
     }
 
 
@@ -74,17 +73,19 @@ def rows_of(home: Path, runs: dict[str, list[Record]], baseline: str) -> list[Ro
         FileNotFoundError, ValueError: a side file of per-document losses that is missing or belongs to other documents.
     """
     base = {run["seed"]: run for run in runs.get(baseline, [])}
-    rows = [_row(home, label, mine, base, label == baseline) for label, mine in runs.items()]
-    return sorted(rows, key=lambda row: (row.label != baseline, row.mean("bpb")))
+    rows = [_row(home, variant, mine, base, variant == baseline) for variant, mine in runs.items()]
+    return sorted(rows, key=lambda row: (row.variant != baseline, row.mean("bpb")))
 
 
-def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is_base: bool) -> Row:
+def _row(home: Path, variant: str, runs: list[Record], base: dict[int, Record], is_base: bool) -> Row:
     seeds = tuple(run["seed"] for run in runs if run["seed"] in base)
     if is_base or not seeds:
-        return Row(label, tuple(runs), seeds)
+        return Row(variant, tuple(runs), seeds)
     pairs = [(run, base[run["seed"]]) for run in runs if run["seed"] in base]
     if any(a["corpus"] != b["corpus"] for a, b in pairs):
-        raise ValueError(f"{home.name}: {label!r} was trained on another text than its baseline: run one of them again")
+        raise ValueError(
+            f"{home.name}: {variant!r} was trained on another text than its baseline: run one of them again"
+        )
     ours, theirs = (np.stack([documents_of(home, pair[side])["nats"] for pair in pairs]) for side in (0, 1))
     sizes, base_sizes = (documents_of(home, run) for run in pairs[0])
     nats = None
@@ -92,31 +93,26 @@ def _row(home: Path, label: str, runs: list[Record], base: dict[int, Record], is
         nats = paired_interval(ours, theirs, sizes["tokens"])
     bits = paired_interval(ours / math.log(2), theirs / math.log(2), sizes["bytes"])
     speeds = [(a["tokens"] / a["train_cpu_seconds"]) / (b["tokens"] / b["train_cpu_seconds"]) for a, b in pairs]
-    return Row(label, tuple(runs), seeds, nats, bits, float(np.median(speeds)))
+    return Row(variant, tuple(runs), seeds, nats, bits, float(np.median(speeds)))
 
 
 def documents_of(home: Path, record: Record) -> dict[str, np.ndarray]:
-    file = home / "documents" / f"{record['key']}.npz"
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file} is missing, the per-document losses of {record['label']!r} seed {record['seed']}: delete its line "
-            f"from {home / 'results.jsonl'} and run it again"
-        )
-    with np.load(file) as arrays:
-        return {name: arrays[name].astype(np.float64) for name in ("nats", "tokens", "bytes")}
+    """{"nats", "tokens", "bytes"} of each held-out document of a run, float64. Raises FileNotFoundError: no arrays."""
+    arrays = read_documents(home, record["key"], ("nats", "tokens", "bytes"))
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 def table(rows: list[Row], baseline: str) -> str:
     """Markdown. Bytes are of weights, tables and optimiser state together."""
     lines = [
-        f"| arm | seeds | dense params, M | table params, M | MB with optimiser | MFLOPs a token | tokens, M "
-        f"| lr / rows' | speed of {baseline}'s | loss, nats a token | difference, nats a token "
-        "| difference, bits a byte | bits a byte |",
+        f"| arm | seeds | dense params, M | table params, M | MB with optimiser | MFLOPs per token | tokens, M "
+        f"| lr / rows' | speed of {baseline}'s | loss, nats per token | difference, nats per token "
+        "| difference, bits per byte | bits per byte |",
         "|---|" + "---:|" * 12,
     ]
     for row in rows:
         cells = [
-            row.label,
+            row.variant,
             f"{len(row.runs)}",
             f"{row.mean('parameters', 'dense') / 1e6:.2f}",
             f"{row.mean('parameters', 'table') / 1e6:.2f}",
@@ -149,7 +145,10 @@ def seen_table(rows: list[Row], baseline: str, order: str) -> str:
     """Markdown: differences to the baseline in nats per token, by how often training saw the bigram or trigram before
     the token; "" where the runs did not count. An arm that trained on another number of tokens counts others."""
     base = {
-        run["seed"]: run["seen"][order] for row in rows for run in row.runs if row.label == baseline and run.get("seen")
+        run["seed"]: run["seen"][order]
+        for row in rows
+        for run in row.runs
+        if row.variant == baseline and run.get("seen")
     }
     if not base:
         return ""
@@ -159,9 +158,9 @@ def seen_table(rows: list[Row], baseline: str, order: str) -> str:
     for row in rows:
         pairs = [(run["seen"][order], base[run["seed"]]) for run in row.runs if run.get("seen") and run["seed"] in base]
         same = [pair for pair in pairs if all(pair[0][bucket][0] == pair[1][bucket][0] for bucket in BUCKETS)]
-        if same and row.label != baseline:
+        if same and row.variant != baseline:
             cells = (_spread([a[b][1] - c[b][1] for a, c in same if a[b][0]]) for b in BUCKETS)
-            lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row.variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -198,14 +197,14 @@ def facts(rows: list[Row]) -> str:
         f"threads {all_of('threads')}. FLOPs are three times the forward ones. Intervals: 95 %, paired, the "
         "wider of documents and seeds drawn and Student's over seeds; below 0, the arm is better than the baseline."
     ]
-    few = [row.label for row in rows if row.paired and len(row.paired) < max(len(r.paired) for r in rows)]
+    few = [row.variant for row in rows if row.paired and len(row.paired) < max(len(r.paired) for r in rows)]
     if few:
         lines.append(f"Compared on fewer seeds than the others: {'; '.join(few)}.")
     for row in rows:
         extra = {name: value for run in row.runs[:1] for name, value in run["extra"].items()}
         if extra:
             words = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in extra.items())
-            lines.append(f"- {row.label} (seed {row.runs[0]['seed']}): {words}")
+            lines.append(f"- {row.variant} (seed {row.runs[0]['seed']}): {words}")
     return "\n".join(lines)
 
 
@@ -228,13 +227,13 @@ def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
     budgets = {budget_of(record) for record in records}
     losses: dict[str, dict[tuple[float, float], float]] = {}
     for record in records:
-        train, label = record["setting"]["train"], record["label"]
+        train, label = record["setting"]["train"], record["variant"]
         row = f"{label}, {budget_of(record) / 1e6:.2f}M tokens" if len(budgets) > 1 else label
         losses.setdefault(row, {})[train["lr"], train["table_lr"]] = record["loss"]
     if not losses:
         return ""
     lines = [
-        "Learning rates, tuned with seed 0 on a slice of the training text (nats a token, at lr / table lr; arms",
+        "Learning rates, tuned with seed 0 on a slice of the training text (nats per token, at lr / table lr; arms",
         "without rows of their own have no second rate to tune):",
         "",
         "| arm | best | and the others that were tried |",
@@ -247,7 +246,7 @@ def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
             f"{row[rates]:.4f} at {rates[0]:g} / {rates[1]:g}" for rates in sorted(row, key=lambda rates: row[rates])
         )
         lines.append(f"| {label} | **{best}** | {'; '.join(others)} |")
-    untuned = sorted(set(reported) - {record["label"] for record in records})
+    untuned = sorted(set(reported) - {record["variant"] for record in records})
     if untuned:
         lines += ["", f"Without a grid here, at the rates in the tables: {'; '.join(untuned)}."]
     edge = [label for label, row in losses.items() if _at_the_edge(row)]
@@ -267,40 +266,37 @@ def _at_the_edge(row: dict[tuple[float, float], float]) -> bool:
 
 
 def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = None, answers: str = "") -> str:
-    """All tables of an experiment as Markdown. summary: of home, what the experiment adds in front of them. answers:
-    what they say to the claims, in front of that."""
+    """All tables of a question as Markdown. summary: of home, what the question adds in front of them. answers: what
+    they say about the claims, in front of that."""
     parts = []
-    groups = groups_of(read_results(home / "results.jsonl"))
-    for group, runs in groups.items():
+    tables = tables_of(read_results(home / "results.jsonl"))
+    for place, runs in tables.items():
         rows = rows_of(home, runs, baseline)
-        tables = [table(rows, baseline), facts(rows)]
+        shown = [table(rows, baseline), facts(rows)]
         seen = [text for order in ORDERS if (text := seen_table(rows, baseline, order))]
         if seen:
-            tables.append(
-                f"Nats a token minus {baseline}'s, by how often training saw the tokens before (± 95 % over seeds):"
+            shown.append(
+                f"Nats per token minus {baseline}'s, by how often training saw the tokens before (± 95 % over seeds):"
             )
-        parts.append("\n\n".join([f"### {group}", *tables, *seen]))
+        parts.append("\n\n".join([f"### {place}", *shown, *seen]))
     if parts and summary is not None:
         parts.insert(0, summary(home))
     if answers:
         parts.insert(0, answers)
-    tuning = tuning_table(read_results(home / "tune.jsonl"), [label for runs in groups.values() for label in runs])
+    tuning = tuning_table(read_results(home / "tune.jsonl"), [name for runs in tables.values() for name in runs])
     return "\n\n".join([*(parts or ["No runs yet."]), *([tuning] if tuning else [])])
 
 
-def by_numbers(group: str) -> list[tuple[int, str | float]]:
+def by_numbers(caption: str) -> list[tuple[int, str | float]]:
     """A key that sorts "4,096" before "16,384"."""
-    parts = re.split(r"(\d[\d,]*\.?\d*)", group)  # every second one is a number
+    parts = re.split(r"(\d[\d,]*\.?\d*)", caption)  # every second one is a number
     return [(0, float(part.replace(",", ""))) if place % 2 else (1, part) for place, part in enumerate(parts)]
 
 
-def write_tables(home: Path, baseline: str, summary: Callable[[Path], str] | None = None, answers: str = "") -> None:
-    """Writes the tables of `document` into home/README.md.
-
-    Raises:
-        FileNotFoundError: a missing side file. Besides, what write_between_marks raises.
-    """
-    write_between_marks(home / "README.md", document(home, baseline, summary, answers))
+def write_tables(home: Path, title: str, text: str, command: str = "python -m experiments report") -> None:
+    """Write generated tables to home/tables.md, whole or not at all. command: what writes them."""
+    source = f"Written by `{command}`. What they say: [README.md](README.md)."
+    write_whole(home / "tables.md", f"# {title}: tables\n\n{source}\n\n{text}\n".encode())
 
 
 def write_between_marks(readme: Path, text: str) -> None:

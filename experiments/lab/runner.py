@@ -6,17 +6,15 @@ A sweep that was stopped goes on where it was: what is in the file is not run ag
 from __future__ import annotations
 
 import contextlib
-import fcntl  # Unix only, like resource
 import json
 import os
 import resource  # peak memory; Unix only
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,10 +33,19 @@ from engram.lm.run import Data, Setting
 from engram.lm.train import train
 from engram.memory import EngramMemory
 from experiments import arms
-from experiments.config import HOME, NAMES, Run, hook, read_results
-from experiments.prepared import FOLDER, prepare
-from experiments.trained import FILE, train_once, training_of
-from experiments.version import code_version, sources_digest
+from experiments.lab.caches import FILE, FOLDER, prepare, train_once, training_of
+from experiments.lab.cell import HOME, Run, hook, names
+from experiments.lab.results import (
+    alone,
+    append,
+    document_keys,
+    read_documents,
+    read_results,
+    rename_documents,
+    repair,
+    write_documents,
+)
+from experiments.lab.version import code_version, processor, sources_digest
 
 CURVE_POINTS, LAST_STEPS = 40, 50
 SAME = 1e-6  # nats per token between a run and the same run again
@@ -86,10 +93,10 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
     table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
     record = {
         "key": run.key,
-        "cell": run.cell,
+        "cell": run.kind,
         "experiment": run.experiment,
-        "group": run.group,
-        "label": run.label,
+        "variant": run.variant,
+        "size": run.size,
         "arm": run.arm,
         "options": dict(run.options),
         "held_out": run.held_out,
@@ -99,6 +106,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         "sources": sources_digest(),
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),  # other vector instructions round in another order
+        "processor": processor(),
         "corpus": data.digest,
         "vocabulary": len(data.token_map.table),
         "token_map": data.token_map.digest[:16],  # the same text has given another tokenizer on another machine
@@ -164,59 +172,22 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One writer at a time in a folder of results, over all sweeps on the machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # goes when its process does
-        yield
-    finally:
-        os.close(handle)
-
-
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Adds one line, in one write, and waits until it is on the disk. Raises OSError where it did not fit."""
-    line = (json.dumps(record) + "\n").encode()
-    with alone(file.parent):
-        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            written = os.write(handle, line)
-            if written != len(line):
-                raise OSError(f"{file}: {written} of {len(line)} bytes written, is the disk full?")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def repair(file: Path) -> int:
-    """Takes a torn last line away, so that its run is made again. Returns how many bytes went."""
-    content = file.read_bytes() if file.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)
-        print(f"{file}: a torn last line of {len(content) - whole} bytes taken away", file=sys.stderr)
-    return len(content) - whole
-
-
 def rekey(home: Path, experiment: str, file: Path) -> int:
-    """Gives runs from before the configuration gained a field the key that they have now, with the field's default: it
-    is what they ran with. Their side files move along. Returns how many changed."""
-    records, changed = read_results(file), 0
+    """Give runs from before the configuration gained a field the key that they have now, with the field's default: it
+    is what they ran with. Their documents move along. Returns how many changed; the caller holds the lock."""
+    records, renamed = read_results(file), {}
     for record in records:
         setting, options = Setting.from_json(json.dumps(record["setting"])), tuple(record["options"].items())
         rest = {"held_out": record["held_out"], "device": record.get("device", "cpu")}
         run = Run(experiment, record["arm"], setting, options, **rest)
         if run.key != record["key"]:
-            old, new = (_documents(home, experiment, key) for key in (record["key"], run.key))
-            if old.exists():
-                os.replace(old, new)
-            record |= {"key": run.key, "cell": run.cell, "setting": asdict(setting)}
-            changed += 1
-    if changed:
+            renamed[record["key"]] = run.key
+            record |= {"key": run.key, "cell": run.kind, "setting": asdict(setting)}
+    if renamed:
+        rename_documents(home / experiment, renamed)
         write_whole(file, "".join(json.dumps(record) + "\n" for record in records).encode())
-        print(f"{file}: {changed} runs from before a field was added keep their place", file=sys.stderr)
-    return changed
+        print(f"{file}: {len(renamed)} runs from before a field was added keep their place", file=sys.stderr)
+    return len(renamed)
 
 
 def sweep(
@@ -225,16 +196,17 @@ def sweep(
     workers: int = 1,
     threads: int = 1,
     limit_minutes: float | None = None,
-    others: Iterable[str] = NAMES,
+    others: Iterable[str] | None = None,
 ) -> int:
     """Makes every run that is not in its results file yet. Returns how many failed; they are in failures.log.
 
     Args:
         runs: of any experiments; home/<experiment>/results.jsonl (tune.jsonl for tuning runs) takes the lines.
         workers: runs side by side, each in a process of its own with `threads` threads.
-        limit_minutes: after this long no new run begins. others: experiments whose finished runs are taken over.
+        limit_minutes: after this long no new run begins. others: questions whose finished runs are taken over;
+            default: all.
     """
-    began = time.monotonic()
+    began, others = time.monotonic(), names() if others is None else tuple(others)
     for experiment, file in {(run.experiment, _file(home, run.experiment, run)) for run in runs}:
         file.parent.mkdir(parents=True, exist_ok=True)
         with alone(file.parent):
@@ -250,7 +222,7 @@ def sweep(
     def one(place: int, run: Run) -> bool | None:
         if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
             return None
-        name = f"[{place}/{len(pending)}] {run.experiment} {run.label} ({run.group})"
+        name = f"[{place}/{len(pending)}] {run.experiment} {run.variant} ({run.table})"
         training, places = training_of(run), {FOLDER: prepared}
         if training is not None and trainings[training] > 1:
             places[FILE] = os.path.join(prepared, f"trained-{training}.pt")
@@ -277,7 +249,7 @@ def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
         ValueError: a run that is not there to compare with.
     """
     before = {run: _newest(home, run) for run in runs}
-    missing = [f"{run.label} seed {run.seed}" for run, line in before.items() if line is None]
+    missing = [f"{run.variant} seed {run.seed}" for run, line in before.items() if line is None]
     if missing:
         raise ValueError(f"nothing to compare with: {', '.join(missing)} did not run yet")
     with tempfile.TemporaryDirectory(prefix="engram-lab-") as elsewhere:
@@ -289,7 +261,7 @@ def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
             continue
         apart = abs(second["loss"] - first["loss"])
         wrong += apart > SAME
-        print(f"{run.label} ({run.group}) seed {run.seed}: {first['loss']:.7f}, again {second['loss']:.7f}", end="")
+        print(f"{run.variant} ({run.table}) seed {run.seed}: {first['loss']:.7f}, again {second['loss']:.7f}", end="")
         print(f", {apart:.1e} apart{'' if apart <= SAME else ': NOT THE SAME'}")
     return wrong
 
@@ -305,7 +277,7 @@ def _file(home: Path, experiment: str, run: Run) -> Path:
 
 def _is_done(home: Path, run: Run) -> bool:
     lines = [line for line in read_results(_file(home, run.experiment, run)) if _is_of(line, run, run.experiment)]
-    return bool(lines) and (lines[-1]["label"], lines[-1]["group"]) == (run.label, run.group)
+    return bool(lines) and (lines[-1]["variant"], lines[-1]["size"]) == (run.variant, run.size)
 
 
 def _is_of(record: dict[str, Any], run: Run, experiment: str) -> bool:
@@ -316,31 +288,17 @@ def _is_of(record: dict[str, Any], run: Run, experiment: str) -> bool:
 
 
 def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
-    """Copies a finished run of the same key from another experiment, or from this one under an older label."""
+    """Copies a finished run of the same key from another experiment, or from this one under an older name."""
     for other in (run.experiment, *others):
         for record in read_results(_file(home, other, run)):
             if not _is_of(record, run, other):
                 continue
-            mine, theirs = (_documents(home, name, run.key) for name in (run.experiment, other))
-            if theirs.exists() and mine != theirs:
-                mine.parent.mkdir(exist_ok=True)
-                shutil.copyfile(theirs, mine)
-            names = {"experiment": run.experiment, "label": run.label, "group": run.group}
-            append(_file(home, run.experiment, run), {**record, **names})
+            if other != run.experiment and run.key in document_keys(home / other):
+                write_documents(home / run.experiment, run.key, read_documents(home / other, run.key))
+            its_own = {"experiment": run.experiment, "variant": run.variant, "size": run.size}
+            append(_file(home, run.experiment, run), {**record, **its_own})
             return True
     return False
-
-
-def _documents(home: Path, experiment: str, key: str) -> Path:
-    return home / experiment / "documents" / f"{key}.npz"
-
-
-def write_documents(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays of a run beside its line, compressed, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem}.{os.getpid()}.partial.npz")
-    np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
-    os.replace(partial, file)
 
 
 def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) -> bool:
@@ -360,7 +318,7 @@ def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) 
     except (IndexError, json.JSONDecodeError):
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         with (home / run.experiment / "failures.log").open("a", encoding="utf-8") as log:
-            log.write(f"{when} {run.label} ({run.group}) seed {run.seed} key {run.key}\n")
+            log.write(f"{when} {run.variant} ({run.table}) seed {run.seed} key {run.key}\n")
             log.write(f"exit status {done.returncode}\n{done.stderr}\n")
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         print(f"{name} seed {run.seed}: FAILED, see failures.log: {reason}", file=sys.stderr, flush=True)
@@ -371,7 +329,7 @@ def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) 
 
 
 def _child_command(home: Path, threads: int) -> list[str]:
-    return [sys.executable, "-m", "experiments.runner", str(home), str(threads), str(os.getpid())]
+    return [sys.executable, "-m", "experiments.lab.runner", str(home), str(threads), str(os.getpid())]
 
 
 def _child(home: Path, threads: int, parent: int) -> None:
@@ -385,7 +343,7 @@ def _child(home: Path, threads: int, parent: int) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # whatever an arm prints, the line is the line
         record, documents = execute(run, threads, on_step)
     if run.held_out == "validation":
-        write_documents(_documents(home, run.experiment, run.key), documents)
+        write_documents(home / run.experiment, run.key, documents)
     print(json.dumps(record, default=float))  # NumPy's numbers among an arm's facts
 
 

@@ -1,12 +1,16 @@
-"""Which code a result comes from."""
+"""Which code and which processor a result comes from."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from experiments.config import HOME
+from experiments.lab.cell import HOME
 
 
 def code_version() -> str:
@@ -30,3 +34,20 @@ def sources_digest() -> str:
     for file in sorted(file for file in files if file.suffix in (".py", ".c", ".h")):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")  # extensions that change the order or width of sums
+
+
+@lru_cache
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """{"name": the model name of the CPU, "extensions": those of VECTORS that it has}. Outside Linux the name is what
+    `platform` knows and the extensions are left out."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return {"name": platform.processor() or platform.machine()}
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines) if value}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {"name": name, "extensions": [extension for extension in VECTORS if extension in flags]}

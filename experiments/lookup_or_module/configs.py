@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from experiments.config import SETTINGS, Run, change, tuned
+from experiments.lab.cell import SETTINGS, Run, change
+from experiments.lab.tuning import tuned
 
-BASELINE, SETTING = "plain", "S"
+BASELINE, SIZE = "plain", "small"
 ARMS = ("plain", "engram", "one-row", "random", "shuffled", "gate-one", "switched-off", "short-conv")
+TABLES = ("vocabulary",)
 VOCABULARIES = (1024, 4096)
 
 
-def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
+def configs(size: str) -> list[Run]:
+    setting = SETTINGS[size]
     runs = []
-    for size in VOCABULARIES:
-        group = f"{setting_name}: vocabulary {size:,}"
+    for vocabulary in VOCABULARIES:
         for arm in ARMS:
             rates = tuned("engram" if arm == "switched-off" else arm, setting)
-            mine = change(setting, vocab_size=size, train=rates)
-            runs.append(Run("lookup_or_module", arm, mine, group=group))
+            mine = change(setting, vocab_size=vocabulary, train=rates)
+            runs.append(Run("lookup_or_module", arm, mine, size=size))
     return runs

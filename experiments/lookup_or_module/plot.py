@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.lab.plots import dot_plots
 from experiments.lookup_or_module.configs import BASELINE
-from experiments.plots import dot_plots
 
 
 def draw(home: Path) -> Path:

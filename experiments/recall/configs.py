@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+from experiments.lab.cell import HOME, SETTINGS, Run, change
+from experiments.lab.tuning import rate_grid, tuned
 from experiments.recall.summary import summary
 from experiments.recall.task import VOCABULARY, Task, evaluate, measure, train
 
-__all__ = ["BASELINE", "SETTING", "configs", "evaluate", "measure", "summary", "train", "tune"]
+__all__ = ["BASELINE", "SIZE", "configs", "evaluate", "measure", "summary", "train", "tune"]
 
-BASELINE, SETTING = "plain", "T"
+BASELINE, SIZE = "plain", "tiny"
 TUNING = HOME / "recall" / "tune.jsonl"
 EASIEST, HARDEST = "MQAR, 4 pairs", "needles, 8 in 16"
 TASKS = {
@@ -18,7 +19,8 @@ TASKS = {
     "needles, 4 in 8": "recall:4/4+8",
     HARDEST: "recall:8/8+16",
 }
-STEPS, BATCH = {"T": 1500, "S": 3000}, 64
+TEXTS = {corpus: words for words, corpus in TASKS.items()}  # for captions
+STEPS, BATCH = {"tiny": 1500, "small": 3000}, 64
 ARMS = ("plain", "engram", "one-row", "short-conv")
 # Rows usually learn far faster than all that the other arms have. These take a tenth of the dense rate: their row
 # optimiser has no bias correction, and its first steps are ten times its rate.
@@ -31,32 +33,32 @@ LRS = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 HARD_ARMS, HARD_LRS = ("plain", "short-conv"), LRS[:3]
 
 
-def configs(setting_name: str) -> list[Run]:
-    rates = {arm: tuned(arm, SETTINGS["T"], TUNING) for arm in ARMS}  # the nearest budget, which is MQAR's
-    lr = rates["engram"].get("lr", SETTINGS["T"].train.lr)
+def configs(size: str) -> list[Run]:
+    rates = {arm: tuned(arm, SETTINGS["tiny"], TUNING) for arm in ARMS}  # the nearest budget, which is MQAR's
+    lr = rates["engram"].get("lr", SETTINGS["tiny"].train.lr)
     runs = []
     for words in TASKS:
-        runs += [_cell(setting_name, words, arm, rates[arm]) for arm in ARMS]
-        runs.append(_cell(setting_name, words, "engram", {"lr": lr, "table_lr": SLOWER * lr}, SLOW))
+        runs += [_cell(size, words, arm, rates[arm]) for arm in ARMS]
+        runs.append(_cell(size, words, "engram", {"lr": lr, "table_lr": SLOWER * lr}, SLOW))
     return runs
 
 
-def _cell(setting_name: str, words: str, arm: str, rates: dict[str, float], label: str = "") -> Run:
-    setting, corpus = SETTINGS[setting_name], TASKS[words]
+def _cell(size: str, words: str, arm: str, rates: dict[str, float], variant: str = "") -> Run:
+    setting, corpus = SETTINGS[size], TASKS[words]
     length = Task.of(corpus).length
     model = replace(setting.model, vocab_size=VOCABULARY, max_length=length)
-    train_how = {"context": length, "batch_size": BATCH, "tokens": STEPS[setting_name] * BATCH * length}
+    train_how = {"context": length, "batch_size": BATCH, "tokens": STEPS[size] * BATCH * length}
     mine = change(setting, corpus=corpus, vocab_size=VOCABULARY, model=model, train={**rates, **train_how})
-    return Run("recall", arm, mine, label=label, group=f"{setting_name}: {words}")
+    return Run("recall", arm, mine, variant=variant, size=size)
 
 
 def tune() -> list[Run]:
-    """A grid of lr for every arm on MQAR, at T, and for those of HARD_ARMS on the hardest task; rows take the rate of
-    engram on text. One row at its own, ten times as high, learns nothing here at any lr."""
-    rows = {"table_lr": tuned("engram", SETTINGS["T"])["table_lr"]}
+    """A grid of lr for every arm on MQAR, at tiny, and for those of HARD_ARMS on the hardest task; rows take the rate
+    of engram on text. One row at its own, ten times as high, learns nothing here at any lr."""
+    rows = {"table_lr": tuned("engram", SETTINGS["tiny"])["table_lr"]}
     grids = ((EASIEST, ARMS, LRS), (HARDEST, HARD_ARMS, HARD_LRS))
     return [
         run
         for words, some, lrs in grids
-        for run in rate_grid([_cell("T", words, arm, rows) for arm in some], TUNING, lrs, table_lrs=())
+        for run in rate_grid([_cell("tiny", words, arm, rows) for arm in some], TUNING, lrs, table_lrs=())
     ]

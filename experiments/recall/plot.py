@@ -7,11 +7,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 
-from experiments.measures import mean_of, measured, share_of
-from experiments.plots import ARM_COLOURS, INK, SOFT, STYLE, dot, new_figure, save
+from experiments.lab.measures import mean_of, measured, share_of
+from experiments.lab.plots import ARM_COLOURS, INK, SOFT, STYLE, dot, new_figure, save
+from experiments.lab.results import Record
 from experiments.recall.configs import ARMS, SLOW
 from experiments.recall.summary import accuracy, half_way
-from experiments.report import Record
 
 
 def draw(home: Path) -> Path:

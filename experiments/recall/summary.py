@@ -10,9 +10,9 @@ from typing import Any
 
 from engram.lm.statistics import over_seeds
 
-from experiments.measures import measured, paired, share_of, shown, table
+from experiments.lab.measures import measured, paired, share_of, shown, table
+from experiments.lab.results import Record
 from experiments.recall.task import Task
-from experiments.report import Record
 
 
 def accuracy(state: str, what: str = "accuracy") -> Callable[[Any], float | None]:

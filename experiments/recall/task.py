@@ -31,8 +31,8 @@ from engram.lm.evaluate import Evaluation, eval_mode
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
 from engram.lm.train import Batches, TrainLog
-from experiments.config import Run
-from experiments.measures import on_and_off
+from experiments.lab.cell import Run
+from experiments.lab.measures import on_and_off
 
 KEYS, VALUES, FILLER = 16, 16, 30
 VOCABULARY = 1 + KEYS + VALUES + FILLER + 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.arms import vocabulary_for
-from experiments.config import HOME, SETTINGS, TABLE_LRS, Run, change, rate_grid, read_results, tuned
+from experiments.lab.cell import HOME, SETTINGS, Run, change
+from experiments.lab.results import read_results
+from experiments.lab.tuning import TABLE_LRS, rate_grid, tuned
 
-BASELINE, SETTING = "plain", "S"
+BASELINE, SIZE = "plain", "small"
 TUNING = HOME / "sceptic" / "tune.jsonl"
 
 # Arms that are trained for themselves; True: with rows that have a learning rate of their own.
@@ -38,8 +40,8 @@ TUNED: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = (
     ("short-conv (every layer)", "short-conv", (("everywhere", True),)),
     ("product-key (batch norm)", "product-key", (("norm", "batch"),)),
 )
-# Ten minutes a run: the two that every conclusion at S is about, and the rival that is nearest.
-TUNED_AT_S = ("engram", "plain", "hashed-bigram")
+# Ten minutes a run: the two that every conclusion at small is about, and the rival that is nearest.
+TUNED_AT_SMALL = ("engram", "plain", "hashed-bigram")
 # Rows that are added to the hidden state as they are, without a projection, want smaller steps.
 BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
 # Tokens that a text takes with the larger vocabulary over those with the usual one: the same text is read.
@@ -56,9 +58,8 @@ DERIVED = (
 )
 
 
-def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
-    group = f"{setting_name}: {setting.corpus}"
+def configs(size: str) -> list[Run]:
+    setting = SETTINGS[size]
     runs = []
     for label, arm, options, rates_of in (*((*cell, cell[0]) for cell in TUNED), *DERIVED):
         mine = change(setting, train=tuned(rates_of, setting))
@@ -67,27 +68,27 @@ def configs(setting_name: str) -> list[Run]:
         if arm == "larger-vocabulary":
             shorter = {"tokens": round(setting.train.tokens * SHORTER)}
             mine = change(mine, train=shorter, vocab_size=vocabulary_for(setting))
-        runs.append(Run("sceptic", arm, mine, options, label, group))
+        runs.append(Run("sceptic", arm, mine, options, label, size))
     return runs
 
 
 def tune() -> list[Run]:
-    """A grid for every trained arm at T, arms without rows have no second rate; and of lr at S for TUNED_AT_S, where
-    bare rows have their second one too."""
+    """A grid for every trained arm at tiny, arms without rows have no second rate; and of lr at small for
+    TUNED_AT_SMALL, where bare rows have their second one too."""
     runs = []
     for label, arm, options in TUNED:
-        setting = SETTINGS["T"]
+        setting = SETTINGS["tiny"]
         if arm == "larger-vocabulary":
             setting = change(setting, vocab_size=vocabulary_for(setting))
         bare = BARE_ROWS.get(arm)
         if bare is not None:
             setting = change(setting, train={"table_lr": bare[1]})
-        cell = Run("sceptic", arm, setting, options, label)
+        cell = Run("sceptic", arm, setting, options, label, "tiny")
         runs += rate_grid([cell], TUNING, table_lrs=bare or TABLE_LRS if TRAINED[arm] else ())
-    setting = SETTINGS["S"]
-    for arm in TUNED_AT_S:
-        mine = change(setting, train=tuned(arm, SETTINGS["T"]))  # for its table_lr
-        cell = Run("sceptic", arm, mine, group=f"S: {setting.corpus}")
+    setting = SETTINGS["small"]
+    for arm in TUNED_AT_SMALL:
+        mine = change(setting, train=tuned(arm, SETTINGS["tiny"]))  # for its table_lr
+        cell = Run("sceptic", arm, mine, size="small")
         runs += rate_grid([cell], TUNING, table_lrs=BARE_ROWS.get(arm, ()))
     return runs
 
@@ -97,7 +98,7 @@ def slowdown() -> float:
     other work on the machine disturbed least, in steps of 0.05 so that one more run hardly changes what "longer" means;
     1.1 before there are any."""
     speed = {
-        arm: [r["tokens"] / r["train_seconds"] for r in read_results(TUNING) if r["label"] == arm]
+        arm: [r["tokens"] / r["train_seconds"] for r in read_results(TUNING) if r["variant"] == arm]
         for arm in ("plain", "engram")
     }
     if not all(speed.values()):

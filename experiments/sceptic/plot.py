@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import LogLocator
 
-from experiments.plots import ARM_COLOURS, INK, SOFT, STYLE, dot_panels, load, save
-from experiments.report import Row, size_of
+from experiments.lab.plots import ARM_COLOURS, INK, SOFT, STYLE, dot_panels, load, save
+from experiments.lab.report import Row, size_of
 from experiments.sceptic.configs import BASELINE
 
 # Of a name beside its dot: across and up.
@@ -24,15 +24,15 @@ def draw(home: Path) -> Path:
     figure, (*_, price) = dot_panels(home, BASELINE, groups, more=[4.2])
     name, rows = max(groups.items(), key=lambda group: len(group[1]))
     with matplotlib.rc_context(STYLE):
-        _prices(price, [row for row in rows if row.label not in CONTROLS])
+        _prices(price, [row for row in rows if row.variant not in CONTROLS])
         price.set_title(f"{home.name}, {name}: at what price (no controls)")
     return save(figure, home)
 
 
 def _prices(axes: Axes, rows: list[Row]) -> None:
     """Bits a byte below plain over megabytes; each name at the first of PLACES where it covers neither dot nor name."""
-    points = [(size_of(row) / 1e6, row.bits.mean, row.label) for row in rows if row.bits]
-    points += [(size_of(row) / 1e6, 0.0, row.label) for row in rows if row.label == BASELINE]
+    points = [(size_of(row) / 1e6, row.bits.mean, row.variant) for row in rows if row.bits]
+    points += [(size_of(row) / 1e6, 0.0, row.variant) for row in rows if row.variant == BASELINE]
     axes.axhline(0, color=SOFT, linewidth=1, zorder=0.5)
     for x, y, label in points:
         axes.plot(x, y, "o", color=ARM_COLOURS["engram"] if label == "engram" else SOFT, markersize=5)

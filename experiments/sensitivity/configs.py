@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from experiments.config import SETTINGS, Run, change, tuned
+from experiments.lab.cell import SETTINGS, Run, change
+from experiments.lab.tuning import tuned
 from experiments.sensitivity.measure import measure
 from experiments.sensitivity.summary import summary
 
-__all__ = ["BASELINE", "SETTING", "configs", "measure", "summary"]
+__all__ = ["BASELINE", "SIZE", "configs", "measure", "summary"]
 
-BASELINE, SETTING = "plain", "T"
+BASELINE, SIZE = "plain", "tiny"
 EPOCHS = 1.0  # one pass: every copy of a fact is met once
 TOKENS = 1_600_000  # about, of that pass; the text with each line once is shorter, and takes the same rates
 CORPORA = {"facts:wiki": ("plain", "engram", "one-row"), "facts:1:wiki": ("plain", "engram")}
 
 
-def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
+def configs(size: str) -> list[Run]:
+    setting = SETTINGS[size]
     return [
         Run(
             "sensitivity",
@@ -23,7 +24,7 @@ def configs(setting_name: str) -> list[Run]:
             change(setting, train=tuned(arm, setting, tokens=TOKENS), corpus=corpus),
             (("epochs", EPOCHS),),
             arm,
-            f"{setting_name}: {corpus}",
+            size,
         )
         for corpus, arms in CORPORA.items()
         for arm in arms

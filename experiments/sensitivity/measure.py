@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from engram.lm.evaluate import eval_mode
 from engram.lm.run import Data
 from engram.lm.tokenizer import END_OF_TEXT_ID, Encoded
-from experiments.config import Run
-from experiments.measures import on_and_off
+from experiments.lab.cell import Run
+from experiments.lab.measures import on_and_off
 from experiments.sensitivity.facts import Fact, Lines, lines_of
 
 ASKED = 200  # lines of each kind

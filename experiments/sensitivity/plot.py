@@ -9,8 +9,8 @@ import matplotlib
 from engram.lm.statistics import Interval
 from matplotlib.lines import Line2D
 
-from experiments.measures import mean_of, measured
-from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
+from experiments.lab.measures import mean_of, measured
+from experiments.lab.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.sensitivity.summary import LEVELS, SHARES, learned_retention, retention
 
 KINDS = ("above what was never said, next token", "said in training", "never said")

@@ -8,8 +8,8 @@ from typing import Any
 
 from engram.lm.statistics import Interval
 
-from experiments.measures import mean_of, measured, paired, share_of, shown, table
-from experiments.report import Record
+from experiments.lab.measures import mean_of, measured, paired, share_of, shown, table
+from experiments.lab.results import Record
 
 SHARES = {
     "taught_exact": "taught facts, whole description",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from experiments.config import SETTINGS, Run, change, tuned
+from experiments.lab.cell import SETTINGS, Run, change
+from experiments.lab.tuning import tuned
 
-BASELINE, SETTING = "plain", "T"
+TABLES = ()
+BASELINE, SIZE = "plain", "tiny"
 ROWS = tuple(2**power for power in range(10, 23, 2))  # a head
 
 
-def configs(setting_name: str) -> list[Run]:
-    setting = SETTINGS[setting_name]
-    runs = [Run("slots", "plain", change(setting, train=tuned("plain", setting)), group=setting_name)]
+def configs(size: str) -> list[Run]:
+    setting = SETTINGS[size]
+    runs = [Run("slots", "plain", change(setting, train=tuned("plain", setting)), size=size)]
     for arm in ("engram", "over-encoding"):
         for rows in ROWS:
             mine = change(setting, {"rows_per_head": rows}, tuned(arm, setting))
             options = (("rows", rows),) if arm == "over-encoding" else ()
-            runs.append(Run("slots", arm, mine, options, f"{arm}, {rows:,} rows", setting_name))
+            runs.append(Run("slots", arm, mine, options, f"{arm}, {rows:,} rows", size))
     return runs

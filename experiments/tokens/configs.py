@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from engram.lm.run import Setting
-from experiments.config import HOME, SETTINGS, Run, change, rate_grid, tuned
+from experiments.lab.cell import HOME, SETTINGS, Run, change
+from experiments.lab.tuning import rate_grid, tuned
 from experiments.tokens.summary import summary
 
-__all__ = ["BASELINE", "SETTING", "configs", "summary", "tune"]
+__all__ = ["BASELINE", "SIZE", "configs", "summary", "tune"]
 
-BASELINE, SETTING = "plain", "T"
+BASELINE, SIZE = "plain", "tiny"
+TABLES = ("text", "tokens")
 TUNING = HOME / "tokens" / "tune.jsonl"
-# Halvings and doublings of the setting's budget. At T the largest is more than one pass over the text, and the same
+# Halvings and doublings of the setting's budget. At tiny the largest is more than one pass over the text, and the same
 # budgets on a third of it (one of its three corpora) are several.
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 SMALL_TEXT, SMALL_FACTORS = "kjv", (0.5, 1, 2, 4)
@@ -25,31 +27,27 @@ def budget(setting: Setting, factor: float) -> Setting:
     return change(setting, train={"tokens": tokens, "warmup_steps": max(1, round(warmup * min(1.0, factor)))})
 
 
-def group_of(setting_name: str, setting: Setting) -> str:
-    return f"{setting_name}: {setting.corpus}, {setting.train.tokens / 1e6:.2f}M tokens"
-
-
-def configs(setting_name: str) -> list[Run]:
+def configs(size: str) -> list[Run]:
     runs = []
-    for corpus, factors in ((SETTINGS[setting_name].corpus, FACTORS), (SMALL_TEXT, SMALL_FACTORS)):
+    for corpus, factors in ((SETTINGS[size].corpus, FACTORS), (SMALL_TEXT, SMALL_FACTORS)):
         for factor in factors:
-            setting = change(budget(SETTINGS[setting_name], factor), corpus=corpus)
-            group = group_of(setting_name, setting)
+            setting = change(budget(SETTINGS[size], factor), corpus=corpus)
             for arm in ("plain", "engram"):
                 mine = change(setting, train=tuned(arm, setting, TUNING))
-                runs.append(Run("tokens", arm, mine, group=group))
+                runs.append(Run("tokens", arm, mine, size=size))
             if corpus == SMALL_TEXT and factor > 1:
                 slower = change(mine, train={"table_lr": SLOWER})
-                runs.append(Run("tokens", "engram", slower, label=f"engram, table lr {SLOWER:g}", group=group))
+                runs.append(Run("tokens", "engram", slower, variant=f"engram, table lr {SLOWER:g}", size=size))
     return runs
 
 
 def tune() -> list[Run]:
-    """A grid of lr for both arms at each budget of TUNED, at T on its own text; rows take the rate of engram at T."""
+    """A grid of lr for both arms at each budget of TUNED, at tiny on its own text; rows take the rate of engram
+    there."""
     cells = []
     for factor in TUNED:
-        setting = budget(SETTINGS["T"], factor)
+        setting = budget(SETTINGS["tiny"], factor)
         for arm in ("plain", "engram"):
-            mine = change(setting, train=tuned(arm, SETTINGS["T"]))  # for its table_lr
-            cells.append(Run("tokens", arm, mine, group=group_of("T", setting)))
+            mine = change(setting, train=tuned(arm, SETTINGS["tiny"]))  # for its table_lr
+            cells.append(Run("tokens", arm, mine, size="tiny"))
     return rate_grid(cells, TUNING, table_lrs=())

@@ -7,8 +7,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 
-from experiments.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, gain, load, new_figure, save
-from experiments.report import Row
+from experiments.lab.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, gain, load, new_figure, save
+from experiments.lab.report import Row
 from experiments.tokens.configs import BASELINE
 from experiments.tokens.summary import text_of
 
@@ -18,14 +18,14 @@ Points = list[tuple[float, Row]]  # (millions of training tokens, row)
 def draw(home: Path) -> Path:
     curves: dict[str, Points] = {}
     plain: dict[str, Points] = {}
-    for group, rows in load(home, BASELINE).items():
-        text = text_of(group)
+    for table, rows in load(home, BASELINE).items():
+        text = str(text_of(table))
         for row in rows:
             point = (first_run(row)["tokens"] / 1e6, row)
-            if row.label == BASELINE:
+            if row.variant == BASELINE:
                 plain.setdefault(text, []).append(point)
             elif row.bits is not None:
-                curves.setdefault(text + row.label.removeprefix("engram"), []).append(point)
+                curves.setdefault(text + row.variant.removeprefix("engram"), []).append(point)
     for points in (*plain.values(), *curves.values()):
         points.sort(key=lambda point: point[0])
     figure, (losses, gains) = new_figure(7.2, [3.6, 4.0])

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean
 
 from engram.lm.statistics import Interval, over_seeds
 
-from experiments.config import read_results
-from experiments.measures import shown, table
-from experiments.report import Record, groups_of
+from experiments.lab.cell import Table
+from experiments.lab.claims import Finding, compared
+from experiments.lab.measures import shown, table
+from experiments.lab.report import tables_of
+from experiments.lab.results import Record, read_results
+from experiments.lab.tuning import budget_of
 
-Curve = Sequence[tuple[float, float]]  # (tokens, bits a byte), fewest tokens first
+Curve = Sequence[tuple[float, float]]  # (tokens, bits per byte), fewest tokens first
 
 
-def text_of(group: str) -> str:
-    """The name of a table without its budget."""
-    return re.sub(r", [\d.]+M tokens", "", group)
+def text_of(table: Table) -> Table:
+    """The table without its budget: all budgets on one text share it."""
+    return replace(table, tokens=None)
 
 
 def tokens_for(loss: float, curve: Curve) -> tuple[float, float]:
@@ -51,17 +54,17 @@ def worth(runs: Sequence[Record], plain: dict[int, Curve]) -> str:
 
 
 def summary(home: Path) -> str:
-    plain: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    cells: dict[tuple[str, str, int], list[Record]] = {}
-    for group, labels in groups_of(read_results(home / "results.jsonl")).items():
-        for label, runs in labels.items():
+    plain: dict[tuple[Table, int], list[tuple[float, float]]] = {}
+    cells: dict[tuple[Table, str, int], list[Record]] = {}
+    for place, variants in tables_of(read_results(home / "results.jsonl")).items():
+        for variant, runs in variants.items():
             for run in runs:
-                if label == "plain":
-                    plain.setdefault((text_of(group), run["seed"]), []).append((run["tokens"], run["bpb"]))
+                if variant == "plain":
+                    plain.setdefault((text_of(place), run["seed"]), []).append((run["tokens"], run["bpb"]))
                 else:
-                    cells.setdefault((text_of(group), label, run["tokens"]), []).append(run)
+                    cells.setdefault((text_of(place), variant, run["tokens"]), []).append(run)
     lines = []
-    for (text, label, tokens), runs in sorted(cells.items()):
+    for (text, label, tokens), runs in sorted(cells.items(), key=lambda item: (str(item[0][0]), *item[0][1:])):
         curves = {run["seed"]: sorted(plain.get((text, run["seed"]), [])) for run in runs}
         both = [run for run in runs if curves[run["seed"]]]
         if both:
@@ -72,3 +75,14 @@ def summary(home: Path) -> str:
         "seeds with 95 % intervals (Student's t); a bound where plain ran with no budget so large, or so small.\n\n"
         f"{table(('text', 'arm', 'tokens, M', 'seeds', 'times as many of plain'), lines, words=2)}"
     )
+
+
+def twice_the_tokens(home: Path) -> list[Finding]:
+    """Plain minus engram that was trained on half as many tokens, on each text and at each budget."""
+    found, tables = [], tables_of(read_results(home / "results.jsonl")).items()
+    plain = {(text_of(place), budget_of(runs["plain"][0])): runs["plain"] for place, runs in tables if "plain" in runs}
+    for place, runs in tables:
+        longer = plain.get((text_of(place), 2 * budget_of(runs["engram"][0]))) if "engram" in runs else None
+        if longer:
+            found += compared(home, place, {"engram": runs["engram"], "plain": longer}, "plain", "engram")
+    return found

@@ -1,11 +1,11 @@
 """What a row codec costs a trained model: train, then evaluate with the rows stored by each codec in turn.
 
-    python experiments/codecs/run.py
+    python experiments/scripts/codecs/run.py
 
 Trains the main job's engram model with each seed (checkpoints in runs/, a killed run goes on), measures its validation
 loss, converts a copy of the trained rows per codec and measures again. Every result is a line of results.jsonl, every
-model's losses by document a file in documents/; a seed that is there already is not made again. The table in README.md
-is written from both.
+model's losses by document stand in documents.npz; a seed that is there already is not made again. tables.md is written
+from both. It has a runner of its own because one training is evaluated once per codec.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
 
 from engram.lm.evaluate import evaluate
 from engram.lm.run import Setting, build_model, prepare
 from engram.lm.train import train
 from engram.tables import HostTable, encode_table, report
-from experiments.codecs.summary import documents_file, summary
-from experiments.config import change
-from experiments.report import write_between_marks
-from experiments.runner import append, write_documents
+from experiments.lab.cell import change
+from experiments.lab.report import write_tables
+from experiments.lab.results import append, document_keys, write_documents
+from experiments.scripts.codecs.summary import documents_key, summary
 
 HERE = Path(__file__).parent
-RESULTS, README = HERE / "results.jsonl", HERE / "README.md"
+RESULTS = HERE / "results.jsonl"
 
 # How rows are stored.
 CODECS = ["float32", "bfloat16", "fp8", "int8", "int4", "pq4", "pq8"]
@@ -67,10 +67,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the checkpoints")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        if not documents_file(HERE, arguments.tokens, seed).exists():
+        if documents_key(arguments.tokens, seed) not in document_keys(HERE):
             run(arguments.tokens, seed, arguments.runs / f"codecs-{arguments.tokens}-{seed}")
     text = summary(HERE, arguments.tokens)
-    write_between_marks(README, text)
+    write_tables(HERE, "codecs", text, "python experiments/scripts/codecs/run.py")
     print(text)
 
 
@@ -106,7 +106,7 @@ def run(tokens: int, seed: int, folder: Path) -> None:
         print(f"{codec:9} loss {scored.loss:.5f}", flush=True)
     for line in lines:
         append(RESULTS, line)
-    write_documents(documents_file(HERE, tokens, seed), documents)
+    write_documents(HERE, documents_key(tokens, seed), documents)
 
 
 def progress(steps: int):

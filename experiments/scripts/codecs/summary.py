@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from engram.lm.statistics import Interval, paired_interval
 
-from experiments.config import read_lines
-from experiments.measures import shown, table
+from experiments.lab.measures import shown, table
+from experiments.lab.results import read_documents, read_lines
 
 Runs = dict[str, dict[int, dict[str, Any]]]
 
@@ -23,13 +23,13 @@ def budgets(home: Path) -> dict[int, Runs]:
     return found
 
 
-def documents_file(home: Path, tokens: int, seed: int) -> Path:
-    """Of one trained model: summed nats of each validation document by codec, and their "tokens"."""
-    return home / "documents" / f"{tokens}-{seed}.npz"
+def documents_key(tokens: int, seed: int) -> str:
+    """The key in documents.npz of one trained model: summed nats of each document by codec, and their "tokens"."""
+    return f"{tokens}-{seed}"
 
 
 def cost(home: Path, runs: dict[int, dict[str, Any]]) -> Interval:
-    """Nats a token with the rows in a codec, minus those of the same trained models with float32 rows.
+    """Nats per token with the rows in a codec, minus those of the same trained models with float32 rows.
 
     Raises:
         ValueError: models that were validated on different texts.
@@ -38,10 +38,10 @@ def cost(home: Path, runs: dict[int, dict[str, Any]]) -> Interval:
         raise ValueError(f"runs in {home / 'results.jsonl'} are of different texts: make all seeds again")
     stored, plain = [], []
     for seed, line in runs.items():
-        with np.load(documents_file(home, line["tokens"], seed)) as arrays:
-            stored.append(arrays[line["codec"]])
-            plain.append(arrays["float32"])
-            sizes = arrays["tokens"]
+        arrays = read_documents(home, documents_key(line["tokens"], seed), (line["codec"], "float32", "tokens"))
+        stored.append(arrays[line["codec"]])
+        plain.append(arrays["float32"])
+        sizes = arrays["tokens"]
     return paired_interval(np.stack(stored), np.stack(plain), sizes)
 
 
@@ -57,8 +57,8 @@ def summary(home: Path, tokens: int) -> str:
         change = "" if codec == "float32" else shown(cost(home, runs), "+.5f")
         rows.append((codec, f"{first['row_bytes']}", f"{first['ratio']:.4f}", f"{loss:.5f}", change, f"{error:.5f}"))
     head = (
-        *("rows", "bytes a row", "of float32", "validation loss"),
-        *("difference in nats a token, 95 % interval", "rms error / rms"),
+        *("rows", "bytes per row", "of float32", "validation loss"),
+        *("difference in nats per token, 95 % interval", "rms error / rms"),
     )
     seeds = ", ".join(f"{seed}" for seed in next(iter(codecs.values())))
     return f"{table(head, rows)}\n\n{tokens:,} training tokens; models of seeds {seeds}."

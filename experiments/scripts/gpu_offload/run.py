@@ -1,10 +1,11 @@
 """A host table of 42 GiB feeding a decoder of about 1B parameters on a GPU: throughput with the memory over without.
 
-    python experiments/gpu_offload/run.py            # on a machine with a GPU and 48 GiB of free host memory
-    python experiments/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs
+    python experiments/scripts/gpu_offload/run.py            # on a machine with a GPU and 48 GiB of free host memory
+    python experiments/scripts/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs
 
 Each finished row is appended to results.jsonl; rows that are there already are skipped. Prefill: tokens/s of a prompt
 of 512 tokens. Decode: tokens/s of 64 steps after it. The models run in turn; the ratio is the median over rounds.
+It has a runner of its own because it needs a GPU and times inference; no loss is measured.
 """
 
 from __future__ import annotations

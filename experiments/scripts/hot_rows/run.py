@@ -1,8 +1,8 @@
-"""How often a bounded cache of rows is hit under real text. Writes results.jsonl and the tables of README.md.
+"""How often a bounded cache of rows is hit under real text. Writes results.jsonl and tables.md.
 
-    python experiments/hot_rows/run.py
+    python experiments/scripts/hot_rows/run.py
 
-A few minutes on two cores; no training, only addresses.
+A few minutes on two cores. It has a runner of its own because nothing is trained: it counts addresses.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
 
 from engram import HashLayout, HostTable, NgramHasher, TokenMap
 from engram.lm.corpus import DEFAULT_CORPUS, corpus_digest, load_corpus, split
 from engram.lm.tokenizer import encode, train_tokenizer
 from engram.tables import HotRows
-from experiments.config import read_lines
-from experiments.report import write_between_marks
+from experiments.lab.report import write_tables
+from experiments.lab.results import read_lines
 
 HOME = Path(__file__).parent
 ROWS_PER_HEAD, HEADS, ORDERS, VOCAB = 646_400, 2, (2, 3), 4096
@@ -133,9 +133,9 @@ def tables(results: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"{seeds} orders of the documents (mean ± half the range), {one['tokens']:,} tokens each, corpus "
-        f"{one['corpus']}, {one['rows']:,} rows, {one['chunk_tokens']} tokens a gather. An unbounded cache would hit "
+        f"{one['corpus']}, {one['rows']:,} rows, {one['chunk_tokens']} tokens per gather. An unbounded cache would hit "
         f"{ever[0]:.3f} of the bigram and {ever[1]:.3f} of the trigram reads. "
-        f"HotRows took {np.median([r['us_per_row'] for r in results]):.1f} us a row (rows in memory behind it).",
+        f"HotRows took {np.median([r['us_per_row'] for r in results]):.1f} us per row (rows in memory behind it).",
     ]
     return "\n".join(lines)
 
@@ -145,13 +145,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=512, help="tokens per gather")
-    parser.add_argument("--tables-only", action="store_true", help="write README.md again from results.jsonl")
+    parser.add_argument("--tables-only", action="store_true", help="write tables.md again from results.jsonl")
     arguments = parser.parse_args()
     file = HOME / "results.jsonl"
     if not arguments.tables_only:
         results = measure(arguments.tokens, list(range(arguments.seeds)), arguments.chunk)
         file.write_text("".join(json.dumps(result) + "\n" for result in results))
-    write_between_marks(HOME / "README.md", tables(read_lines(file)))
+    write_tables(HOME, "hot_rows", tables(read_lines(file)), "python experiments/scripts/hot_rows/run.py")
 
 
 if __name__ == "__main__":

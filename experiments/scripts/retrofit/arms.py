@@ -21,7 +21,7 @@ from torch import nn
 import engram
 from engram.addressing import NgramHasher, TokenMap
 from engram.memory import EngramMemory, hash_layout
-from experiments.retrofit.data import Batches
+from experiments.scripts.retrofit.data import Batches
 
 NAMES = ("reference", "memory", "lora", "both", "full", "full-seconds", "one-row")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,11 +16,11 @@ import xxhash
 
 from engram import TokenMap, build_optimizer
 from engram.lm.corpus import corpus_digest
-from experiments.retrofit import arms
-from experiments.retrofit.data import REPORTED, TUNING, Batches, Text, pack
-from experiments.retrofit.measure import SIDES, measure
-from experiments.runner import peak_memory
-from experiments.version import code_version, sources_digest
+from experiments.lab.runner import peak_memory
+from experiments.lab.version import code_version, sources_digest
+from experiments.scripts.retrofit import arms
+from experiments.scripts.retrofit.data import REPORTED, TUNING, Batches, Text, pack
+from experiments.scripts.retrofit.measure import SIDES, measure
 
 WARM_UP, CLIP = 4, 1.0  # steps; norm of the dense gradient
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram.lm.corpus import Document
 from engram.lm.evaluate import eval_mode
-from experiments.retrofit.data import START, Text, encode
+from experiments.scripts.retrofit.data import START, Text, encode
 from experiments.sensitivity.facts import Fact
 from experiments.sensitivity.measure import score
 

@@ -1,9 +1,11 @@
 """A pretrained model goes on training on one text: with a memory, with LoRA, with both, with all its weights.
 
-    python experiments/retrofit/run.py tune      # learning rates, on other facts and services than those reported
-    python experiments/retrofit/run.py run       # every arm of seed 0, then of seeds 1 and 2; goes on if it was stopped
-    python experiments/retrofit/run.py report    # the tables of README.md, from results.jsonl
-    python experiments/retrofit/run.py plot      # figure.png
+    python experiments/scripts/retrofit/run.py tune      # learning rates, on other facts and services
+    python experiments/scripts/retrofit/run.py run       # every arm of each seed; goes on if it was stopped
+    python experiments/scripts/retrofit/run.py report    # tables.md, from results.jsonl
+    python experiments/scripts/retrofit/run.py plot      # figure.png
+
+It has a runner of its own because a run starts from a pretrained model that all runs share in memory.
 
 Every run is a process of its own, forked from one that holds the model, and appends one line to results.jsonl (or
 tune.jsonl). What is in the file is not run again.
@@ -21,16 +23,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
 
 from engram import TokenMap
 from engram.lm.corpus import overlap_13gram
 from engram.lm.train import tune_allocator
-from experiments.config import read_results
-from experiments.retrofit import arms, summary
-from experiments.retrofit.data import load_text
-from experiments.retrofit.job import Base, Job, execute
-from experiments.runner import append, write_documents
+from experiments.lab.results import append, read_results, write_documents
+from experiments.scripts.retrofit import arms, summary
+from experiments.scripts.retrofit.data import load_text
+from experiments.scripts.retrofit.job import Base, Job, execute
 
 HOME = Path(__file__).parent
 # (lr, table lr) tried; 0: the arm has no table. The other arms take the rates of these (RATES_OF).
@@ -144,7 +145,7 @@ def _child(job: Job, base: Base, home: Path, pipe: Any) -> None:
         traceback.print_exc()
         raise SystemExit(1) from None
     if job.held_out == "validation":
-        write_documents(home / "documents" / f"{job.key}.npz", arrays)
+        write_documents(home, job.key, arrays)
     pipe.send(record)
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from engram.lm.statistics import Interval, paired_interval
 from matplotlib.figure import Figure
 
-from experiments.config import read_results
-from experiments.measures import cut, table
-from experiments.plots import COLOURS, INK, SOFT, STYLE, dot, save
-from experiments.report import short, write_between_marks
-from experiments.retrofit.arms import NAMES
+from experiments.lab.measures import cut, table
+from experiments.lab.plots import COLOURS, INK, SOFT, STYLE, dot, save
+from experiments.lab.report import short, write_tables
+from experiments.lab.results import read_documents, read_results
+from experiments.scripts.retrofit.arms import NAMES
 
 Record = dict[str, Any]
 Arms = dict[str, dict[int, Record]]  # {arm: {seed: run}}
@@ -67,15 +67,10 @@ def arms_of(home: Path) -> Arms:
 
 
 def arrays(home: Path, arm: str, record: Record, names: tuple[str, ...]) -> list[np.ndarray]:
-    """Arrays of one run's side file. Raises FileNotFoundError where it is missing."""
-    file = home / "documents" / f"{record['key']}.npz"
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file.name} is missing in {file.parent.name}/, the losses of {record['arm']} seed {record['seed']}: "
-            "delete its line from results.jsonl and run it again"
-        )
-    with np.load(file) as found:
-        return [found[f"off_{name}" if arm == OFF else name].astype(np.float64) for name in names]
+    """Arrays of one run from documents.npz. Raises FileNotFoundError if it has none."""
+    names = tuple(f"off_{name}" for name in names) if arm == OFF else names
+    found = read_documents(home, record["key"], names)
+    return [found[name].astype(np.float64) for name in names]
 
 
 def compared(home: Path, arms: Arms, ours: str, theirs: str | None, measure: str) -> Interval | None:
@@ -103,7 +98,7 @@ def shown(value: Interval | None, form: str) -> str:
 
 
 def reading_table(home: Path, arms: Arms) -> str:
-    head = ["arm", "seeds", "in-domain, bits a byte", "minus reference"]
+    head = ["arm", "seeds", "in-domain, bits per byte", "minus reference"]
     rows = []
     for arm, runs in arms.items():
         row = [arm, str(len(runs)) if arm != "reference" else ""]
@@ -111,13 +106,13 @@ def reading_table(home: Path, arms: Arms) -> str:
             row.append(shown(compared(home, arms, arm, None, side), ".4f"))
             row.append("" if arm == "reference" else shown(compared(home, arms, arm, "reference", side), "+.4f"))
         rows.append(row)
-    return table([*head, "out-of-domain, bits a byte", "minus reference"], rows)
+    return table([*head, "out-of-domain, bits per byte", "minus reference"], rows)
 
 
 def facts_table(home: Path, arms: Arms) -> str:
     rows = []
     sides = {"taught": "taught", "rephrased": "asked in other words", "untaught": "never taught"}
-    kinds = {"nats": ("nats a token", ".3f"), "exact": ("exact", ".1%"), "rank": ("rank", ".1%")}
+    kinds = {"nats": ("nats per token", ".3f"), "exact": ("exact", ".1%"), "rank": ("rank", ".1%")}
     asked = [(side, kind) for kind in kinds for side in sides if f"{side} {kind}" in MEASURES]
     for arm in arms:
         cells = [shown(compared(home, arms, arm, None, f"{side} {kind}"), kinds[kind][1]) for side, kind in asked]
@@ -138,13 +133,13 @@ def pairs_table(home: Path, arms: Arms) -> str:
         if ours in arms and theirs in arms:
             cells = [shown(compared(home, arms, ours, theirs, measure), form) for measure, form in forms.items()]
             rows.append([f"{ours} minus {theirs}", *cells])
-    head = ["in-domain, bits a byte", "out-of-domain, bits a byte", "taught: nats a token", "exact"]
-    return table(["", *head, "asked in other words: nats a token"], rows)
+    head = ["in-domain, bits per byte", "out-of-domain, bits per byte", "taught: nats per token", "exact"]
+    return table(["", *head, "asked in other words: nats per token"], rows)
 
 
 def costs_table(arms: Arms) -> str:
     head = ["arm", "lr / table lr", "trained parameters, M", "of them in rows", "LoRA rank", "all parameters, M"]
-    head += ["optimiser state, MB", "steps", "tokens", "seconds", "CPU seconds", "tokens a CPU second"]
+    head += ["optimiser state, MB", "steps", "tokens", "seconds", "CPU seconds", "tokens per CPU second"]
     rows = []
     for arm, runs in arms.items():
         if arm == OFF:
@@ -180,13 +175,13 @@ def tuning_table(records: list[Record]) -> str:
             cells = [f"{total(r):.4f}", f"{r['measures']['inside_bpb']:.4f}", f"{r['measures']['taught_nats']:.4f}"]
             table_lr = f"{r['table_lr']:g}" if r["memory"] else ""
             rows.append([arm, f"{r['lr']:g}", table_lr, *([f"**{cells[0]}**"] if r is best else cells[:1]), *cells[1:]])
-    head = ["arm", "lr", "table lr", "criterion", "in-domain bits a byte", "taught facts, nats a token"]
+    head = ["arm", "lr", "table lr", "criterion", "in-domain bits per byte", "taught facts, nats per token"]
     return table(head, rows, words=1)
 
 
 def total(record: Record) -> float:
-    """What tuning lowers, on services and taught facts that are not reported: bits a byte of the one plus, at
-    BYTES_A_TOKEN, bits a byte of the other."""
+    """What tuning lowers, on services and taught facts that are not reported: bits per byte of the one plus, at
+    BYTES_A_TOKEN, bits per byte of the other."""
     return record["measures"]["inside_bpb"] + record["measures"]["taught_nats"] / math.log(2) / BYTES_A_TOKEN
 
 
@@ -200,7 +195,7 @@ def document(home: Path) -> str:
     """All tables as Markdown. Raises ValueError where nothing was run."""
     arms = arms_of(home)
     if not arms:
-        raise ValueError("results.jsonl has no runs yet: python experiments/retrofit/run.py run")
+        raise ValueError("results.jsonl has no runs yet: python experiments/scripts/retrofit/run.py run")
     runs = [r for mine in arms.values() for r in mine.values()]
     code = " and ".join(dict.fromkeys(short(r["code"]) for r in runs))
     overlap = runs[0]["overlap_13gram"]
@@ -230,8 +225,8 @@ def document(home: Path) -> str:
 
 
 def write(home: Path) -> None:
-    """Writes the tables into home/README.md. Raises ValueError where it has no marks."""
-    write_between_marks(home / "README.md", document(home))
+    """Write the tables to home/tables.md."""
+    write_tables(home, "retrofit", document(home), "python experiments/scripts/retrofit/run.py report")
 
 
 def draw(home: Path) -> Path:

@@ -1,8 +1,9 @@
-"""What size costs: rows a second against the width of a row, and a training step against the rows stored, in memory and
-in a file larger than memory. Writes results.jsonl, the tables of README.md and paper_notes/scale.png.
+"""What size costs: rows per second against the width of a row, and a training step against the rows stored, in memory
+and in a file larger than memory. Writes results.jsonl, tables.md and paper_notes/scale.png. It has a runner of its own
+because it times kernels and steps; no loss is measured.
 
-    python experiments/scale/run.py width rows disk    # `disk` writes a file larger than memory
-    python experiments/scale/run.py                    # tables and figure again, from results.jsonl
+    python experiments/scripts/scale/run.py width rows disk    # `disk` writes a file larger than memory
+    python experiments/scripts/scale/run.py                    # tables and figure again, from results.jsonl
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # so that the lab is found where this is run as a script
+sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
 
 from engram.bench.compare import compare
 from engram.bench.rows import lookup
 from engram.bench.step import TIME, Trainer, main_job
 
 from engram.lm.train import tune_allocator
-from experiments.config import read_lines
-from experiments.report import write_between_marks
+from experiments.lab.report import write_tables
+from experiments.lab.results import read_lines
 
 HOME = Path(__file__).parent
-FIGURE = HOME.parents[1] / "paper_notes" / "scale.png"
+FIGURE = HOME.parents[2] / "paper_notes" / "scale.png"
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # bytes of a row
 EXPONENTS = range(16, 27)  # of the rows per head
 REFERENCE = 17
@@ -231,7 +232,7 @@ def draw(lines: list[Line]) -> None:
         points = [(line["row_bytes"], line["value"]) for line in by_width if line["what"] == name]
         style = {"color": "0.6", "linestyle": "--"} if name.startswith("ceiling") else {"marker": "o", "markersize": 4}
         left.plot(*zip(*points, strict=True), label=name, **style)
-    left.set(xscale="log", yscale="log", xlabel="bytes of a row", ylabel="million rows a second")
+    left.set(xscale="log", yscale="log", xlabel="bytes of a row", ylabel="million rows per second")
     left.set_xticks(WIDTHS, [f"{size:,}" for size in WIDTHS], fontsize=8)
     left.set_yticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
     left.minorticks_off()
@@ -279,7 +280,7 @@ def main() -> None:
         kinds = {line["kind"] for line in new}
         lines = [line for line in lines if line["kind"] not in kinds] + new
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_between_marks(HOME / "README.md", tables(lines))
+    write_tables(HOME, "scale", tables(lines), "python experiments/scripts/scale/run.py")
     draw(lines)
 
 

@@ -1,4 +1,4 @@
-"""experiments/retrofit on a tiny random Llama: what is paired, matched, resumed and written."""
+"""experiments/scripts/retrofit on a tiny random Llama: what is paired, matched, resumed and written."""
 
 from __future__ import annotations
 

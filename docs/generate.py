@@ -15,7 +15,7 @@ ROOT = DOCS.parent
 LAB = ROOT / "experiments"
 MADE = ("results", "notes", "project", "api")  # folders of generated pages, which git ignores
 CLAIMS = "claims"  # the heading of a question's table of claims has this word
-NOTES = ("claims", "equations", "dialects", "sinkhorn", "decisions", "log", "log_full")
+NOTES = ("claims_in_short", "claims", "equations", "dialects", "sinkhorn", "decisions", "log", "log_full")
 # Every public name has one place in the reference; test_docs.py fails if one is missing.
 API = {
     "addresses": ("Addresses", ["TokenMap", "HashLayout", "NgramHasher"]),
@@ -128,7 +128,8 @@ def results_index() -> str:
         "",
         "Each page is made from the runs of one question when this site is built: no figure on it is typed.",
         "A verdict is of small models on a few megabytes of text, and of no other size. All claims with their",
-        "sources and commands are on the page of [claims](../notes/claims.md).",
+        "sources and commands are on the page of [claims](../notes/claims.md), and those that matter most are in",
+        "[one table](../notes/claims_in_short.md).",
         "",
         "| question | the first claim of its table and its verdict |",
         "|---|---|",

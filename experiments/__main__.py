@@ -138,7 +138,7 @@ def plot(name: str) -> Path:
 
 
 def report(name: str | None) -> None:
-    """Write tables.md of a question; without a name of all, with claims.md and the table of the project's README."""
+    """Write tables.md of a question; without a name of all, with claims.md and claims_in_short.md."""
     page = importlib.import_module("experiments.lab.claims_page")
     results = page.found_in(name=name or "")
     for one in [name] if name else names():
@@ -214,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
     for command, what in (
         ("plot", "draw figure.png from the results"),
-        ("report", "write tables.md; of all, paper_notes/claims.md and the table of the project's README too"),
+        ("report", "write tables.md; of all, claims.md and claims_in_short.md in paper_notes/ too"),
     ):
         one = commands.add_parser(command, help=f"{what}; without a NAME of all")
         one.add_argument("name", choices=names(), metavar="NAME", nargs="?")

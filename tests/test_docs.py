@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from documents import PAGES, ROOT, blocks, examples
@@ -31,7 +32,7 @@ def prepared(name: str) -> dict:
     if name.startswith("attach"):
         from hf_models import build
 
-        return {"model": build("llama"), "tokenizer": engram.TokenMap.identity(64)}
+        return {"engram": engram, "model": build("llama"), "tokenizer": engram.TokenMap.identity(64)}
     return {"golden_folder": ROOT / "tests" / "golden"} if name == "golden" else {}
 
 
@@ -63,6 +64,17 @@ def test_the_saved_things_of_the_attach_page_open_again(tmp_path, monkeypatch):
     digest = names["memory"].layout.digest
     assert again.layout.digest == digest == whole.model.engram.layout.digest
     assert names["memory"].attachment is None
+
+
+def test_the_arm_of_the_pages_builds():
+    from engram.addressing import TokenMap
+    from engram.lm.run import Setting
+
+    names: dict = {}
+    (code,) = examples(DOCS / "guides" / "lab.md")["arm"]
+    exec(code, names)
+    model = names["ARMS"]["narrow"](Setting(), SimpleNamespace(token_map=TokenMap.identity(4096)))
+    assert model.config.hidden_size == Setting().model.hidden_size // 2
 
 
 def test_the_drawing_is_the_one_its_script_draws(docs):
@@ -120,16 +132,19 @@ def test_the_lm_eval_task_of_the_pages_runs(capsys, monkeypatch, tmp_path):
     assert not end.value.code and [row["metric"] for row in report["results"]] == ["acc", "acc_norm"]
 
 
-@pytest.mark.parametrize("page", [DOCS / "index.md"], ids=lambda page: page.stem)
-def test_the_table_of_versions_is_that_of_the_constraints(page):
+def test_the_tables_of_versions_are_those_of_the_constraints():
     oldest, pinned = (
-        re.findall(r"(?m)^([\w-]+)==([^\s;]+)", (ROOT / name).read_text())  # several of one package for several Pythons
+        set(re.findall(r"(?m)^([\w-]+)==([^\s;]+)", (ROOT / name).read_text()))  # of one package for several Pythons
         for name in ("constraints-oldest.txt", "constraints.txt")
     )
-    lines = re.findall(r"(?m)^\| (\w+) \| (\d[\d.]*) \| (\d[\d.]*) \|", page.read_text())
-    assert len(lines) == 7
-    for name, first, second in lines:
-        assert (name, first) in oldest and (name, second) in pinned, name
+    lines = re.findall(r"(?m)^\| (\w+) \| (\d[\d.]*) \| (\d[\d.]*) \|", (DOCS / "index.md").read_text())
+    readme = (ROOT / "README.md").read_text()
+    names, first, second = (
+        re.findall(r"[\w.]+", re.search(rf"(?m)^\|\s*{head}\s*\|(.+)$", readme)[1]) for head in ("", "oldest", "pinned")
+    )
+    assert lines == list(zip(names, first, second, strict=True)) and len(lines) == 7
+    for name, low, high in lines:
+        assert (name, low) in oldest and (name, high) in pinned, name
 
 
 def test_every_public_name_is_in_the_reference(docs):

@@ -1,4 +1,4 @@
-"""paper_notes/claims.md, the README's table and what each question says about its claims. All figures come from
+"""paper_notes/claims.md, claims_in_short.md and what each question says about its claims. All figures come from
 results.jsonl; no figure of a run is typed.
 """
 
@@ -17,7 +17,7 @@ from experiments.lab.measures import table
 from experiments.lab.report import interval, write_between_marks
 
 FILE = HOME.parent / "paper_notes" / "claims.md"
-README = HOME.parent / "README.md"
+SHORT = HOME.parent / "paper_notes" / "claims_in_short.md"
 CLOSE = "within what another CPU can move"
 Found = list[tuple[Claim, list[Finding]]]
 
@@ -106,7 +106,7 @@ def _line(claim: Claim, cells: list[str], how: str) -> str:
 
 
 def in_short(results: Found) -> str:
-    """Markdown: of each claim that the README tells the finding with the most seeds (at small, then on the main text,
+    """Markdown: of each claim in short the finding with the most seeds (at small, then on the main text,
     if two have as many) and the verdicts on its other tables."""
     lines = [
         "| claim | what was measured | figure, 95 % interval | runs | needs | verdict | its other tables |",
@@ -138,11 +138,11 @@ def _runs(finding: Finding) -> str:
     return f"{finding.caption}, {finding.seeds} seed{'s' if finding.seeds != 1 else ''}"
 
 
-def write_claims(results: Found, file: Path = FILE, readme: Path = README) -> None:
-    """Write the document, whole or not at all, and the table of the README.
+def write_claims(results: Found, file: Path = FILE, short: Path = SHORT) -> None:
+    """Write the document, whole or not at all, and the table of the claims in short.
 
     Raises:
-        ValueError: a README without the marks.
+        ValueError: `short` is a file without the marks.
     """
     write_whole(file, document(results).encode())
-    write_between_marks(readme, in_short(results))
+    write_between_marks(short, in_short(results))

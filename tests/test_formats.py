@@ -527,6 +527,48 @@ def test_a_token_map_of_the_same_size_is_refused_where_the_checkpoint_has_its_ow
         convert(v41, tmp_path / "ours", "engram", token_map=TokenMap.identity(VOCAB))
 
 
+def grown(*added: int) -> TokenMap:
+    """TOKENS after tokens were added: of these classes, of which those from VOCAB on are new."""
+    return TokenMap(np.concatenate([TOKENS.table, added]))
+
+
+@pytest.mark.parametrize("added", [(VOCAB,), (VOCAB, VOCAB + 1, VOCAB + 2), (3, VOCAB, 5)])
+def test_a_tokenizer_with_tokens_added_since_converts_to_the_same_memory(v41, tmp_path, added):
+    TOKENS.save(v41 / "token_map.safetensors")
+    swapped = TOKENS.table.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    source = v41
+    for i, to in enumerate(("engram", "gguf", "engram")):
+        for name, token_map in (("plain", None), ("grown", grown(*added))):
+            convert(source, tmp_path / f"{i} {name}", to, token_map=token_map)
+        plain, other = open_source(tmp_path / f"{i} plain"), open_source(tmp_path / f"{i} grown")
+        assert plain.token_map.digest == other.token_map.digest == TOKENS.digest
+        assert all(torch.equal(plain.rows[n].read(0, 9), other.rows[n].read(0, 9)) for n in (1, 3))
+        with pytest.raises(ValueError, match=r"given is not the one in .* differ in 2 of the 50 ids, first in id 3"):
+            convert(source, tmp_path / "x", "gguf", token_map=TokenMap(np.concatenate([swapped, added])))
+        with pytest.raises(ValueError, match="which the given one lacks"):
+            convert(source, tmp_path / "x", "gguf", token_map=TokenMap(TOKENS.table[:-1]))
+        source = tmp_path / f"{i} grown"
+
+
+@pytest.mark.parametrize("added", [["new"], ["new", "Ｗ3", "newer"], ["w40", "w41"]])
+def test_a_tokenizer_beside_a_checkpoint_may_have_grown_if_the_one_before_is_given(v41, tmp_path, added):
+    from tokenizers import Tokenizer, models
+
+    words = [f"w{i}" for i in range(VOCAB)] + [f"W{i}" for i in range(10)] + added
+    ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    Tokenizer(models.WordLevel(ids, unk_token="w0")).save(str(v41 / "tokenizer.json"))
+    for token_map in (None, TokenMap.from_tokenizer(Tokenizer.from_file(str(v41 / "tokenizer.json")))):
+        with pytest.raises(ValueError, match="engram_compressed_vocab_size is 40"):
+            convert(v41, tmp_path / "ours", "engram", token_map=token_map)
+    swapped = TOKENS.table.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    with pytest.raises(ValueError, match="is not the one in"):
+        convert(v41, tmp_path / "ours", "engram", token_map=TokenMap(swapped))
+    convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
+    assert open_source(tmp_path / "ours").token_map.digest == TOKENS.digest
+
+
 @pytest.mark.parametrize("to", ["engram", "gguf"])
 def test_a_format_that_says_how_rows_are_addressed_needs_the_tokenizer(v41, tmp_path, to):
     with pytest.raises(ValueError, match="give token_map"):

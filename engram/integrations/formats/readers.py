@@ -175,15 +175,23 @@ def _token_map(home: Path, kind: str, config: EngramConfig, given: TokenMap | No
     saved = TokenMap.load(home / "token_map.safetensors") if (home / "token_map.safetensors").is_file() else None
     if saved is None and (home / "tokenizer.json").is_file():
         saved = read_token_map(home / "tokenizer.json")
-    if saved is not None and given is not None and saved.digest != given.digest:
-        raise ValueError(
-            f"the token map given ({given.size:,} ids, {given.digest[:12]}) is not the one in {home} ({saved.size:,} "
-            f"ids, {saved.digest[:12]}): another tokenizer or version, every row would be wrong"
-        )
-    found_map = given or saved
+        if given is not None and given.size == config.compressed_vocab != saved.size:  # it has grown, given has not
+            saved, given = given, saved
+    if saved is not None:
+        _check_given(saved, given, home)
+    found_map = saved or given
     if found_map is not None:
         _check_map(config, found_map)
     return found_map
+
+
+def _check_given(saved: TokenMap, given: TokenMap | None, home: Path) -> None:
+    """Refuse a token map that is not the saved one; tokens may have been added at its end, which move no row."""
+    try:
+        if given is not None:
+            saved.extend(given)
+    except ValueError as error:
+        raise ValueError(f"the token map given is not the one in {home}: {error}") from error
 
 
 def _check_map(config: EngramConfig, found_map: TokenMap) -> None:
@@ -289,16 +297,14 @@ def _open_gguf(path: Path, config: EngramConfig | None, token_map: TokenMap | No
     if not tables:
         raise ValueError(f"{path} holds no n-gram table: expected blk.<layer>.engram_embd.weight")
     saved = token_map_of(path, facts)
-    if saved is not None and token_map is not None and saved.digest != token_map.digest:
-        raise ValueError(
-            f"the token map given ({token_map.size:,} ids, {token_map.digest[:12]}) is not the one in {path} "
-            f"({saved.size:,} ids, {saved.digest[:12]}): another tokenizer or version, every row would be wrong"
-        )
+    if saved is not None:
+        _check_given(saved, token_map, path)
     token_map = saved or token_map
     stated = facts.get("engram.token_map_digest")
     if token_map is not None and stated not in (None, token_map.digest):
         raise ValueError(
-            f"{path} was written with the token map {str(stated)[:12]}, this one is {token_map.digest[:12]}"
+            f"{path} was written with the token map {str(stated)[:12]}, this one is {token_map.digest[:12]}: give the "
+            f"tokenizer as it was then, without tokens added since"
         )
     derived = config is None and "engram.config" not in facts
     config = config_of(path, facts, token_map) if config is None else config
@@ -320,7 +326,8 @@ def _open_gguf(path: Path, config: EngramConfig | None, token_map: TokenMap | No
 
 def _open_engram(folder: Path, token_map: TokenMap | None) -> Source:
     """Our folder: rows are read from their files, except where only a table can say what they are."""
-    memory = EngramMemory.load(folder, mode="shared", token_map=token_map)
+    memory = EngramMemory.load(folder, mode="shared")
+    _check_given(memory.hasher.token_map, token_map, folder)
     manifest = read_json(folder / "manifest.json", "the manifest of a saved memory")
     rows: dict[int, Rows] = {}
     for layer, table in memory.tables.items():

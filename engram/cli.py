@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import warnings
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,18 +144,26 @@ def ablate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them."""
+    """Train the same small transformer without memory, with a one-row memory and with Engram, and compare them.
+
+    OUT/log.jsonl gets one JSON line per step of each model: arm, seed, step, loss (nats per token).
+    """
     from engram.ablation import ablate as job
     from engram.ablation.tables import print_report
     from engram.lm.progress import Progress, Task
-    from engram.lm.run_folder import alone_in
+    from engram.lm.run_folder import StepLog, alone_in
 
     setting = _setting(corpus, budget, lr, table_lr)
     if held_out not in ("validation", "tune"):
         raise ValueError(f"held-out is validation or tune, not {held_out!r}")
+    if (out / "run.json").exists():
+        raise ValueError(f"{out} is the folder of a run of `engram train`, whose log.jsonl would be lost: give another")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a folder that cannot be written is refused before the work, not after it
-    with alone_in(out), Progress() as progress:
+    with ExitStack() as stack:
+        stack.enter_context(alone_in(out))
+        progress = stack.enter_context(Progress())
+        logs: list[StepLog] = []
         tasks: dict[tuple[str, int, str], Task] = {}
         text = progress.task("preparing the text")
 
@@ -166,8 +175,10 @@ def ablate(
         def on_data(data: Any) -> None:
             text.finish()
             _describe(data)
+            logs.append(stack.enter_context(closing(StepLog(out, 0))))  # now that the arguments are known to be good
 
         def on_step(arm: str, seed: int, step: int, steps: int, loss: float) -> None:
+            logs[0].write({"arm": arm, "seed": seed, "step": step, "loss": loss})
             one = task(arm, seed, "", steps, "steps")
             speed = step * setting.train.batch_size * setting.train.context / max(one.seconds, 1e-9)
             one.update(step, text=f"{speed if step > 1 else 0:,.0f} tok/s, loss {loss:.3f}")
@@ -191,7 +202,7 @@ def ablate(
         print(json.dumps(report))
     else:
         print_report(report)
-        print(f"wrote {out}/report.json, {out}/curves.png and {out}/report.html")
+        print(f"wrote {out}/report.json, {out}/curves.png, {out}/report.html and {out}/log.jsonl")
 
 
 @app.command()

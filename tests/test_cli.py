@@ -56,8 +56,14 @@ def small_report(text_folder, tmp_path, name: str) -> dict:
         "ablate", "--corpus", text_folder, "--budget", "6k", "--out", tmp_path / name, ENGRAM_CACHE=str(tmp_path)
     )
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / name).iterdir()} == {"report.json", "curves.png", "report.html"}
-    return json.loads((tmp_path / name / "report.json").read_text())
+    assert {p.name for p in (tmp_path / name).iterdir()} == {"report.json", "curves.png", "report.html", "log.jsonl"}
+    report = json.loads((tmp_path / name / "report.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    for run in report["runs"]:
+        losses = [line["loss"] for line in lines if (line["arm"], line["seed"]) == (run["arm"], run["seed"])]
+        assert losses == [loss for _, loss in run["train_curve"]]
+    assert len(lines) == sum(len(run["train_curve"]) for run in report["runs"])
+    return report
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -77,6 +83,14 @@ def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, t
     again = small_report(text_folder, tmp_path, "b")
     assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in report["runs"]]
     assert again["summary"] == report["summary"]
+
+
+def test_ablate_leaves_the_log_of_a_trained_run_alone(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text("a line\n")
+    done = engram("ablate", "--out", tmp_path)
+    assert done.returncode == 2 and f"{tmp_path} is the folder of a run of `engram train`" in done.stderr
+    assert (tmp_path / "log.jsonl").read_text() == "a line\n"
 
 
 def test_each_run_is_reported_as_soon_as_it_can_be_compared(text_folder, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_hash import row_ids
 
-import engram.memory.memory
+import engram.memory.build
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.lm.transformer import Cache
 from engram.memory.recall import MemoryCache
@@ -468,14 +468,14 @@ def test_what_is_said_of_positions_has_the_shape_of_the_ids(name, wrong):
 
 def test_a_part_of_the_rows_is_refused_and_a_folder_that_did_not_come_to_be_can_be_tried_again(tmp_path, monkeypatch):
     config = SMALL.replace(layers=(0, 1))
-    new_table = engram.memory.memory.new_table
+    new_table = engram.memory.build.new_table
 
     def full(config, layer, rows, path, mode="r+"):
         if layer == 1:
             raise OSError("no room")
         return new_table(config, layer, rows, path, mode)
 
-    monkeypatch.setattr("engram.memory.memory.new_table", full)
+    monkeypatch.setattr("engram.memory.build.new_table", full)
     with pytest.raises(OSError, match="no room"):
         make(config, folder=tmp_path / "new")
     monkeypatch.undo()
@@ -499,7 +499,7 @@ def test_a_memory_that_nobody_closed_lets_its_files_go(tmp_path):
 def test_files_that_are_there_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
     memory = make(SMALL.replace(layers=(0, 1), head_dim=32)).memory
     (tmp_path / "layer-1.fp8").write_bytes(b"x")
-    monkeypatch.setattr("engram.memory.memory.encode_table", lambda *_: pytest.fail("a table was encoded"))
+    monkeypatch.setattr("engram.memory.encoding.encode_table", lambda *_: pytest.fail("a table was encoded"))
     with pytest.raises(ValueError, match=r"layer-1\.fp8 exists already"):
         memory.encode_tables("fp8", tmp_path)
 

@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from engram.config import EngramConfig
 from engram.memory.cache import MemoryCache
+from engram.memory.gradients import RowGradients, keep_gradient
+from engram.memory.state import Tables
+from engram.storage.weak import WeakList
 from engram.tables.prefetch import Fetch, Task
-
-if TYPE_CHECKING:
-    from engram.memory import EngramMemory
 
 _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
 
@@ -63,6 +64,28 @@ def refuse_recording(value: Any) -> None:
         )
 
 
+class RowSource(Protocol):
+    """What a recall takes from its memory: tables, the hashing call, and the list that row gradients go to."""
+
+    config: EngramConfig
+    hasher: Any  # called like an NgramHasher
+    tables: Tables
+    gradients: RowGradients
+    clock: dict[str, float]
+    recalls: WeakList[Recall]
+    recalls_are_stale: bool
+
+    @property
+    def collects_gradients(self) -> bool: ...
+
+    @property
+    def lag(self) -> int: ...
+
+    def check_writable(self) -> None: ...
+
+    def renew_recalls(self) -> None: ...
+
+
 class Recall:
     """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
     forward pass that uses it, and used again: rows that an optimiser step changes in between are renewed.
@@ -79,7 +102,7 @@ class Recall:
 
     def __init__(
         self,
-        memory: EngramMemory,
+        memory: RowSource,
         ids: Tensor,
         lookback: Tensor | None,
         documents: Tensor | None,
@@ -137,7 +160,7 @@ class Recall:
         """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
         memory = self._memory
         if memory.recalls_are_stale:
-            memory._renew_recalls()
+            memory.renew_recalls()
         with self._own():
             rows = self._rows.get(layer)
             if rows is None:
@@ -150,7 +173,7 @@ class Recall:
             if memory.collects_gradients and not rows.requires_grad:
                 memory.check_writable()
                 live = None if self.dead is None else ~self.dead
-                keep = partial(_keep_gradient, memory.gradients[layer], self.row_ids[layer], live)
+                keep = partial(keep_gradient, memory.gradients[layer], self.row_ids[layer], live)
                 rows.requires_grad_().register_post_accumulate_grad_hook(keep)
         return rows.flatten(2)
 
@@ -194,16 +217,3 @@ class Recall:
         with self._own():
             self._rows.pop(layer, None)
             self._pending.pop(layer, None)
-
-
-def _keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live: Tensor | None, rows: Tensor) -> None:
-    """Hands the gradient of fetched rows to the optimiser. No method of Recall: a cycle would keep the rows alive."""
-    assert rows.grad is not None
-    if gradients:  # of an earlier pass: what accumulates waits in host memory, where it is used
-        ids, earlier = gradients[-1]
-        gradients[-1] = ids, earlier.cpu()
-    if live is None:
-        gradients.append((row_ids, rows.grad))
-    else:  # dead positions have used no row: an optimiser with momentum would move it all the same
-        gradients.append((row_ids[live.to(row_ids.device)], rows.grad[live]))
-    rows.grad = None

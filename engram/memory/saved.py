@@ -17,17 +17,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 import xxhash
+from torch import Tensor, nn
 
 from engram.addressing import HashLayout, TokenMap
 from engram.config import EngramConfig, whole
 from engram.fusion import EngramFusion
-from engram.memory import EngramMemory, hash_layout, new_table, unwritten
+from engram.memory.build import hash_layout, new_table, unwritten
+from engram.memory.state import Tables
 from engram.storage.files import (
     NotSynced,
     bad_blocks,
@@ -52,8 +55,46 @@ FORMAT = "engram-memory-1"
 _SMALL = ("config.json", "token_map.safetensors", "fusion.safetensors")
 
 
+class Saveable(Protocol):
+    """What save_memory reads of a memory."""
+
+    config: EngramConfig
+    layout: HashLayout
+    hasher: Any  # with a token_map
+    hidden_size: int
+    streams: int
+    fusions: nn.ModuleDict
+    tables: Tables
+    codec: str | None
+
+    def check_finished(self) -> None: ...
+
+
+@dataclass
+class Parts:
+    """What a saved memory is put together from. weights: of all fusion modules, by the keys of their state dict.
+    new_files: the tables lie in new files, which go if the memory does not come to be."""
+
+    config: EngramConfig
+    token_map: TokenMap
+    hidden_size: int
+    streams: int
+    tables: dict[int, HostTable]
+    weights: dict[str, Tensor]
+    new_files: bool
+
+    def discard(self) -> None:
+        """Close the tables, and delete their files if they are new, so that the load can be tried again."""
+        for table in self.tables.values():
+            table.close()
+            if self.new_files and table.path is not None:
+                table.path.unlink(missing_ok=True)
+                if isinstance(table, EncodedTable):
+                    table.codebook_path.unlink(missing_ok=True)
+
+
 def save_memory(
-    memory: EngramMemory,
+    memory: Saveable,
     folder: str | os.PathLike[str],
     overwrite: bool = False,
     rows: Callable[[int, Path], dict[str, Any]] | None = None,
@@ -207,13 +248,13 @@ def _never_written(entry: dict[str, Any]) -> bool:
     return not written_blocks(entry) if entry.get("blocks") else entry["xxh3_128"] == zero_digest(int(entry["bytes"]))
 
 
-def load_memory(
+def load_parts(
     folder: str | os.PathLike[str],
     mode: str = "copy",
     token_map: TokenMap | None = None,
     rows_in: str | os.PathLike[str] | None = None,
-) -> EngramMemory:
-    """Opens a saved memory; see EngramMemory.load."""
+) -> Parts:
+    """Read and check the parts of a saved memory; see EngramMemory.load."""
     if mode not in ("copy", "shared") or (mode == "shared" and rows_in is not None):
         raise ValueError(f'mode is "copy" (where rows_in may name a folder) or "shared", not {mode!r}')
     home = Path(folder)
@@ -222,7 +263,7 @@ def load_memory(
 
 def _load(
     shown: Path, home: Path, shared: bool, token_map: TokenMap | None, rows_in: str | os.PathLike[str] | None
-) -> EngramMemory:
+) -> Parts:
     """home: where the files of the folder `shown` are read (see pinned_folder)."""
     manifest, layout = read_facts(home)
     books = [name for table in manifest["tables"].values() if (name := _codebooks(table))]
@@ -253,7 +294,8 @@ def _load(
         # If rows were deleted and their rows.json was not, it would vouch for half a copy after a kill.
         (Path(rows_in) / "rows.json").unlink(missing_ok=True)
         sync(Path(rows_in))
-    tables: dict[int, HostTable] = {}
+    parts = Parts(config, saved_map, hidden_size, streams, {}, {}, rows_in is not None)
+    tables = parts.tables
     try:
         for layer in config.layers:
             stated, path = manifest["tables"][str(layer)], home / manifest["tables"][str(layer)]["file"]
@@ -263,27 +305,24 @@ def _load(
                 tables[layer].path = shown / path.name
             else:
                 read_rows(path, tables[layer].tensor, manifest["files"][path.name]["xxh3_128"])
-        memory = EngramMemory(config, saved_map, hidden_size, streams, tables=tables)
-        weights = read_tensors(home / "fusion.safetensors", "the fusion weights of a memory")
-        for key, value in memory.fusions.state_dict().items():
+        parts.weights = read_tensors(home / "fusion.safetensors", "the fusion weights of a memory")
+        _check_weights(home, parts)
+    except BaseException:
+        parts.discard()
+        raise
+    return parts
+
+
+def _check_weights(home: Path, parts: Parts) -> None:
+    """Raise ValueError if a weight of the fusion modules is missing or has another shape."""
+    weights = parts.weights
+    with torch.device("meta"):
+        plain = EngramFusion(parts.config, parts.hidden_size, parts.streams).state_dict()
+    for layer in parts.config.layers:
+        for name, value in plain.items():
+            key = f"{layer}.{name}"
             if key not in weights or weights[key].shape != value.shape or not weights[key].is_floating_point():
                 raise ValueError(f"{home / 'fusion.safetensors'} does not fit {home / 'config.json'}: {key}")
-        for name, fusion in memory.fusions.items():
-            fusion.to(weights[f"{name}.value.weight"].dtype)
-        memory.fusions.load_state_dict(weights)
-        if rows_in is not None and memory.codec is None:
-            memory.claim(Path(rows_in))
-    except BaseException:
-        for table in tables.values():
-            table.close()
-            if rows_in is not None and table.path is not None:  # so that it can be tried again
-                table.path.unlink(missing_ok=True)
-                if isinstance(table, EncodedTable):
-                    table.codebook_path.unlink(missing_ok=True)
-        raise
-    if token_map is not None:
-        memory.extend(token_map)
-    return memory.eval() if shared else memory
 
 
 def _read_shape(path: Path) -> tuple[EngramConfig, int, int]:

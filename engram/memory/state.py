@@ -1,14 +1,21 @@
-"""Tables: the tables of one memory as a module, so that loaders and savers that walk a model by names find its rows."""
+"""What a state dict holds of a memory: its tables as a module, so that loaders and savers that walk a model by names
+find its rows; codebooks; and the facts that say which rows they are.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engram.addressing import HashLayout, TokenMap
+from engram.config import EngramConfig
+from engram.storage.untrusted import parse_json
 from engram.tables import EncodedTable, HostTable
+from engram.tables.codecs import PQ
 
 
 class Tables(nn.Module):
@@ -118,3 +125,59 @@ def _rows(table: HostTable) -> Tensor:
 def _fill(table: HostTable, rows: Tensor) -> None:
     if rows.data_ptr() != table.tensor.data_ptr():  # else they were read in place
         table.tensor.copy_(rows)
+
+
+def codebooks_of(tables: Tables) -> dict[int, Tensor]:
+    """Codebooks of the product-quantised tables."""
+    codecs = {layer: table.codec for layer, table in tables.items() if isinstance(table, EncodedTable)}
+    return {layer: codec.codebooks for layer, codec in codecs.items() if isinstance(codec, PQ)}
+
+
+def load_codebooks(
+    tables: Tables, state_dict: Any, prefix: str, missing: list[str], unexpected: list[str], errors: list[str]
+) -> None:
+    """Read the codebooks of a state dict into the tables' codecs; the lists are those of nn.Module."""
+    for layer, target in codebooks_of(tables).items():  # the rows are read after them, by Tables
+        key = f"{prefix}codebooks.{layer}"
+        saved = state_dict.get(key)
+        if key in unexpected:
+            unexpected.remove(key)
+        if saved is None:
+            missing.append(key)
+        elif saved.shape != target.shape:
+            errors.append(f"{key} is {tuple(saved.shape)}, the codebooks are {tuple(target.shape)}")
+        else:
+            target.copy_(saved)
+
+
+def row_facts(config: EngramConfig, layout: HashLayout, token_map: TokenMap, codec: str | None) -> dict[str, Any]:
+    """What says which rows a memory has: rows with other facts would be read wrongly."""
+    facts: dict[str, Any] = {
+        "layout": layout.digest,
+        "token_map": token_map.digest,
+        "init": [config.table_init, config.table_std, config.seed],
+        "dtype": config.table_dtype,
+    }
+    return facts if codec is None else {**facts, "codec": codec}
+
+
+def same_fact(name: str, saved: Any, mine: Any, token_map: TokenMap) -> bool:
+    """Return True if a saved fact agrees with a memory's. Its token map may have been extended meanwhile."""
+    return saved == mine or (name == "token_map" and token_map.is_extended_from(str(saved)))
+
+
+def pack_facts(facts: dict[str, Any]) -> Tensor:
+    """The facts as canonical JSON in a uint8 tensor, as state_dict() holds them."""
+    return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+
+
+def check_facts(state: Tensor, facts: dict[str, Any], same: Callable[[str, Any, Any], bool]) -> None:
+    """Raise ValueError if the packed facts of a saved memory are not `facts`."""
+    saved, mine = parse_json(bytes(state.tolist())), parse_json(json.dumps(facts))
+    names = ("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")
+    for name, what in (*names, ("codec", "row codec")):
+        if not same(name, saved.get(name), mine.get(name)):
+            raise ValueError(
+                f"the saved memory has another {what} ({saved.get(name)}) than this model ({mine.get(name)}): its "
+                f"rows would be read wrongly"
+            )

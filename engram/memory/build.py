@@ -1,0 +1,114 @@
+"""The layout and the tables that a configuration makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engram.addressing import HashLayout, TokenMap
+from engram.config import EngramConfig
+from engram.memory.state import Tables
+from engram.tables import EncodedTable, HostTable
+
+
+def build_layout(config: EngramConfig, compressed_vocab: int, pad_id: int) -> HashLayout:
+    """Where the rows of this configuration lie. pad_id: compressed id that stands before the start of a text."""
+    return HashLayout.build(
+        compressed_vocab=compressed_vocab,
+        layers=config.layers,
+        orders=config.orders,
+        heads=config.heads,
+        rows_per_head=config.rows_per_head,
+        pad_id=pad_id,
+        seed=config.seed,
+        family=config.hash,
+        boundary=config.boundary,
+        generator=config.generator,
+        row_multiple=config.row_multiple,
+    )
+
+
+def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
+    """Where the rows of this configuration lie, for the tokenizer of this token map."""
+    return build_layout(config, token_map.size, int(token_map.table[config.pad_id]))
+
+
+def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mode: str = "r+") -> HostTable:
+    """The table of one layer, float rows as the configuration wants them; in memory, or in the file `path`."""
+    dtype, init, std = getattr(torch, config.table_dtype), config.table_init, config.table_std
+    return HostTable(rows, config.head_dim, dtype, path, mode=mode, init=init, std=std, seed=table_seed(config, layer))
+
+
+def table_seed(config: EngramConfig, layer: int) -> int:
+    """Seed of the initial rows of a layer's table."""
+    return config.seed * 1_000_003 + layer
+
+
+def unwritten(dtype: Any, init: Any, std: Any, seed: Any) -> tuple[Any, ...]:
+    """What decides how rows that were never written read: zeros are drawn with no std from no seed."""
+    return (dtype, init) if init == "zero" else (dtype, init, std, seed)
+
+
+def make_tables(
+    config: EngramConfig,
+    layout: HashLayout,
+    folder: Path | None,
+    open_rows: Callable[[Path], None],
+    begin_rows: Callable[[Path], None],
+    tables: Tables,
+) -> None:
+    """Fill `tables` with one float table per layer, in memory or in files of `folder`: open_rows(folder) checks
+    rows that are there, begin_rows(folder) prepares a folder without rows.
+
+    Raises:
+        ValueError: the folder holds rows of another memory, or of some layers only.
+    """
+    paths = {layer: None if folder is None else folder / f"layer-{layer}.rows" for layer in config.layers}
+    there = [layer for layer, path in paths.items() if path is not None and path.exists()]
+    if folder is not None and there:
+        open_rows(folder)
+        if missing := sorted({*config.layers} - {*there}):
+            raise ValueError(
+                f"{folder} holds the rows of layers {there} and not those of {missing}: bring them back, or give "
+                f"another folder"
+            )
+    elif folder is not None and torch.get_default_device().type == "meta":
+        tables.before_rows = partial(begin_rows, folder)
+    elif folder is not None:
+        begin_rows(folder)
+    try:
+        for layer, path in paths.items():
+            tables[layer] = new_table(config, layer, layout.rows[layer], path)
+    except BaseException:
+        for table in tables.values():
+            table.close()
+            if table.path is not None and not there:  # so that it can be tried again
+                table.path.unlink(missing_ok=True)
+        raise
+
+
+def check_tables(config: EngramConfig, layout: HashLayout, tables: Tables) -> str | None:
+    """Compare tables with the configuration. Return the name of their codec, None for float rows.
+
+    Raises:
+        ValueError: other shapes, codecs that differ, or other initial rows than the configuration makes.
+    """
+    shapes = {layer: (table.rows, table.dim) for layer, table in tables.items()}
+    wanted = {layer: (layout.rows[layer], config.head_dim) for layer in config.layers}
+    codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in tables.values()}
+    if shapes != wanted or len(codecs) != 1:
+        raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
+    codec = codecs.pop()
+    for layer, table in tables.items() if codec is None else ():
+        made = unwritten(config.table_dtype, config.table_init, config.table_std, table_seed(config, layer))
+        found = unwritten(str(table.dtype).removeprefix("torch."), table.init, table.std, table.seed)
+        if found != made:
+            raise ValueError(
+                f"the table of layer {layer} is of (dtype, init, std, seed) {found}, the configuration makes "
+                f"{made}: rows never written would read otherwise once it is saved and loaded"
+            )
+    return codec

@@ -1,0 +1,86 @@
+"""Row gradients: what backward passes leave for the optimiser, and when it is too old to be used."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class RowGradients(dict[int, list[tuple[Tensor, Tensor]]]):
+    """{layer: [(row ids, gradient)] of each backward pass since the optimiser's last step}."""
+
+    def __init__(self, layers: Iterable[int]):
+        super().__init__({layer: [] for layer in layers})
+        self.has_optimizer = False  # whether an EngramOptimizer was made for it
+        self._looked: dict[int, int] = {}  # layer -> the backward pass that last looked for stale ones
+
+    def drop(self) -> None:
+        """Drop all of them."""
+        for pending in self.values():
+            pending.clear()
+
+    def drop_stale(self, layer: int, fusion: nn.Module) -> None:
+        """Drop the row gradients of passes whose weight gradients are gone (model.zero_grad()), which cannot reach
+        rows. Warn if gradients wait that no optimiser will ever use. fusion: the layer's module."""
+        pending = self[layer]
+        if not pending:
+            return
+        if not self.has_optimizer:
+            warnings.warn(
+                "backward passes find gradients of table rows, and no optimizer was made that knows rows: they do not "
+                "learn. Make it with engram.build_optimizer(model), or freeze the memory: memory.requires_grad_(False)",
+                stacklevel=3,
+            )
+        weights = [weight for weight in fusion.parameters() if weight.requires_grad]
+        gone = all(weight.grad is None for weight in weights)  # zeros say nothing: rows of zeros give such gradients
+        if gone and (weights or not self.has_optimizer):  # frozen weights tell nothing where somebody will use the rows
+            pending.clear()
+
+    def look_before_backward(self, layer: int, update: Tensor, fusion: nn.Module) -> None:
+        """Call drop_stale once per backward pass, before this pass adds gradients: what the caller cleared between a
+        forward and a backward pass would look alive again."""
+        gradients = weakref.ref(self)
+
+        def look(grad: Tensor) -> None:
+            found, running = gradients(), backward_pass()
+            if found is not None and found._looked.get(layer) != running:
+                found._looked[layer] = running
+                found.drop_stale(layer, fusion)
+
+        if update.requires_grad:
+            update.register_hook(look)
+
+
+def backward_pass() -> int:
+    """Number of the backward pass that is running. torch has no public name for it: the hooks it offers run once per
+    tensor or once per set of tensors, and one pass reaches the updates of several forward passes."""
+    return torch._C._current_graph_task_id()
+
+
+def keep_gradient(gradients: list[tuple[Tensor, Tensor]], row_ids: Tensor, live: Tensor | None, rows: Tensor) -> None:
+    """Add the gradient of fetched rows to `gradients`. A method of Recall would keep the rows alive in a cycle."""
+    assert rows.grad is not None
+    if gradients:  # of an earlier pass: what accumulates waits in host memory, where it is used
+        ids, earlier = gradients[-1]
+        gradients[-1] = ids, earlier.cpu()
+    if live is None:
+        gradients.append((row_ids, rows.grad))
+    else:  # dead positions have used no row: an optimiser with momentum would move it all the same
+        gradients.append((row_ids[live.to(row_ids.device)], rows.grad[live]))
+    rows.grad = None
+
+
+def check_processes() -> None:
+    """Raises RuntimeError where several processes train: row gradients stay in the process that found them, so each
+    would get tables of its own beside equal weights."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and (processes := torch.distributed.get_world_size()) > 1:
+        raise RuntimeError(
+            f"{processes} processes train this memory, which is not supported yet: row gradients are not summed over "
+            f"processes. Train in one, or with rows that do not learn (train_tables=False, encoded tables, "
+            f"memory.requires_grad_(False))"
+        )

@@ -1,0 +1,89 @@
+"""RowFolder: a folder of row files that are trained in place, and its rows.json, which says whose rows they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engram.storage.files import step_folders, write_whole
+from engram.storage.untrusted import read_json
+
+Facts = dict[str, Any]
+
+
+class RowFolder:
+    """The record rows.json beside a memory's row files; without a folder, nothing is recorded.
+
+    facts: what says which rows they are (engram.memory.state.row_facts).
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None  # with a rows.json of this memory
+        self.marked = False  # rows.json says that rows are unfinished
+        self.cut_short: str | None = None  # why the rows that were opened must not be used
+
+    def begin(self, folder: Path, facts: Facts) -> None:
+        """Make the folder, and record the memory in it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.claim(folder, facts)
+
+    def claim(self, folder: Path, facts: Facts) -> None:
+        """Record in rows.json which memory owns the row files in `folder`."""
+        write_whole(folder / "rows.json", json.dumps(facts).encode())
+        self.folder = folder
+
+    def mark_unfinished(self, run: str | os.PathLike[str] | None, facts: Facts) -> None:
+        """Record in rows.json that the rows in files are being changed: until mark_finished they are not those of any
+        checkpoint, and after a kill they are refused. run: folder of the checkpoints to go on from, if there is one."""
+        if self.folder is not None:
+            mark = {"run": None if run is None else os.path.abspath(run)}
+            write_whole(self.folder / "rows.json", json.dumps({**facts, "unfinished": mark}).encode())
+            self.marked = True
+
+    def mark_finished(self, flush: Callable[[], None], facts: Facts) -> None:
+        """Record that all rows are those of one checkpoint, or of training that has ended."""
+        self.cut_short = None
+        if self.folder is not None and self.marked:
+            flush()
+            self.claim(self.folder, facts)
+            self.marked = False
+
+    def check_finished(self) -> None:
+        """Raise ValueError if the rows in files were left by training that was cut short, and no checkpoint was loaded
+        over them since."""
+        if self.cut_short is not None:
+            raise ValueError(self.cut_short)
+
+    def _check_mark(self, folder: Path, mark: Any) -> None:
+        """Refuse rows that a killed run left, unless a checkpoint of that run can be loaded over them first."""
+        run = mark.get("run") if isinstance(mark, dict) else None
+        why = f"{folder} holds rows of training that was cut short: they are not those of any step"
+        start = f"delete {folder / 'rows.json'} and the *.rows beside it to start again with new rows"
+        if not isinstance(run, str) or not any((step / "manifest.json").is_file() for step in step_folders(run)):
+            raise ValueError(f"{why}, and there is no checkpoint to go on from: {start}")
+        self.cut_short = f"{why}. Load a checkpoint of {run} over them (training in that folder does), or {start}"
+
+    def open(self, folder: Path, facts: Facts, same: Callable[[str, Any, Any], bool]) -> None:
+        """Go on with the rows in `folder`. Raise ValueError if they belong to another memory, or if training left them
+        unfinished and there is no checkpoint of it."""
+        path = folder / "rows.json"
+        try:
+            found = read_json(path, "the record of a folder of rows")
+            other = [name for name, value in facts.items() if not same(name, found.get(name), value)]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not say whose rows lie beside it ({type(error).__name__}): give another folder, or "
+                f"delete the rows"
+            ) from None
+        if other:
+            raise ValueError(
+                f"{folder} holds rows of another memory ({', '.join(other)} differ): they would be read wrongly, or "
+                f"training would begin with them. Give another folder, or delete the rows"
+            )
+        self.folder = folder
+        if found.get("unfinished") is not None:
+            self.marked = True
+            self._check_mark(folder, found["unfinished"])

@@ -650,3 +650,56 @@ def test_any_pieces_padding_and_boundaries_read_the_rows_of_the_reference(draw):
         found.append(memory.recall(ids[:, first:stop], cache=cache, dead=dead[:, first:stop]).row_ids[3])
         first = stop
     assert torch.equal(torch.cat(found, 1)[live], torch.from_numpy(wanted[3])[live])
+
+
+class LastToken:
+    """Row = compressed id of the token, in every layer."""
+
+    def __init__(self, token_map):
+        self.token_map = token_map
+
+    def __call__(self, ids, lookback=None, documents=None):
+        return {layer: self.token_map(ids).unsqueeze(-1) for layer in SMALL.layers}
+
+
+class Added(torch.nn.Module):
+    def forward(self, rows, hidden, documents=None, history=None, dead=None):
+        return rows.to(hidden.dtype), None
+
+
+def own_parts(token_map):
+    tables = {layer: HostTable(VOCAB, 32, init="normal", seed=SMALL.seed * 1_000_003 + layer) for layer in SMALL.layers}
+    config = SMALL.replace(head_dim=32, conv_kernel=0)
+    parts = {"hasher": LastToken(token_map), "fusions": {layer: Added() for layer in SMALL.layers}}
+    return EngramMemory(config, token_map, 32, tables=tables, **parts)
+
+
+def test_a_memory_is_built_with_addresses_and_fusions_of_its_own():
+    memory, ids = own_parts(TokenMap.identity(VOCAB)), text()
+    recall = memory.recall(ids)
+    for layer in SMALL.layers:
+        update = memory[layer](torch.zeros(*ids.shape, 32), recall)
+        assert torch.equal(update, memory.tables[layer].gather(ids))
+    model = Transformer(SHAPE, memory)
+    optimizer = build_optimizer(model)
+    model(ids).square().mean().backward()
+    before = memory.tables[1].tensor.clone()
+    optimizer.step()
+    changed = (memory.tables[1].tensor != before).any(1).nonzero().flatten()
+    assert set(changed.tolist()) == set(ids.flatten().tolist()), "the rows of the tokens, and no others"
+
+
+def test_a_memory_with_addresses_of_its_own_is_not_saved_as_one_without(tmp_path):
+    memory = own_parts(TokenMap.identity(VOCAB))
+    with pytest.raises(ValueError, match="addressed by a LastToken, which a saved memory cannot name"):
+        memory.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_parts_that_do_not_belong_to_the_memory_are_refused():
+    token_map = TokenMap.identity(VOCAB)
+    with pytest.raises(ValueError, match="another token map"):
+        EngramMemory(SMALL, token_map, 32, hasher=LastToken(TokenMap.identity(VOCAB)))
+    for layers in ((1,), (1, 2, 3), (0, 1)):
+        with pytest.raises(ValueError, match=rf"the fusions are of layers \[{', '.join(map(str, layers))}\]"):
+            EngramMemory(SMALL, token_map, 32, fusions={layer: Added() for layer in layers})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,14 @@ def make_tables(
         raise
 
 
-def check_tables(config: EngramConfig, layout: HashLayout, tables: Tables) -> str | None:
-    """Compare tables with the configuration. Return the name of their codec, None for float rows.
+def check_tables(config: EngramConfig, rows: Mapping[int, int], tables: Tables) -> str | None:
+    """Compare tables with the configuration and the rows per layer. Return their codec's name, None for float rows.
 
     Raises:
         ValueError: other shapes, codecs that differ, or other initial rows than the configuration makes.
     """
     shapes = {layer: (table.rows, table.dim) for layer, table in tables.items()}
-    wanted = {layer: (layout.rows[layer], config.head_dim) for layer in config.layers}
+    wanted = {layer: (rows.get(layer), config.head_dim) for layer in config.layers}
     codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in tables.values()}
     if shapes != wanted or len(codecs) != 1:
         raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")

@@ -60,12 +60,17 @@ class EngramMemory(nn.Module):
         folder: keep the tables in files layer-<i>.rows of this folder instead of RAM. Rows that are there are gone on
             with, if they belong to the same addresses, token map and initial rows (its rows.json says so). Rows that a
             killed train() left are refused, or, if that run has checkpoints, must not be used before one is loaded.
-        tables: {layer: table} to read from instead of new ones, all of them encoded or none.
+        tables: {layer: table} to read from instead of new ones, all of them encoded or none. If a hasher is given, they
+            may have any number of rows.
+        hasher: addresses rows instead of an NgramHasher. It is called like one, and its attribute token_map is
+            `token_map`. Such a memory is not saved as a folder.
+        fusions: {layer: module} instead of EngramFusion; called like it.
 
     Raises:
         ValueError: a token map that cannot belong to the config (size, or pad_id outside it); a folder that is a saved
         memory, whose rows would no longer have the digests of its manifest once they were trained in place, or one
-        with rows of another memory; tables of another shape than the config's.
+        with rows of another memory; tables of another shape than the config's; a hasher of another token map; fusions
+        of other layers.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class EngramMemory(nn.Module):
         streams: int = 1,
         folder: Any = None,
         tables: Mapping[int, HostTable] | None = None,
+        hasher: Any = None,
+        fusions: Mapping[int, nn.Module] | None = None,
     ):
         super().__init__()
         self.config, self.hidden_size, self.streams = config, hidden_size, streams
@@ -98,17 +105,24 @@ class EngramMemory(nn.Module):
                 f"the rows should stay in files, and save it again"
             )
         self.layout = hash_layout(config, token_map)
-        self.hasher = NgramHasher(self.layout, token_map)
+        self.hasher = NgramHasher(self.layout, token_map) if hasher is None else hasher
+        if self.hasher.token_map is not token_map:
+            raise ValueError("the hasher has another token map than the memory: make it with the same TokenMap object")
         # Ids that the model may be given. Those beyond the token map (embeddings are padded, tokenizers grow) are dead.
         self.vocab_size = len(token_map.table)
         self.tables = Tables(tables or {})
-        self.fusions = nn.ModuleDict({str(i): EngramFusion(config, hidden_size, streams) for i in config.layers})
+        if fusions is None:
+            fusions = {layer: EngramFusion(config, hidden_size, streams) for layer in config.layers}
+        if set(fusions) != set(config.layers):
+            raise ValueError(f"the fusions are of layers {sorted(fusions)}, the configuration needs {config.layers}")
+        self.fusions = nn.ModuleDict({str(layer): fusions[layer] for layer in config.layers})
         self.codec: str | None = None
         self._row_folder = RowFolder()
         if tables is None:
             home = None if folder is None else Path(folder)
             make_tables(config, self.layout, home, self._open_folder, self._begin_folder, self.tables)
-        self.codec = check_tables(config, self.layout, self.tables)
+        rows = self.layout.rows if hasher is None else {layer: table.rows for layer, table in self.tables.items()}
+        self.codec = check_tables(config, rows, self.tables)
         self.gradients = RowGradients(config.layers)
         self._frozen = False
         self.clock = {"hashing": 0.0, "waiting": 0.0, "updating": 0.0}  # seconds since the caller last set them to 0
@@ -171,6 +185,11 @@ class EngramMemory(nn.Module):
         """
         extended = self.hasher.token_map.extend(grown)
         if (extended.table[len(self.hasher.token_map.table) :] >= 0).any():
+            if not isinstance(self.hasher, NgramHasher):
+                kind = type(self.hasher).__name__
+                raise ValueError(
+                    f"the rows are addressed by a {kind}, which cannot take up new tokens: build a new memory"
+                )
             self.hasher = NgramHasher(self.layout, extended)
         self.vocab_size = max(self.vocab_size, len(extended.table))
 

@@ -26,7 +26,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from engram.addressing import HashLayout, TokenMap
+from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.config import EngramConfig, whole
 from engram.fusion import EngramFusion
 from engram.memory.build import hash_layout, new_table, unwritten
@@ -105,6 +105,11 @@ def save_memory(
     """
     target = Path(folder)
     memory.check_finished()
+    if not isinstance(memory.hasher, NgramHasher):
+        raise ValueError(
+            f"the rows are addressed by a {type(memory.hasher).__name__}, which a saved memory cannot name: save "
+            f"state_dict() instead"
+        )
     if target.exists():
         if not overwrite:
             raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace a saved memory")

@@ -18,7 +18,7 @@ import torch
 import engram as engram_package
 from engram import EngramConfig, cli, evaluate
 from engram.ablation.ablate import ablate
-from engram.cli import parse_count, parse_seeds
+from engram.cli.options import parse_count, parse_seeds
 from engram.lm.run import Setting, build_model, load_run, prepare, save_run
 from engram.lm.tokenizer import train_tokenizer
 from engram.lm.train import TrainConfig, train
@@ -194,7 +194,7 @@ def test_seeds_are_read():
 
 
 def test_a_rate_of_zero_is_a_rate():
-    from engram.cli import _setting
+    from engram.cli.training import _setting
 
     train = _setting("kjv", "30k", 0.0, 0.0).train
     assert (train.lr, train.table_lr) == (0.0, 0.0)

@@ -284,7 +284,7 @@ def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys
 
 
 def test_without_lm_eval_the_command_says_what_to_install(saved, monkeypatch, capsys):
-    monkeypatch.setattr("engram.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("engram.cli.models.find_spec", lambda name: None)
     code, _, err = cli(monkeypatch, capsys, "evaluate", saved[0], "--tasks", "read")
     assert code == 2 and "pip install -e '.[lm-eval]' in the project's folder" in err
 

@@ -28,17 +28,19 @@ if TYPE_CHECKING:
     from engram.config import EngramConfig
     from engram.inspect.explain import explain
     from engram.inspect.plan import plan
-    from engram.integrations.formats import convert
+    from engram.integrations.formats import convert, inspect_file
     from engram.integrations.transformers.attach import attach, detach
     from engram.integrations.transformers.offload import offload
-    from engram.integrations.transformers.pretrained import from_pretrained
+    from engram.integrations.transformers.pretrained import from_pretrained, load_pretrained
     from engram.integrations.transformers.trainer import MemoryCallback
     from engram.lm.evaluate import evaluate
     from engram.lm.generate import generate
+    from engram.lm.run import load_run
     from engram.lm.train import train
     from engram.lm.transformer import Transformer, TransformerConfig
     from engram.memory import EngramMemory
     from engram.optimizer import build_optimizer
+    from engram.storage.files import verify
     from engram.tables import HostTable
 
     __version__: str
@@ -65,9 +67,13 @@ __all__ = [
     "explain",
     "from_pretrained",
     "generate",
+    "inspect_file",
+    "load_pretrained",
+    "load_run",
     "offload",
     "plan",
     "train",
+    "verify",
 ]
 
 _HOME = {  # public name -> module that defines it
@@ -90,9 +96,13 @@ _HOME = {  # public name -> module that defines it
     "explain": "engram.inspect.explain",
     "from_pretrained": "engram.integrations.transformers.pretrained",
     "generate": "engram.lm.generate",
+    "inspect_file": "engram.integrations.formats",
+    "load_pretrained": "engram.integrations.transformers.pretrained",
+    "load_run": "engram.lm.run",
     "offload": "engram.integrations.transformers.offload",
     "plan": "engram.inspect.plan",
     "train": "engram.lm.train",
+    "verify": "engram.storage.files",
 }
 _ROOMS = (
     "ablation",

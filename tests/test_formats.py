@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from engram import EngramConfig, EngramMemory, HashLayout, TokenMap
 from engram.cli import app
-from engram.integrations.formats import conversion, convert, inspect, recoder
+from engram.integrations.formats import conversion, convert, inspect_file, recoder
 from engram.integrations.formats.gguf import read_gguf
 from engram.integrations.formats.readers import open_source, read_config
 from engram.integrations.formats.safetensors_io import Stored, open_checkpoint
@@ -693,7 +693,7 @@ def test_a_disk_that_gives_back_one_other_byte_is_noticed(v41, tmp_path, monkeyp
 
 
 def test_inspect_names_the_dialect_rows_and_bytes(v41):
-    found = inspect(v41)
+    found = inspect_file(v41)
     assert found["kind"] == "deepseek-v4.1" and found["problem"] is None
     rows = rows_of(V41)[3]
     assert found["tables"][3] == {"rows": rows, "dim": 64, "form": "fp8", "bytes": rows * 66}
@@ -703,11 +703,11 @@ def test_inspect_names_the_dialect_rows_and_bytes(v41):
 
 def test_inspect_says_what_is_wrong_and_what_is_no_memory(v41, tmp_path):
     (v41 / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors, which is missing" in inspect(v41)["problem"]
+    assert "model-00002-of-00002.safetensors, which is missing" in inspect_file(v41)["problem"]
     safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    assert inspect(tmp_path / "a.safetensors")["kind"] == "other"
+    assert inspect_file(tmp_path / "a.safetensors")["kind"] == "other"
     with pytest.raises(FileNotFoundError):
-        inspect(tmp_path / "nothing")
+        inspect_file(tmp_path / "nothing")
 
 
 def test_the_command_line_converts_and_inspects(v41, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_formats import QWEN, TOKENS, V41, VOCAB, D, M, convert, filled, inspect
+from test_formats import QWEN, TOKENS, V41, VOCAB, D, M, convert, filled, inspect_file
 from typer.testing import CliRunner
 
 from engram import EngramConfig, EngramMemory, TokenMap
@@ -64,7 +64,7 @@ def test_tables_of_other_engines_are_listed_and_converted_with_what_their_keys_s
     if form == "I8":
         memory.encode_tables("fp8")
     path = write(tmp_path / name, memory, form)
-    found = inspect(path)
+    found = inspect_file(path)
     assert found["kind"] == "gguf" and found["problem"] is None and list(found["tables"]) == [1, 3]
     assert found["config"]["rows_per_head"] == 97 and found["config"]["gate_eps"] == 1e-20
     report = convert(path, tmp_path / "ours", "engram")
@@ -117,13 +117,13 @@ def test_what_convert_writes_has_the_engines_names_and_comes_back(config, arch, 
     multipliers = [m for layer in config.layers for m in memory.layout.multipliers[layer]]
     assert fields[f"{arch}.engram.multipliers"].contents() == multipliers
     assert fields[f"{arch}.engram.token_map"].contents() == memory.hasher.token_map.table.tolist()
-    assert inspect(tmp_path / "t.gguf")["config"] == json.loads(config.to_json())
+    assert inspect_file(tmp_path / "t.gguf")["config"] == json.loads(config.to_json())
     report = convert(tmp_path / "t.gguf", tmp_path / "back", "engram")
     again = EngramMemory.load(tmp_path / "back")
     assert report["lossless"] and again.config == memory.config and again.layout.digest == memory.layout.digest
     assert all(torch.equal(table.tensor, memory.tables[layer].tensor) for layer, table in again.tables.items())
     convert(tmp_path / "t.gguf", tmp_path / "u.gguf", "gguf")
-    assert inspect(tmp_path / "u.gguf")["tables"] == inspect(tmp_path / "t.gguf")["tables"]
+    assert inspect_file(tmp_path / "u.gguf")["tables"] == inspect_file(tmp_path / "t.gguf")["tables"]
 
 
 def test_older_files_of_ours_are_read_with_the_token_map_given(tmp_path):
@@ -138,7 +138,7 @@ def test_older_files_of_ours_are_read_with_the_token_map_given(tmp_path):
     for layer, table in memory.tables.items():
         writer.append(f"blk.{layer}.engram.weight", table.tensor)
     writer.close()
-    assert inspect(tmp_path / "old.gguf")["tables"][1]["rows"] == memory.tables[1].rows
+    assert inspect_file(tmp_path / "old.gguf")["tables"][1]["rows"] == memory.tables[1].rows
     with pytest.raises(ValueError, match="comes without its tokenizer: give token_map"):
         convert(tmp_path / "old.gguf", tmp_path / "ours", "engram")
     swapped = TOKENS.table.copy()
@@ -173,7 +173,7 @@ def test_a_key_that_contradicts_the_layout_is_refused_by_name(changes, reason, t
     path = write(tmp_path / "t.gguf", filled(V41), "BF16", **changes)
     with pytest.raises(ValueError, match=rf"t\.gguf.*{reason}|{reason}"):
         convert(path, tmp_path / "ours", "engram")
-    assert inspect(path)["problem"] is not None and not (tmp_path / "ours").exists()
+    assert inspect_file(path)["problem"] is not None and not (tmp_path / "ours").exists()
 
 
 def test_a_configuration_given_is_checked_against_the_keys(tmp_path):
@@ -186,7 +186,7 @@ def test_a_configuration_given_is_checked_against_the_keys(tmp_path):
 
 def test_a_file_of_an_unknown_architecture_needs_its_configuration(tmp_path):
     path = write(tmp_path / "t.gguf", filled(V41), "BF16", "hy4")
-    assert "architecture is 'hy4', not deepseek41 or qwen4exp" in inspect(path)["problem"]
+    assert "architecture is 'hy4', not deepseek41 or qwen4exp" in inspect_file(path)["problem"]
     convert(path, tmp_path / "ours", "engram", config=V41, token_map=TOKENS)
 
 
@@ -205,7 +205,7 @@ def test_sizes_of_ggmls_types_are_those_of_the_gguf_package():
 def test_quantised_rows_without_the_gguf_package_are_a_clear_error(tmp_path, monkeypatch):
     path = write(tmp_path / "t.gguf", filled(V41), "Q8_0")
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    assert inspect(path)["problem"] is None
+    assert inspect_file(path)["problem"] is None
     with pytest.raises(ValueError, match="is Q8_0, which the gguf package reads: pip install gguf"):
         convert(path, tmp_path / "ours", "engram")
 
@@ -234,7 +234,7 @@ def text(value: str | bytes) -> bytes:
 ])  # fmt: skip
 def test_headers_that_ask_for_more_than_the_file_pays_for_are_refused(content, tmp_path):
     (tmp_path / "t").write_bytes(content)
-    for look in (read_gguf, inspect):
+    for look in (read_gguf, inspect_file):
         with pytest.raises(ValueError, match=r"/t"):
             look(tmp_path / "t")
 

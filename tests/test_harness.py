@@ -211,6 +211,14 @@ def test_what_the_model_cannot_score_is_refused(own, bytewise):
         lm.generate_until(instances("generate_until", ("a", {"do_sample": True, "temperature": 1.0})))
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x"])
+def test_a_model_is_loaded_on_the_device_that_is_named(saved, device):
+    model, _ = load_pretrained(*map(str, saved), device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"} and not model.training
+    with pytest.raises(ValueError, match=f"no device '{device}' here"):
+        load_pretrained(*saved, device=device)
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_model_of_transformers_with_memory_scores_as_a_plain_loop(saved, batch_size):
     model, tokenizer = load_pretrained(*saved)

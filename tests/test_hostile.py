@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_formats import DEMO, QWEN, TOKENS, V41, VOCAB, convert, filled, inspect
+from test_formats import DEMO, QWEN, TOKENS, V41, VOCAB, convert, filled, inspect_file
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, build_optimizer
 from engram.cli import main
@@ -58,18 +58,18 @@ def readers(home: Path) -> dict[str, list]:
     model = model_of()
     rows = lambda: EngramMemory(EngramConfig(rows_per_head=50), TokenMap.identity(32), 16, folder=home / "rows")  # noqa: E731
     config = [lambda f: read_config(str(f)), lambda f: read_shape(str(f)), lambda f: unknown_fields(str(f))]
-    whole = [lambda f: inspect(f.parent), lambda f: open_source(f.parent, token_map=None)]
-    saved = [lambda f: EngramMemory.load(f.parent), lambda f: verify(f.parent), lambda f: inspect(f.parent)]
+    whole = [lambda f: inspect_file(f.parent), lambda f: open_source(f.parent, token_map=None)]
+    saved = [lambda f: EngramMemory.load(f.parent), lambda f: verify(f.parent), lambda f: inspect_file(f.parent)]
     resume = [
         lambda f: load_checkpoint(step, model, build_optimizer(model, lr=0.01, table_lr=0.1)),
-        lambda f: inspect(step),
+        lambda f: inspect_file(step),
     ]
     return {
         **{f"{n}/config.json": [*config, *whole] for n in ("v41", "qwen", "demo")},
         "v41/model-00001-of-00002.safetensors": whole,
         "qwen/model.safetensors.index.json": whole,
         "demo/token_map.safetensors": whole,
-        "t.gguf": [inspect, open_source],
+        "t.gguf": [inspect_file, open_source],
         "tokenizer.json": [read_token_map],
         **{
             f"v41-ours/{n}": saved
@@ -206,17 +206,17 @@ def test_tens_of_thousands_of_tensors_are_listed_in_seconds(tmp_path, monkeypatc
 
 
 def test_runs_checkpoints_and_offloaded_rows_are_listed(homes, tmp_path):
-    found = inspect(homes / "run")
+    found = inspect_file(homes / "run")
     assert found["kind"] == "run" and found["steps"] == [5] and any(t["dtype"] == "rows" for t in found["tensors"])
-    step = inspect(homes / "run" / "step-00000005")
+    step = inspect_file(homes / "run" / "step-00000005")
     assert step["kind"] == "checkpoint" and step["tensors"] == found["tensors"]
     shutil.copytree(homes / "run", tmp_path / "run")
     setting = {"memory": json.loads(model_of().memory.config.to_json())}
     (tmp_path / "run" / "run.json").write_text(json.dumps({"arm": "engram", "setting": setting}))
-    table = inspect(tmp_path / "run")["tables"][1]
+    table = inspect_file(tmp_path / "run")["tables"][1]
     assert (table["rows"], table["dim"]) == (model_of().memory.tables[1].rows, 8)
     shutil.rmtree(tmp_path / "run" / "step-00000005")
-    assert "no checkpoint yet" in inspect(tmp_path / "run")["problem"]
+    assert "no checkpoint yet" in inspect_file(tmp_path / "run")["problem"]
 
 
 def test_hy4_flash_is_refused_with_what_is_missing_wherever_it_is_met(tmp_path, monkeypatch, capsys):
@@ -226,7 +226,7 @@ def test_hy4_flash_is_refused_with_what_is_missing_wherever_it_is_met(tmp_path, 
     for call in (lambda: open_source(tmp_path), lambda: convert(tmp_path, tmp_path / "o", "engram")):
         with pytest.raises(ValueError, match=reason):
             call()
-    assert "Hy4-flash" in inspect(tmp_path)["problem"]
+    assert "Hy4-flash" in inspect_file(tmp_path)["problem"]
     for command in (["plan", str(tmp_path)], ["convert", str(tmp_path), str(tmp_path / "o")]):
         monkeypatch.setattr(sys, "argv", ["engram", *command])
         with pytest.raises(SystemExit):

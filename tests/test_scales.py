@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_formats import QWEN, VOCAB, D, M, convert, e4m3, e8m0, filled, inspect, rewrite
+from test_formats import QWEN, VOCAB, D, M, convert, e4m3, e8m0, filled, inspect_file, rewrite
 
 from engram import EngramMemory, TokenMap
 from engram.integrations.formats.readers import open_source
@@ -98,7 +98,7 @@ CASES = {
 def test_scaled_rows_become_value_times_scale_in_float32_rounded_once(case, tmp_path):
     values, scales, kept = CASES[case]
     expected = checkpoint(tmp_path / "q", values, scales)
-    found = inspect(tmp_path / "q")
+    found = inspect_file(tmp_path / "q")
     assert found["problem"] is None and found["tables"][0]["bytes"] < found["tables"][0]["rows"] * 32 * 4
     report = convert(tmp_path / "q", tmp_path / "ours", "engram")
     memory = EngramMemory.load(tmp_path / "ours")

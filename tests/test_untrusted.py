@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from engram import EngramConfig, EngramMemory, HostTable, TokenMap, convert
-from engram.integrations.formats.conversion import inspect
+from engram.integrations.formats.conversion import inspect_file
 from engram.integrations.formats.readers import read_config, read_token_map
 from engram.storage.untrusted import open_regular, parse_json, printable, read_json, read_tensors, read_tokenizer
 from engram.tables import EncodedTable
@@ -128,7 +128,7 @@ def test_files_of_memories_that_are_pipes_are_refused_and_not_waited_for(tmp_pat
             read(str(tmp_path / "x.json"))
 
 
-@pytest.mark.parametrize("read", [inspect, lambda path: convert(path, f"{path}.new", "engram"), read_config])
+@pytest.mark.parametrize("read", [inspect_file, lambda path: convert(path, f"{path}.new", "engram"), read_config])
 @pytest.mark.parametrize("name", ["x.safetensors", "x.gguf", "x.bin"])
 def test_a_pipe_in_place_of_a_model_is_refused_by_name_though_others_lie_beside_it(read, name, tmp_path):
     safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
@@ -142,7 +142,7 @@ def test_a_pipe_among_the_files_of_a_model_is_refused_by_name(name, tmp_path):
     os.mkfifo(tmp_path / name)
     if "-of-" in name:
         safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / name.replace("00001-", "00002-"))
-    for read in (inspect, lambda path: convert(path, tmp_path / "new", "engram")):
+    for read in (inspect_file, lambda path: convert(path, tmp_path / "new", "engram")):
         with pytest.raises(OSError, match=f"{name} is a pipe"):
             read(tmp_path)
 

@@ -177,7 +177,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint holds: tensors, which model's n-gram memory it is, rows and bytes. Reads headers only."""
     from engram.inspect.render import print_inspection
-    from engram.integrations.formats import inspect as run
+    from engram.integrations.formats import inspect_file as run
     from engram.integrations.formats.readers import read_config
 
     found = run(path, None if config is None else read_config(config))

@@ -131,11 +131,8 @@ def _open(folder: Path, memory: Path | None, device: str) -> tuple[Any, Any]:
             f"folder"
         )
     from engram.integrations.transformers.pretrained import load_pretrained
-    from engram.lm.run import device_of
 
-    place = device_of(device)
-    model, tokenizer = load_pretrained(folder, memory)
-    return model.to(place), tokenizer
+    return load_pretrained(folder, memory, device)
 
 
 @app.command()

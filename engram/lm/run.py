@@ -203,11 +203,26 @@ def _read_tokenizer(home: Path) -> tokenizers.Tokenizer:
 def load_run(
     folder: str | os.PathLike[str], device: str = "cpu"
 ) -> tuple[Transformer, tokenizers.Tokenizer, Setting, dict[str, Any]]:
-    """A trained model, its tokenizer, its setting and its newest checkpoint's manifest. device: of the dense weights.
+    """Load a run of `engram train` from its newest checkpoint.
+
+    Args:
+        folder: the folder of the run.
+        device: of the dense weights, such as "cpu" or "cuda:1"; the tables stay in host memory.
+
+    Returns:
+        (model, tokenizer, setting, manifest): the trained Transformer, its tokenizer, the Setting it was trained with,
+        and the manifest of the checkpoint, whose "step" is the number of steps done.
 
     Raises:
-        FileNotFoundError: no run there, or none with a checkpoint. ValueError: damaged files, or a tokenizer that is
-        not the one the memory was trained with.
+        FileNotFoundError: the folder holds no run, or the run has no checkpoint yet.
+        ValueError: damaged files, a device that this machine does not have, or a tokenizer other than the one the
+            memory was trained with.
+
+    Example:
+        >>> import engram
+        >>> engram.load_run("no such folder")
+        Traceback (most recent call last):
+        FileNotFoundError: no such folder holds no run.json: train one with `engram train --out no such folder`
     """
     home, place = Path(folder), device_of(device)
     if not (home / "run.json").is_file():

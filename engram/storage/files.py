@@ -618,9 +618,10 @@ def bad_blocks(
 def verify(
     folder: str | os.PathLike[str], on_bytes: Callable[[str, int, int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Reads every byte of a saved memory, a checkpoint, or a run's folder of checkpoints, and compares digests.
+    """Read every byte of a saved memory, a checkpoint, or a run's folder of checkpoints, and compare digests.
 
     Args:
+        folder: what memory.save or `engram train` wrote.
         on_bytes: called with (file, bytes just read, bytes of all files), for a progress bar.
 
     Returns:
@@ -629,7 +630,15 @@ def verify(
         why a file could not be checked (None if it was): it is older than its digests, or its name is not a step's.
 
     Raises:
-        FileNotFoundError: nothing to verify there.
+        FileNotFoundError: the folder holds nothing to verify.
+
+    Example:
+        >>> import engram, tempfile
+        >>> config = engram.EngramConfig(layers=(0,), orders=(2,), heads=2, head_dim=4, rows_per_head=50)
+        >>> memory = engram.EngramMemory(config, engram.TokenMap.identity(20), hidden_size=8)
+        >>> folder = memory.save(tempfile.mkdtemp(), overwrite=True)
+        >>> [entry["file"] for entry in engram.verify(folder) if entry["problem"]]
+        []
     """
     home = Path(folder)
     steps = [] if (home / "manifest.json").is_file() else step_folders(home)

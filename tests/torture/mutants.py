@@ -12,7 +12,7 @@ import toy
 from things import DEADLINE, Child, Tally, equal, memory, model, trained, values
 
 from engram import EngramMemory, TokenMap, build_optimizer
-from engram.integrations.formats import convert, inspect
+from engram.integrations.formats import convert, inspect_file
 from engram.integrations.formats.readers import open_source, read_config
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
 from engram.storage.files import verify
@@ -135,7 +135,7 @@ def _subjects(home: Path) -> dict[str, tuple[Path, Callable[[Path], str | None]]
         return None if same or found["setting"] == _read_run(home / "run")["setting"] else "another setting is read"
 
     def header(folder: Path) -> None:
-        inspect(folder / "x")
+        inspect_file(folder / "x")
 
     def source(folder: Path) -> None:
         for layer in (opened := open_source(folder / "x")).rows:
@@ -149,7 +149,7 @@ def _subjects(home: Path) -> dict[str, tuple[Path, Callable[[Path], str | None]]
         "safetensors": (home / "deepseek-v4.1", source),
         "interleaved safetensors": (home / "deepseek-v4.1-interleaved", source),
         "headers": (home / "deepseek-v4.1", header),
-        "GGUF": (home / "gguf", lambda f: inspect(f / "x.gguf") and None),
+        "GGUF": (home / "gguf", lambda f: inspect_file(f / "x.gguf") and None),
         "config.json": (home / "config", lambda f: read_config(str(f / "config.json")) and None),
         "token maps": (home / "map", lambda f: TokenMap.load(f / "map") and None),
     }

@@ -189,12 +189,14 @@ def _compare(source: Source, recoders: dict[int, Recoder], written: Source) -> N
                 raise OSError(f"the weights {name} of layer {layer} do not read back as they were written")
 
 
-def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) -> dict[str, Any]:
-    """What a memory or checkpoint holds, by headers alone; files are known by how they begin, whatever they are called.
+def inspect_file(path: str | os.PathLike[str], config: EngramConfig | None = None) -> dict[str, Any]:
+    """Return what a memory or checkpoint holds, as `engram inspect` shows it. Only headers are read; a file's format is
+    told by its first bytes, not by its name.
 
     Args:
         path: a saved memory, a run of `engram train`, a checkpoint of one, offloaded rows, safetensors (file or folder)
             or a GGUF file.
+        config: the memory's, if the checkpoint has none of its own.
 
     Returns:
         {"path", "kind", "tensors": [{"name", "dtype", "shape", "bytes", "file"}], "tables": {layer: {"rows", "dim",
@@ -203,7 +205,16 @@ def inspect(path: str | os.PathLike[str], config: EngramConfig | None = None) ->
         "checkpoint", "offloaded", or "other" if there is no n-gram table.
 
     Raises:
-        OSError: nothing there, or not a regular file. ValueError: a torn file.
+        OSError: the path does not exist, or is not a regular file. ValueError: an incomplete file.
+
+    Example:
+        >>> import engram, tempfile
+        >>> config = engram.EngramConfig(layers=(0,), orders=(2,), heads=2, head_dim=4, rows_per_head=50)
+        >>> memory = engram.EngramMemory(config, engram.TokenMap.identity(20), hidden_size=8)
+        >>> folder = memory.save(tempfile.mkdtemp(), overwrite=True)
+        >>> contents = engram.inspect_file(folder)
+        >>> contents["kind"], contents["tables"][0]["rows"], contents["tables"][0]["dim"]
+        ('engram', 112, 4)
     """
     given = Path(path)
     found: dict[str, Any] = {"path": str(given), "kind": "other", "tensors": [], "tables": {}, "config": None}

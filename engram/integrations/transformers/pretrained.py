@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 
 from engram.integrations.transformers.attach import attach
 from engram.integrations.transformers.model_folder import FOLDER, read_config
+from engram.lm.run import device_of
 
 
 def from_pretrained(folder: Any, tokenizer: Any = None, **options: Any) -> Any:
@@ -47,25 +49,44 @@ def from_pretrained(folder: Any, tokenizer: Any = None, **options: Any) -> Any:
     return model.eval()
 
 
-def load_pretrained(folder: Path, memory: Path | None = None) -> tuple[Any, Any]:
-    """A causal language model in eval mode and its tokenizer, both from files alone, with the memory in the folder.
+def load_pretrained(
+    folder: str | os.PathLike[str],
+    memory: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """Load a causal language model in eval mode and its tokenizer from files alone, with the memory in the folder.
 
     Args:
-        folder: as save_pretrained writes it, with the tokenizer. memory: a saved memory to attach instead.
+        folder: a model folder as save_pretrained writes it, with the tokenizer.
+        memory: folder of a saved memory to attach instead; only for a model folder without a memory.
+        device: of the dense weights, such as "cpu" or "cuda:1". Default: cuda if there is a card, else the CPU. The
+            tables stay in host memory.
+
+    Returns:
+        (model, tokenizer), both of transformers.
 
     Raises:
-        FileNotFoundError: no model there, or no memory. ValueError, OSError: files that transformers cannot read; a
-        memory for another model or tokenizer.
+        FileNotFoundError: the folder holds no model, or `memory` holds no memory.
+        ValueError, OSError: files that transformers cannot read, a memory of another model or tokenizer, or a device
+            that this machine does not have.
+
+    Example:
+        >>> import engram
+        >>> engram.load_pretrained("no such folder", device="cpu")
+        Traceback (most recent call last):
+        FileNotFoundError: no such folder holds no config.json, so it is not a model folder of transformers
     """
-    config, architecture = read_config(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+    home = Path(folder)
+    place = device_of(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    config, architecture = read_config(home)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home, config=config, local_files_only=True)
     if architecture is not None:
         if memory is not None:
-            raise ValueError(f"{folder} has a memory of its own, beside which {memory} cannot be attached")
-        model: Any = from_pretrained(folder, tokenizer)
+            raise ValueError(f"{home} has a memory of its own, beside which {memory} cannot be attached")
+        model: Any = from_pretrained(home, tokenizer)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(home, local_files_only=True)
+    model.to(place).eval()
     if memory is not None:
         attach(model, memory, tokenizer)
     return model, tokenizer

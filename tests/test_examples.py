@@ -1,0 +1,44 @@
+"""The examples in the docstrings of the public names run and print what they show."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from importlib import import_module
+
+import pytest
+
+import engram
+
+# (module, name inside it) of public names, and of methods that a user calls first.
+NAMES = sorted({(engram._HOME[name], name) for name in engram.__all__} | {("engram.memory", "EngramMemory.recall")})
+NEED_ONE = ["inspect_file", "load_pretrained", "load_run", "verify"]
+
+
+def example_of(module: str, name: str) -> doctest.DocTest | None:
+    thing = import_module(module)
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    docstring = inspect.getdoc(thing) or ""
+    parsed = doctest.DocTestParser().get_doctest(docstring, {}, name, inspect.getsourcefile(thing), 0)
+    return parsed if parsed.examples else None
+
+
+WITH_EXAMPLE = [(module, name) for module, name in NAMES if example_of(module, name)]
+
+
+def test_the_main_names_have_an_example():
+    assert set(NEED_ONE) <= {name for _, name in WITH_EXAMPLE}
+
+
+@pytest.mark.parametrize(("module", "name"), WITH_EXAMPLE, ids=[name for _, name in WITH_EXAMPLE])
+def test_the_example_of(module, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    shown: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    example = example_of(module, name)
+    assert example is not None
+    assert runner.run(example, out=shown.append).failed == 0, "".join(shown)
+    assert "Example:" in (example.docstring or "")

@@ -22,13 +22,13 @@ API = {
     "memory": ("Memory and tables", ["EngramConfig", "EngramMemory", "HostTable", "build_optimizer"]),
     "transformers": (
         "Models of transformers",
-        ["attach", "detach", "from_pretrained", "MemoryCallback", "offload", "convert"],
+        ["attach", "detach", "from_pretrained", "load_pretrained", "MemoryCallback", "offload", "convert"],
     ),
     "language_models": (
         "The small transformer",
-        ["TransformerConfig", "Transformer", "train", "evaluate", "generate", "ablate"],
+        ["TransformerConfig", "Transformer", "train", "load_run", "evaluate", "generate", "ablate"],
     ),
-    "tools": ("Look inside, plan, measure", ["explain", "plan", "bench"]),
+    "tools": ("Look inside, plan, measure", ["explain", "plan", "inspect_file", "verify", "bench"]),
 }
 
 
@@ -148,7 +148,7 @@ def api_page(title: str, names: list[str]) -> str:
     import engram
 
     lines = [title, "=" * len(title), ""]
-    for name in names:
+    for name in filter(engram.__all__.__contains__, names):
         if isinstance(getattr(engram, name), type):
             lines += [name, "-" * len(name), "", f".. autoclass:: engram.{name}", "   :members:", ""]
         else:

@@ -120,15 +120,6 @@ _ROOMS = (
 )
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("engram-lm")
-    except PackageNotFoundError:  # run from its source, not installed
-        return "0+source"
-
-
 def _load(name: str) -> Any:
     try:
         return getattr(import_module(_HOME[name]), name)
@@ -150,7 +141,9 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         elif name in _ROOMS:
             return import_module(f"engram.{name}")
         elif name == "__version__":
-            value = _version()
+            from engram._version import installed_version
+
+            value = installed_version()
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import engram
+from engram._version import installed_version
 from engram.ablation.ngram_counts import seen_counts, seen_losses
 from engram.ablation.statistics import paired_interval
 from engram.lm.evaluate import Evaluation, evaluate
@@ -77,7 +77,7 @@ def ablate(
         on_data(data)
     report: dict[str, Any] = {
         "command": command,
-        "version": engram.__version__,
+        "version": installed_version(),
         "settings": _flat(asdict(setting)),
         "machine": {
             "cpu": _processor(),

@@ -32,9 +32,6 @@ class _Plan(ctypes.Structure):
 
 
 _kernel: Any = None if kernels.native is None else kernels.native.engram_hash
-if _kernel is not None:
-    _kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5 + [ctypes.c_void_p]
-    _kernel.restype = ctypes.c_int64
 
 
 class NgramHasher:

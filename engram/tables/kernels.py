@@ -55,6 +55,7 @@ def _load() -> Any:
         ("sinkhorn_look", None, (p, p, p, p, i64, i64, f64, i64, p, p)),
         ("sinkhorn_sweep", None, (p, p, f32, p, i64, i64, i64, i64, p)),
         ("sinkhorn_update", None, (*[p] * 4, i64, i64, p, f64, i64, p, p, f32, p, p, f32, i32, u64)),
+        ("hash", i64, (*[p] * 4, *[i64] * 5, p)),
         ("finish", None, (p,)),
     ):
         function = getattr(library, f"engram_{name}")

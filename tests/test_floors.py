@@ -11,7 +11,7 @@ import pytest
 # From the ground up. Rooms that share a floor do not import each other.
 FLOORS = (
     {"_command", "_moved", "_version", "storage"},
-    {"config"},
+    {"config", "device"},
     {"tables"},
     {"addressing", "fusion"},
     {"memory"},

@@ -28,7 +28,11 @@ def modules_after(code: str) -> set[str]:
 def test_import_engram_brings_no_other_library():
     names = modules_after("import engram\ndir(engram)\nengram.__version__")
     assert not names & set(HEAVY)
-    assert {name for name in names if name.startswith("engram.")} == {"engram._command", "engram._moved", "engram._version"}
+    assert {name for name in names if name.startswith("engram.")} == {
+        "engram._command",
+        "engram._moved",
+        "engram._version",
+    }
 
 
 def test_the_names_of_a_model_bring_torch_but_no_figures_compiler_or_command_line():

@@ -21,8 +21,9 @@ import torch
 from engram._version import installed_version
 from engram.ablation.ngram_counts import seen_counts, seen_losses
 from engram.ablation.statistics import paired_interval
+from engram.device import device_of
 from engram.lm.evaluate import Evaluation, evaluate
-from engram.lm.run import ARMS, Data, Setting, build_model, device_of, prepare
+from engram.lm.run import ARMS, Data, Setting, build_model, prepare
 from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches, memory_traffic, train
 from engram.storage.files import write_whole

@@ -133,8 +133,9 @@ def train(
 
     OUT/log.jsonl gets one JSON line per step: step, tokens, loss (nats per token), lr, tokens_per_second, seconds.
     """
+    from engram.device import device_of
     from engram.lm.progress import Progress
-    from engram.lm.run import build_model, device_of, prepare, save_run
+    from engram.lm.run import build_model, prepare, save_run
     from engram.lm.run_folder import alone_in
     from engram.lm.train import train as run
 

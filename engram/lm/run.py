@@ -14,6 +14,7 @@ import torch
 
 from engram.addressing import TokenMap
 from engram.config import EngramConfig
+from engram.device import device_of
 from engram.lm.checkpoint import latest_checkpoint, load_checkpoint
 from engram.lm.corpus import DEFAULT_CORPUS, Overlap, corpus_digest, load_corpus, overlap_13gram, split
 from engram.lm.tokenizer import Encoded, encode, train_tokenizer
@@ -124,17 +125,6 @@ def build_model(setting: Setting, arm: str, token_map: TokenMap) -> Transformer:
         memory = EngramMemory(config, token_map, setting.model.hidden_size)
     torch.manual_seed(seed)
     return Transformer(replace(setting.model, vocab_size=len(token_map.table)), memory)
-
-
-def device_of(name: str) -> torch.device:
-    """ "cuda:1" -> the device. Raises ValueError: none of that name here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # an odd name, a build without CUDA, no such card
-        cards = torch.cuda.device_count()
-        raise ValueError(
-            f"no device {name!r} here: torch {torch.__version__} has the CPU and {cards} of cuda"
-        ) from None
 
 
 def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: Data) -> None:

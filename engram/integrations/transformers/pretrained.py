@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import transformers
 
+from engram.device import device_of
 from engram.integrations.transformers.attach import attach
 from engram.integrations.transformers.model_folder import FOLDER, read_config
-from engram.lm.run import device_of
 
 
 def from_pretrained(folder: Any, tokenizer: Any = None, **options: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-from engram.lm.statistics import Interval
 
+from engram.ablation.statistics import Interval
 from experiments.allocation.configs import BASELINE, SHARES, label_of
 from experiments.lab.plots import COLOURS, SOFT, STYLE, curve, load, new_figure, save
 

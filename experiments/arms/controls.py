@@ -5,7 +5,7 @@ random      rows are frozen noise: addresses tell n-grams apart, nothing is lear
 gate-one    the gate is fixed to 1, so nothing but the rows decides what is added.
 switched-off  trained as engram; `finish` takes the memory away. Compare it with plain, which was trained without: the
             difference is how much a removal at inference overstates what the memory is worth.
-All have Engram's table (one-row: one row a head) and, but for gate-one's missing key, Engram's dense weights.
+All have Engram's table (one-row: one row per head) and, but for gate-one's missing key, Engram's dense weights.
 """
 
 from __future__ import annotations

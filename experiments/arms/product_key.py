@@ -5,7 +5,7 @@ A query of each head is cut in two; each half is compared with n sub-keys, the t
 candidates among the n * n products, the best k of these are read, weighted by softmax, and projected to the hidden
 size.
 
-Matched: n * n rows a layer, the nearest square to Engram's rows, of Engram's row width: rows and values equal Engram's.
+Matched: n * n rows per layer, the nearest square to Engram's rows, of Engram's row width: as many rows and values.
 Reads more rows per token (heads * top_k) and costs more FLOPs (queries, sub-keys).
 Differs from the source: added before the block instead of replacing a feed-forward layer; values are as narrow as
 Engram's rows and each head's sum is projected, instead of values as wide as the hidden state summed over heads; values

@@ -15,13 +15,13 @@ Matched to engram in everything: table, weights, rows read. Source: none; the co
 from __future__ import annotations
 
 import torch
-from engram.recall import MemoryCache, Recall
 from torch import Tensor
 
 from engram import EngramConfig, EngramMemory, TokenMap
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
+from engram.memory.recall import MemoryCache, Recall
 from experiments.arms.host import with_memory
 
 _STRIDE = 7919  # tokens of the training text between the pieces that two rows of a batch read

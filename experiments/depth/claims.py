@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engram.lm.statistics import Interval
-
+from engram.ablation.statistics import Interval
 from experiments.depth.summary import early_lens, shift
 from experiments.lab.claims import PAPER, Claim, of_measures
 from experiments.lab.measures import paired

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engram.lm.statistics import Interval, over_seeds
 
+from engram.ablation.statistics import Interval, over_seeds
 from experiments.depth.measure import alignment, likeness
 from experiments.lab.measures import mean_of, measured, paired, shown, table
 from experiments.lab.results import Record, read_documents

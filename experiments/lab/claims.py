@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from engram.lm.statistics import Interval, paired_interval
 
+from engram.ablation.statistics import Interval, paired_interval
 from experiments.lab.cell import HOME, Table
 from experiments.lab.measures import measured
 from experiments.lab.report import documents_of, rows_of, tables_of

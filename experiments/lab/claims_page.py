@@ -8,9 +8,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from engram.lm.statistics import Interval
-from engram.tables.files import write_whole
-
+from engram.ablation.statistics import Interval
+from engram.storage.files import write_whole
 from experiments.lab.cell import HOME, SETTINGS, Table, names, questions
 from experiments.lab.claims import OTHER_CPU, RULES, Claim, Finding, all_claims, verdict
 from experiments.lab.measures import table

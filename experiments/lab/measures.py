@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engram.lm.statistics import Interval, over_seeds
 
+from engram.ablation.statistics import Interval, over_seeds
 from experiments.lab.cell import Table
 from experiments.lab.report import tables_of
 from experiments.lab.results import Record, read_results

@@ -12,13 +12,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from engram.lm.statistics import Interval
-from engram.tables.files import write_whole
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from engram.ablation.statistics import Interval
+from engram.storage.files import write_whole
 from experiments.lab.cell import Table
 from experiments.lab.report import Row, rows_of, tables_of
 from experiments.lab.results import Record, read_results

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engram.lm.report import BUCKETS, percent
-from engram.lm.seen import ORDERS
-from engram.lm.statistics import Interval, over_seeds, paired_interval
-from engram.tables.files import write_whole
 
+from engram.ablation.ngram_counts import ORDERS
+from engram.ablation.statistics import Interval, over_seeds, paired_interval
+from engram.ablation.tables import BUCKETS, percent
+from engram.storage.files import write_whole
 from experiments.lab.cell import Table, cell_of
 from experiments.lab.results import Record, read_documents, read_results
 from experiments.lab.tuning import budget_of

@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from engram.lm.seen import seen_counts, seen_losses
-from engram.tables.files import write_whole
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from engram.ablation.ngram_counts import seen_counts, seen_losses
 from engram.lm.evaluate import eval_mode, evaluate
 from engram.lm.run import Data, Setting
 from engram.lm.train import train
 from engram.memory import EngramMemory
+from engram.storage.files import write_whole
 from experiments import arms
 from experiments.lab.caches import FILE, FOLDER, prepare, train_once, training_of
 from experiments.lab.cell import HOME, Run, hook, names
@@ -58,7 +58,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
         (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
         document, and the arrays that the experiment measured besides). Times are in seconds, losses in nats per token.
         train_loss is the mean of the last 50 steps, training FLOPs are three times the forward ones, peak_memory is of
-        this process and in bytes, seen is what engram.lm.seen says.
+        this process and in bytes, seen is what engram.ablation.ngram_counts says.
     """
     torch.set_num_threads(threads)
     began = time.perf_counter()

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram.lm.statistics import Interval, over_seeds
-
+from engram.ablation.statistics import Interval, over_seeds
 from experiments.lab.cell import Table
 from experiments.lab.claims import PAPER, SCEPTICS, Claim, of_measures
 from experiments.lab.measures import paired

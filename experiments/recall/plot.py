@@ -41,8 +41,8 @@ def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
             axes.plot([t / 1e6 for t in tokens], nats, style, color=colour, lw=1.2, label=None if which else label)
     axes.axhline(level, color=SOFT, linewidth=1.2, linestyle=":")
     axes.set_ylim(0, 3 * level)
-    axes.set_xlabel("training tokens, millions (a line a seed; dotted: learned)")
-    axes.set_ylabel("nats an answer")
+    axes.set_xlabel("training tokens, millions (one line per seed; dotted: learned)")
+    axes.set_ylabel("nats per answer")
 
 
 def _accuracy(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:

@@ -8,8 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from engram.lm.statistics import over_seeds
-
+from engram.ablation.statistics import over_seeds
 from experiments.lab.measures import measured, paired, share_of, shown, table
 from experiments.lab.results import Record
 from experiments.recall.task import Task
@@ -20,7 +19,7 @@ def accuracy(state: str, what: str = "accuracy") -> Callable[[Any], float | None
 
 
 def half_way(run: Record) -> float:
-    """Half the loss of an even guess among the values of a text, in nats an answer: below it, recall is learned."""
+    """Half the loss of an even guess among the values of a text, in nats per answer: below it, recall is learned."""
     return math.log(Task.of(run["setting"]["corpus"]).pairs) / 2
 
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engram.lm.statistics import Interval
-
+from engram.ablation.statistics import Interval
 from experiments.lab.cell import Table
 from experiments.lab.claims import PAPER, SCEPTICS, Claim, of_measures
 from experiments.sensitivity.summary import never_taught, retention_gap

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from engram.lm.statistics import Interval
 from matplotlib.lines import Line2D
 
+from engram.ablation.statistics import Interval
 from experiments.lab.measures import mean_of, measured
 from experiments.lab.plots import COLOURS, INK, SOFT, STYLE, dot, new_figure, save
 from experiments.sensitivity.summary import LEVELS, SHARES, learned_retention, retention

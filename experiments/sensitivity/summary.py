@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram.lm.statistics import Interval
-
+from engram.ablation.statistics import Interval
 from experiments.lab.measures import mean_of, measured, paired, share_of, shown, table
 from experiments.lab.results import Record
 
@@ -91,7 +90,7 @@ def summary(home: Path) -> str:
                 cost = paired(runs, runs, of("off", name), of("on", name))
                 gain = None if label == "plain" else paired(runs, plain, of("on", name))
                 losses.append((words, label, shown(on), shown(off), shown(cost, "+.3f"), shown(gain, "+.3f")))
-        loss_head = ("nats a token", "arm", "memory on", "memory off", "off, minus on", "on, minus plain's")
+        loss_head = ("nats per token", "arm", "memory on", "memory off", "off, minus on", "on, minus plain's")
         parts += [
             f"### Memory on and off, {group}",
             "Means over seeds, with 95 % intervals over seeds alone (Student's t).",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from engram.lm.statistics import Interval, over_seeds, wider
 
+from engram.ablation.statistics import Interval, over_seeds, wider
 from experiments.lab.cell import Table
 from experiments.lab.claims import Finding, compared
 from experiments.lab.report import Row, documents_of, rows_of, tables_of

@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean
 
-from engram.lm.statistics import Interval, over_seeds
-
+from engram.ablation.statistics import Interval, over_seeds
 from experiments.lab.cell import Table
 from experiments.lab.claims import Finding, compared
 from experiments.lab.measures import shown, table

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engram.lm.statistics import Interval, paired_interval
 
+from engram.ablation.statistics import Interval, paired_interval
 from experiments.lab.measures import shown, table
 from experiments.lab.results import read_documents, read_lines
 

@@ -3,8 +3,7 @@
 import math
 from pathlib import Path
 
-from engram.lm.statistics import Interval
-
+from engram.ablation.statistics import Interval
 from experiments.lab.claims import PAPER, Claim, Finding
 from experiments.lab.results import read_lines
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from engram.lm.statistics import Interval, paired_interval
 from matplotlib.figure import Figure
 
+from engram.ablation.statistics import Interval, paired_interval
 from experiments.lab.measures import cut, table
 from experiments.lab.plots import COLOURS, INK, SOFT, STYLE, dot, save
 from experiments.lab.report import short, write_tables

@@ -22,6 +22,12 @@ RENAMED = (
     (r"\b(nats|bits|MFLOPs|bytes|rows|tokens)( of loss)? an? (?=\w)", r"\1\2 per "),
     (r"\band doubling\b", "and per doubling"),
 )
+# The table of the README stands among the notes now.
+OTHERS = {
+    "README.md": "README",
+    "paper_notes/claims_in_short.md": "README",
+    "paper_notes/claims.md": "claims",
+}
 NUMBER = re.compile(r"[-+−]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 SKIPPED = ("claim", "what it says", "command", "source", "needs", "verdict", "its other tables")  # words, not numbers
 
@@ -86,11 +92,11 @@ def documents(commit: str) -> dict[str, str]:
         listed = _git("ls-tree", "-r", "--name-only", commit).splitlines()
     else:
         listed = [str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/**/*.md")]
-        listed += ["README.md", "paper_notes/claims.md"]
+        listed += [*OTHERS]
     found: dict[str, str] = {}
     for path in listed:
         part = re.fullmatch(r"experiments/(?:scripts/)?(\w+)/(?:README|tables)\.md", path)
-        name = part.group(1) if part else {"README.md": "README", "paper_notes/claims.md": "claims"}.get(path)
+        name = part.group(1) if part else OTHERS.get(path)
         if name not in (None, "arms"):
             found[name] = (
                 found.get(name, "") + "\n" + (_git("show", f"{commit}:{path}") if commit else (ROOT / path).read_text())

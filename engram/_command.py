@@ -17,7 +17,7 @@ _SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # any of them 
 
 
 def is_command(program: str, command_line: list[str]) -> bool:
-    """Whether sys.argv[0] and sys.orig_argv are those of `engram` or `python -m engram`."""
+    """Return True if sys.argv[0] and sys.orig_argv are those of `engram` or `python -m engram`."""
     by_name = Path(program).name.removesuffix(".exe").removesuffix("-script.py") == "engram"
     return by_name or ("-m", "engram") in pairwise(command_line)
 

@@ -163,7 +163,7 @@ class EngramConfig:
         if self.conv_kernel < 0 or (self.conv_dilation is not None and self.conv_dilation < 1):
             raise ValueError("conv_kernel must be >= 0 and conv_dilation >= 1")
         if self.table_init == "zero" and not self.train_tables:
-            raise ValueError("a frozen table of zeros is no memory: use table_init='normal' with train_tables=False")
+            raise ValueError("a frozen table of zeros is not a memory: use table_init='normal' with train_tables=False")
         if self.generator == "splitmix64" and self.hash != "multiply_xor":
             raise ValueError(f"generator='splitmix64' draws multipliers, which hash={self.hash!r} does not use")
         if self.row_multiple < 1:
@@ -245,7 +245,7 @@ PRESETS = {
     # arXiv 2601.07372: 5.7B and 18.5B table parameters, hidden size 2,560, 4 residual streams.
     "paper-27b": _PAPER,
     "paper-40b": _PAPER.replace(rows_per_head=7_239_680),
-    # Hidden size 5,120, 4 streams; 196B table parameters in fp8 (encode_tables("fp8")): 264 bytes a row.
+    # Hidden size 5,120, 4 streams; 196B table parameters in fp8 (encode_tables("fp8")): 264 bytes per row.
     "deepseek-v4.1-flash": EngramConfig(
         layers=(1, 14),
         orders=(2, 3, 4),

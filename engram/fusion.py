@@ -90,7 +90,7 @@ class EngramFusion(nn.Module):
                 [B, H + T]: of its positions too.
             history: [B, H, M*d] the inputs of the convolution just before, when decoding step by step: all that it
             reaches back to (EngramMemory.lag), fewer only at the start of a text.
-            dead_BT: True at positions that are no text, where the gate is 0 (DeepSeek-V4.1).
+            dead_BT: True at positions that are not text, where the gate is 0 (DeepSeek-V4.1).
 
         Returns:
             The update, shaped like `hidden`, and the inputs of the convolution [B, T, M*d] (None without one), which a

@@ -236,7 +236,7 @@ class EngramOptimizer(torch.optim.AdamW):
         for key, optimizer in own.items():
             values, beside = rows[key]
             optimizer.load_state_dict(values)
-            if optimizer.steps and beside:  # rows that were never trained are no others than those of now
+            if optimizer.steps and beside:  # rows that were never trained are the current ones
                 self._saved_beside[int(key.partition(".")[0])] = beside
 
 
@@ -260,12 +260,12 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, tuple[
 
 
 def _digests(memory: EngramMemory) -> dict[str, str]:
-    """Of the fusion weights, as they are in each dtype that they may be cast to before the state is loaded again."""
+    """Digests of the fusion weights in each dtype that they may be cast to before the state is loaded again."""
     return {str(dtype).removeprefix("torch."): _digest(memory, dtype) for dtype in _DTYPES}
 
 
 def _belongs(memory: EngramMemory, saved: str | dict[str, str]) -> bool:
-    """Whether a state that was saved beside weights of these digests belongs to the weights of now."""
+    """Return True if a state saved beside weights of these digests belongs to the current weights."""
     if isinstance(saved, str):  # of the bits as they were, by earlier versions
         return saved in ("", _digest(memory))
     dtypes = {weight.dtype for weight in memory.fusions.parameters()}
@@ -308,8 +308,8 @@ def build_optimizer(
         model: any module; the EngramMemory modules in it bring their tables. A memory alone works too.
         lr, betas, eps, weight_decay: AdamW of the dense weights. Only matrices decay: no gains, biases or convolutions.
         table_lr: learning rate of the rows, well above the dense one as a rule; rows never decay.
-        table_optimizer: "rms" or "adagrad" (4 bytes of state a row), "adam" (8 bytes a value) or "sinkhorn" (4 bytes a
-            value and 4 a row).
+        table_optimizer: "rms" or "adagrad" (4 bytes of state per row), "adam" (8 bytes per value) or "sinkhorn" (4
+            bytes per value and 4 per row).
         table_betas: decays of the row optimiser; default (0, 0.99) for rms, (0.9, 0.999) for adam, (0.95, 0) for
             sinkhorn, which uses the first alone; adagrad has none.
 

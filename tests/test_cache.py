@@ -80,7 +80,7 @@ def decode(memory, cache, ids, hidden, documents=None, dead=None):
 
 
 def bounded(memory, cache, sequences, largest):
-    """Whether the buffers hold no more than twice what can be read, whatever was decoded."""
+    """Return True if the buffers hold no more than twice what can be read, whatever was decoded."""
     kept = 2 * max(largest, max(memory.config.orders[-1] - 1, memory.lag) + cache.margin)
     layers = len(memory.config.layers) if memory.config.conv_kernel else 0
     return cache.nbytes <= sequences * kept * (16 + layers * WIDTH * 4)

@@ -312,7 +312,7 @@ def test_a_run_from_before_digests_loads_and_gets_them_when_it_is_trained_again(
     values = json.loads((home / "run.json").read_text())
     (home / "run.json").write_text(json.dumps({name: values[name] for name in ("arm", "setting", "text")}))
     assert load_run(home)[2] == setting
-    cli.verify(home)
+    cli.files.verify(home)
     assert f"note: {home / 'run.json'} has no digest" in capsys.readouterr().err
     save_run(home, setting, "engram", data)
     assert load_run(home)[2] == setting and not any(result["note"] for result in verify(home))

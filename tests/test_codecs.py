@@ -373,7 +373,8 @@ def test_a_file_with_a_nan_or_a_scale_no_encoder_writes_is_refused(path_of, tmp_
     if byte == 0x7F and name == "int4":
         data[2222 * size + damaged - 1] = 0x80  # infinity
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"row 2,222 of .*rows.bin is no {name} row.*Expected {size} bytes a row"):
+    message = rf"row 2,222 of .*rows.bin is not a valid {name} row.*Expected {size} bytes per row"
+    with pytest.raises(ValueError, match=message):
         EncodedTable(3000, 64, name, path)
 
 
@@ -525,7 +526,7 @@ def test_a_saved_memory_loads_into_the_same_codec_only():
         fp8.memory.encode_tables("int8")
     state = {k: v.clone() for k, v in fp8.state_dict().items()}
     state["memory.tables.1"][3, 32] = 255
-    with pytest.raises(ValueError, match="row 3 of this table is no fp8 row"):
+    with pytest.raises(ValueError, match="row 3 of this table is not a valid fp8 row"):
         fp8.load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""The shipped dialects: published sizes, config spellings, and rules that equal code nobody here wrote."""
+"""The shipped dialects: published sizes, config spellings, and rules that equal code of other projects."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_config_survives_its_dialects_spelling(preset):
         ({"ple_layer_ids": [1]}, "lacks eos_token_id"),
         (DEMO_JSON | {"layer_ids": [15, 1]}, r"ascending and >= 0, not \(15, 1\)"),
         (QWEN_JSON["text_config"] | {"ple_layer_ids": [4, 2]}, r"ascending and >= 0, not \(3, 1\)"),
-        (QWEN_JSON["text_config"] | {"ple_embed_dim": 2561}, "ple_embed_dim 2561 is no multiple"),
+        (QWEN_JSON["text_config"] | {"ple_embed_dim": 2561}, "ple_embed_dim 2561 is not a multiple"),
         (DEMO_JSON | {"n_embed_per_ngram": 513}, "n_embed_per_ngram 513"),
         (DEMO_JSON | {"n_head_per_ngram": 0}, "n_head_per_ngram must be a whole number >= 1, not 0"),
         (DEMO_JSON | {"max_ngram_size": 2**31}, "the longest n-gram of a memory has 2 to 16 tokens, not 2,147,483,648"),

@@ -233,12 +233,12 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_memo
     assert [p.name for p in tmp_path.iterdir()] == ["memory"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(FileExistsError, match="no saved memory"):
+    with pytest.raises(FileExistsError, match="is not a saved memory"):
         other.save(tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "cat.jpg").exists()
     (tmp_path / "checkpoint").mkdir()  # these have a manifest as well
     (tmp_path / "checkpoint" / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(FileExistsError, match="no saved memory"):
+    with pytest.raises(FileExistsError, match="is not a saved memory"):
         other.save(tmp_path / "checkpoint", overwrite=True)
 
 
@@ -588,12 +588,12 @@ def test_verify_reads_checkpoints_and_runs_and_the_command_says_which_block(save
     assert all(result["problem"] is None for result in verify(tmp_path / "run"))
     flip(checkpoint / "tables.1.rows", 77)
     with pytest.raises(SystemExit) as stop:
-        cli.verify(tmp_path / "run", as_json=True)
+        cli.files.verify(tmp_path / "run", as_json=True)
     printed = capsys.readouterr()
     assert stop.value.code == 2 and "tables.1.rows" in printed.err
     wrong = [f for f in json.loads(printed.out)["files"] if f["problem"]]
     assert [(Path(f["file"]).name, f["bad_blocks"]) for f in wrong] == [("tables.1.rows", [0])]
-    cli.verify(saved)
+    cli.files.verify(saved)
     assert "is whole: 5 files" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no manifest"):
         verify(tmp_path)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whoever else writes, reads, kills or pulls the plug meanwhile."""
+"""Files and folders that are whole or absent, whatever other processes write, read or kill, and after power cuts."""
 
 from __future__ import annotations
 

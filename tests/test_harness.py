@@ -268,7 +268,7 @@ def test_the_command_scores_a_model_with_and_without_its_memory(saved, files, mo
     assert values[0] != values[1]
 
 
-HUB = "task: far\ndataset_path: nobody/no-such-data\ntest_split: test\noutput_type: multiple_choice\n" + CHOOSE
+HUB = "task: far\ndataset_path: nowhere/no-such-data\ntest_split: test\noutput_type: multiple_choice\n" + CHOOSE
 
 
 def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys, tmp_path):

@@ -329,7 +329,7 @@ def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind
     if path == "torch":
         monkeypatch.setattr(kernels, "native", None)
     results = []
-    for device in ("cpu", "meta"):  # meta in the place of a GPU: what is made there can be read by nobody
+    for device in ("cpu", "meta"):  # meta in the place of a GPU: what is made there cannot be read
         reference.normal_quantiles.cache_clear()
         optimizers._scratch.__dict__.clear()
         with torch.device("cpu"):

@@ -152,7 +152,7 @@ def test_a_folder_whose_manifest_was_altered_is_refused(checkpoint, tmp_path):
     text = manifest.read_text()
     for old, new in (("engram-offload-1", "engram-memory-1"), ('"form": "bfloat16"', '"form": "nonsense"')):
         manifest.write_text(text.replace(old, new))
-        with pytest.raises(ValueError, match=r"manifest.json is no engram-offload-1 manifest, or was altered"):
+        with pytest.raises(ValueError, match=r"manifest.json is not an engram-offload-1 manifest, or was altered"):
             load_offloaded(checkpoint, tmp_path / "rows")
 
 

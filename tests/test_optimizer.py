@@ -1,4 +1,4 @@
-"""EngramOptimizer and the row gradients that wait for it: nothing is learned twice, from nowhere, or by nobody."""
+"""EngramOptimizer and the row gradients that wait for it: each is applied once, to the memory it belongs to."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_the_model_clears_between_forward_and_backward_is_gone():
     optimizer = build_optimizer(model)
     loss = loss_of(model, text()) * float("nan")
     model.zero_grad()
-    loss.backward()  # a step that is skipped: its loss is no number
+    loss.backward()  # a step that is skipped: its loss is not a number
     loss = loss_of(model, text(seed=1))
     model.zero_grad()
     loss.backward()

@@ -25,7 +25,7 @@ def test_the_readme_shows_the_library_in_few_lines():
 
 def test_the_command_line_is_there_as_a_module_too():
     ran = subprocess.run([sys.executable, "-m", "engram", "verify", "nowhere"], capture_output=True, text=True)
-    assert ran.returncode == 2 and "nowhere is no saved memory" in ran.stderr.replace("\n", " ")
+    assert ran.returncode == 2 and "nowhere is not a saved memory" in ran.stderr.replace("\n", " ")
 
 
 def test_the_readme_names_no_file_that_is_not_there():

@@ -142,7 +142,7 @@ class LikeTekken:
     def id_to_byte_piece(self, i: int) -> bytes:
         return b"" if self.is_special(i) else BYTES[i]
 
-    def id_to_piece(self, i: int) -> str:  # loses what is no whole character
+    def id_to_piece(self, i: int) -> str:  # loses what is not a whole character
         return "<end>" if self.is_special(i) else BYTES[i].decode(errors="replace")
 
 

@@ -236,7 +236,7 @@ def test_a_damaged_manifest_and_an_empty_folder_are_refused(tmp_path):
     (path / "manifest.json").write_text('{"format": 1, "files"')
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         read_manifest(path)
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         read_manifest(tmp_path / "nothing")
 
 

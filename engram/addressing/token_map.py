@@ -20,7 +20,7 @@ import torch
 from .vocabulary import is_blank, spellings
 
 FORMAT = "engram-token-map-1"
-_NOT_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what decoders put for bytes that are no whole UTF-8
+_NOT_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what decoders put for bytes that are not whole UTF-8
 _ALIKE = 32  # tokens that may decode to one and the same text: at most 3 do in the real vocabularies that were tried
 
 
@@ -33,7 +33,7 @@ class TokenMap:
     """
 
     def __init__(self, table: np.ndarray):
-        table = np.array(table, dtype=np.int64, order="C")  # own copy: nobody can change it under the digest
+        table = np.array(table, dtype=np.int64, order="C")  # own copy, so that the digest stays true
         if table.ndim != 1 or table.size == 0:
             raise ValueError(f"a token map is one row of compressed ids, not an array of shape {table.shape}")
         size = int(table.max()) + 1

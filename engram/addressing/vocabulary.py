@@ -126,7 +126,7 @@ def _of_bytes(data: bytes) -> Spelling:
 
 
 def _adds_a_space(model: Any) -> bool:
-    """Whether a SentencePiece model puts a space before a text; its decoder takes one away from the first piece."""
+    """Return True if a SentencePiece model puts a space before a text; its decoder removes one from the first piece."""
     try:
         first = model.encode("a", False, False)[0]  # mistral-common: no begin and end of sequence
     except TypeError:
@@ -185,7 +185,7 @@ def _of_slow(tokenizer: Any) -> list[Spelling]:
 
 
 def _lost_bytes(raw: str, text: str) -> bool:
-    """Return True if a byte-level token is no whole UTF-8 and its text is what decode(errors="ignore") leaves of it."""
+    """True if a byte-level token is not whole UTF-8 and its text is what decode(errors="ignore") leaves of it."""
     if not all(ord(letter) in _BYTES for letter in raw):
         return False
     data = bytes(_BYTES[ord(letter)] for letter in raw)

@@ -48,7 +48,7 @@ class Explanation:
         ids: token ids. tokens: their text, or the ids as text where no tokenizer was given.
         compressed: what the hash sees of each id (token map): two n-grams equal in these read the same rows. -1 at an
             id that the token map does not name.
-        orders: n-gram lengths. dead: bool [T], True at positions that are no text.
+        orders: n-gram lengths. dead: bool [T], True at positions that are not text.
         lengths: int64 [T, N], how many tokens of each n-gram are text: fewer than the order where it was cut at the
             start of the text, at another document, at an end-of-sequence or dead token; 0 at dead positions.
         ngrams: [T][N] the n-gram's text.

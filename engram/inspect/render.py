@@ -70,7 +70,7 @@ def _layer_table(found: Explanation, layer: int, facts: LayerExplanation, with_l
         justify = "left" if name in ("token", "n-gram", "rows") else "right"
         table.add_column(name, justify=justify, width=widths[name], no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
     for cells in zip(*columns.values(), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))  # Text: a token like [b] is no markup
+        table.add_row(*(Text(cell) for cell in cells))  # Text: a token like [b] is not markup
     return table
 
 

@@ -149,7 +149,7 @@ def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 def _read_manifest(path: Path, name: str) -> dict[str, Any]:
     home = path / "manifest.json"
     if not home.is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no manifest.json")
+        raise FileNotFoundError(f"{path} is not a checkpoint: it has no manifest.json")
     manifest = load_manifest(path)
     if manifest.get("format") not in (_FORMAT, _WITHOUT_DIGEST):
         raise ValueError(f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {_FORMAT}")

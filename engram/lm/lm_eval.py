@@ -129,7 +129,7 @@ class TransformerLM(TemplateLM):
 
 
 def _score(logits: Tensor, targets: Tensor, count: int) -> tuple[float, bool]:
-    """Of the last `count` of targets [T], from logits [T, vocab]."""
+    """Log-probabilities of the last `count` of targets [T], from logits [T, vocab]."""
     logits, targets = logits[-count:], targets[-count:].to(logits.device)
     return -F.cross_entropy(logits, targets, reduction="sum").item(), bool((logits.argmax(-1) == targets).all())
 

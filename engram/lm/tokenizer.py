@@ -93,7 +93,7 @@ def token_ids(given: Any) -> torch.Tensor:
     """
     if isinstance(given, Mapping):
         if "input_ids" not in given:
-            raise ValueError(f"these are no token ids: a mapping of {', '.join(map(str, given))} without input_ids")
+            raise ValueError(f"these are not token ids: a mapping of {', '.join(map(str, given))} without input_ids")
         given = given["input_ids"]
     given = getattr(given, "ids", given)  # tokenizers.Encoding
     if not isinstance(given, torch.Tensor):

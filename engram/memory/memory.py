@@ -48,7 +48,7 @@ def _finish_load(memory: EngramMemory, incompatible_keys: Any) -> None:
 class EngramMemory(nn.Module):
     """The n-gram memory of one model: a table and a fusion module for each of config.layers.
 
-    The tables stay in host memory whatever device the module moves to, and are no nn.Parameters: train them with
+    The tables stay in host memory whatever device the module moves to, and are not nn.Parameters: train them with
     engram.build_optimizer. state_dict() holds them all the same (as views, not copies), so saving a model the usual way
     saves its memory, and loading refuses rows that were addressed by another layout or token map. Rows learn in train()
     mode; memory.requires_grad_(False) freezes them with the fusion weights, but the same call on a model around the
@@ -225,7 +225,7 @@ class EngramMemory(nn.Module):
                 n-grams; a convolution sees nothing of that piece, other than with a cache.
             cache: decoding state; replaces `lookback`, and is brought up to date. The first of `ids` goes on from what
                 it holds.
-            dead: bool [B, T], True at positions that are no text (padding, images), whatever their id. They are never
+            dead: bool [B, T], True at positions that are not text (padding, images), whatever their id. They are never
                 hashed, end n-grams and convolution like the start of a document, and get nothing from the memory.
 
         Raises:
@@ -296,12 +296,12 @@ class EngramMemory(nn.Module):
 
     @property
     def trains_tables(self) -> bool:
-        """Whether rows learn: config.train_tables, until the tables are encoded or the memory is frozen."""
+        """True if rows learn: config.train_tables, until the tables are encoded or the memory is frozen."""
         return self.config.train_tables and self.codec is None and not self._frozen
 
     @property
     def collects_gradients(self) -> bool:
-        """Whether a forward pass at this moment takes row gradients in its backward pass."""
+        """True if a forward pass at this moment takes row gradients in its backward pass."""
         return self.training and torch.is_grad_enabled() and self.trains_tables
 
     def requires_grad_(self, requires_grad: bool = True) -> EngramMemory:
@@ -316,7 +316,7 @@ class EngramMemory(nn.Module):
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether an EngramOptimizer was made for this memory."""
+        """True if an EngramOptimizer was made for this memory."""
         return self.gradients.has_optimizer
 
     @has_optimizer.setter

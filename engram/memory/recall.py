@@ -133,7 +133,7 @@ class Recall:
             return Fetch(memory.tables[layer], hashed.result()[layer], device)
 
         self._begin()
-        with self._lock:  # whoever changes rows from here on waits for the fetches, and renews what they have read
+        with self._lock:  # a writer of rows from here on waits for the fetches, and renews what they have read
             memory.recalls.add(self)
             for layer in memory.config.layers:
                 self._pending[layer] = Task(partial(fetch, layer), worth_a_thread)

@@ -114,7 +114,7 @@ def save_memory(
         if not overwrite:
             raise FileExistsError(f"{target} exists: give another folder, or overwrite=True to replace a saved memory")
         if not _is_saved(target) and (not target.is_dir() or any(target.iterdir())):
-            raise FileExistsError(f"{target} is no saved memory (by its manifest.json), so it is not replaced")
+            raise FileExistsError(f"{target} is not a saved memory (by its manifest.json), so it is not replaced")
     layout, token_map = memory.layout, memory.hasher.token_map
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -177,7 +177,7 @@ def save_memory(
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether its manifest.json is a saved memory's, of any version: a checkpoint and offloaded rows have one too."""
+    """Return True if manifest.json is a saved memory's, of any version: checkpoints and offloaded rows have one too."""
     try:
         found = read_json(folder / "manifest.json", "a manifest")["format"]
         return str(found).startswith(FORMAT.rpartition("-")[0])
@@ -249,7 +249,7 @@ def _codebooks(table: dict[str, Any]) -> str | None:
 
 
 def _never_written(entry: dict[str, Any]) -> bool:
-    """Whether all bytes of a file are zero, by its digest."""
+    """Return True if all bytes of a file are zero, by its digest."""
     return not written_blocks(entry) if entry.get("blocks") else entry["xxh3_128"] == zero_digest(int(entry["bytes"]))
 
 

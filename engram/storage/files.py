@@ -71,8 +71,8 @@ def write_rows(
     """Writes a tensor's bytes, or those of tensors that come one by one, synced to the disk; all-zero blocks (rows
     never written) become holes.
 
-    Nobody may write the rows meanwhile. on_bytes: told how many were written, block by block. Returns the file's entry
-    of a manifest: {"bytes", "xxh3_128", "blocks"}.
+    The rows must not be written meanwhile. on_bytes: told how many were written, block by block. Returns the file's
+    entry of a manifest: {"bytes", "xxh3_128", "blocks"}.
     """
     digest, blocks, size = xxhash.xxh3_128(), [], 0
     with open(path, "wb") as file:
@@ -566,7 +566,7 @@ def load_manifest(folder: str | os.PathLike[str], name: str = "manifest.json") -
     if not path.is_file():
         old = _between_renames(home)
         hint = f"; a save was cut short, rename {old[0]} to {home}" if old else ""
-        raise FileNotFoundError(f"{home} is no saved memory or checkpoint: it has no {name}{hint}")
+        raise FileNotFoundError(f"{home} is not a saved memory or checkpoint: it has no {name}{hint}")
     manifest = read_json(path, "the manifest of a saved memory or checkpoint")
     try:
         files = {str(k): (int(v["bytes"]), v["xxh3_128"], v.get("blocks", [])) for k, v in manifest["files"].items()}
@@ -649,7 +649,7 @@ def verify(
         if (step / "manifest.json").is_file():
             results += _verify_files(step, "manifest.json", on_bytes)
         else:
-            results.append(_result(step, problem=f"{step} is no whole checkpoint: it has no manifest.json"))
+            results.append(_result(step, problem=f"{step} is not a whole checkpoint: it has no manifest.json"))
     for other in sorted(set(home.glob("step-*/")) - set(steps)):
         results.append(_result(other, note=f"{other} was not checked: checkpoints are named step-<number>"))
     return results

@@ -38,8 +38,8 @@ def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mm
 
 
 def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int) -> bool:
-    """Whether the page cache holds nearly all of these rows of a table mapped from `file` at `address`, judged by a
-    sample of 64; about 0.1 ms. False where the system cannot say."""
+    """Return True if the page cache holds nearly all of these rows of a table mapped from `file` at `address`, judged
+    by a sample of 64; about 0.1 ms. False where the system cannot say."""
     ids = row_ids.reshape(-1)
     if sys.platform != "linux" or not len(ids):
         return False

@@ -1,6 +1,6 @@
 """Row codecs: how a row is stored. Each encodes and decodes in plain torch; codecs.c gives the same bits.
 
-    name   bytes of a row of D values      a row, in order
+    name   bytes of a row of D values      what a row holds, in order
     fp8    D + D/32       (264 at 256)     D e4m3fn values; one e8m0 scale per 32 values. DeepSeek-V4.1's row.
     int8   D + D/16       (272 at 256)     D signed integers -127..127; one bfloat16 scale per 32 values
     int4   D/2 + D/16     (144 at 256)     blocks of 16 bytes: byte j has value j below and value j + 16 above, each
@@ -127,7 +127,7 @@ class Int:
 
     def __init__(self, bits: int):
         if bits not in (4, 8):
-            raise ValueError(f"integer rows have 4 or 8 bits a value, not {bits}")
+            raise ValueError(f"integer rows have 4 or 8 bits per value, not {bits}")
         self.bits, self.name, self.code = bits, f"int{bits}", 1 if bits == 8 else 2
 
     def row_bytes(self, dim: int) -> int:

@@ -40,7 +40,7 @@ class _Encoded(ctypes.Structure):
 
 
 class EncodedTable(HostTable):
-    """A table that reads as float32 [rows, dim] and stores `codec.row_bytes(dim)` bytes a row. Fresh rows read as 0.
+    """A table that reads as float32 [rows, dim] and stores `codec.row_bytes(dim)` bytes per row. Fresh rows read as 0.
 
     Everything that reads a HostTable reads this one. It cannot be trained: the row optimisers refuse it.
 
@@ -163,9 +163,9 @@ class EncodedTable(HostTable):
                 bad += [lo + int(i) for i in wrong.nonzero()[:1]]
         if bad:
             raise ValueError(
-                f"row {min(bad):,} of {self.path or 'this table'} is no {self.codec.name} row: it holds a NaN, or a "
-                f"scale that no encoder writes. Expected {self.row_bytes} bytes a row, one scale per 32 values, for "
-                f"rows of {self.dim}"
+                f"row {min(bad):,} of {self.path or 'this table'} is not a valid {self.codec.name} row: it holds a "
+                f"NaN, or a scale that no encoder writes. Expected {self.row_bytes} bytes per row, one scale per 32 "
+                f"values, for rows of {self.dim}"
             )
 
     def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:

@@ -57,7 +57,7 @@ def as_tensor(memory: mmap.mmap, dtype: torch.dtype, rows: int, columns: int) ->
 
 
 def _on_huge_pages(address: int) -> bool | None:
-    """Whether most resident bytes of the mapping around `address` lie on huge pages; None if none are resident."""
+    """Return True if most resident bytes around `address` lie on huge pages; None if none are resident."""
     resident = huge = 0
     inside = False
     try:
@@ -190,7 +190,7 @@ class HostTable:
         return self.rows, self.dim
 
     def _map(self, what: str) -> mmap.mmap:
-        """The table's bytes: memory, or its file, which a table that nobody closes lets go with itself."""
+        """The table's bytes: memory, or its file. Without close(), it is released with the table."""
         if self.path is None:
             return map_memory(self.nbytes, what)
         memory, file = map_file(self.path, self.nbytes, what, self.writable)
@@ -245,7 +245,7 @@ class HostTable:
         return ids
 
     def outside(self, ids: Tensor, position: int) -> IndexError:
-        """The error for ids.flatten()[position], which is no row of this table."""
+        """The error for ids.flatten()[position], which is not a row of this table."""
         place = tuple(int(i) for i in np.unravel_index(position, tuple(ids.shape)))
         return IndexError(
             f"row {int(ids.flatten()[position])} at position {place} is outside this table of {self.rows:,} rows: "
@@ -304,7 +304,7 @@ class HostTable:
             )
 
     def changed(self, row_ids: Tensor) -> None:
-        """Whoever writes rows calls this with their checked ids, so that caches in front of the table forget them."""
+        """Drop rows from the caches in front of the table. Each writer of rows calls this with their checked ids."""
         for watcher in self.watchers.living():
             watcher.invalidate(row_ids)
 

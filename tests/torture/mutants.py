@@ -170,7 +170,7 @@ def run(home: Path) -> None:
 
 
 def _alike(one: Path, two: Path) -> bool:
-    """Whether two files hold the same, or the same JSON in other words."""
+    """Return True if two files hold the same, or the same JSON in other words."""
     a, b = one.read_bytes(), two.read_bytes() if two.exists() else b""
     if a == b or one.name == "progress":
         return True

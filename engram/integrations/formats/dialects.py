@@ -72,7 +72,7 @@ def vocabulary(size: int) -> int:
 
 
 def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields that are about text: nested where a model sees more. Raises ValueError where it is no object."""
+    """The fields that are about text: nested where a model sees more. Raises ValueError if it is not an object."""
     text = published.get("text_config") or published if isinstance(published, Mapping) else published
     if not isinstance(text, Mapping):
         raise ValueError(f"a config (or its text_config) is a JSON object, not {text!r}")
@@ -143,7 +143,7 @@ def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
     heads, width = _number(text, "n_head_per_ngram"), _number(text, "n_embed_per_ngram")
     rows = whole_numbers("engram_vocab_size", text["engram_vocab_size"])
     if width % heads:
-        raise ValueError(f"n_embed_per_ngram {text['n_embed_per_ngram']} is no multiple of n_head_per_ngram {heads}")
+        raise ValueError(f"n_embed_per_ngram {text['n_embed_per_ngram']} is not a multiple of n_head_per_ngram {heads}")
     vocab = None if text.get("compressed_vocab_size") is None else _number(text, "compressed_vocab_size")
     return EngramConfig(
         layers=tuple(text["layer_ids"]),  # their order decides the primes: refused where it is not ascending
@@ -187,7 +187,7 @@ def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
         raise ValueError("eos_token_id is an empty list: it must name the token that ends a text")
     width, eps = int(_field(text, "ple_embed_dim", "hidden_size")), float(text.get("rms_norm_eps", 1e-6))
     if width % (len(orders) * heads):
-        raise ValueError(f"ple_embed_dim {width} is no multiple of the {len(orders) * heads} heads")
+        raise ValueError(f"ple_embed_dim {width} is not a multiple of the {len(orders) * heads} heads")
     return EngramConfig(
         layers=tuple(layer - 1 for layer in text["ple_layer_ids"]),  # counted from 1 there; in this order
         orders=orders,

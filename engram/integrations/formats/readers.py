@@ -88,7 +88,7 @@ def open_source(
         if checkpoint.config is None:
             raise ValueError(f"{checkpoint.home} has no config.json: say which configuration its {kind} tensors follow")
         if dialect_of_config(checkpoint.config) != kind:
-            raise ValueError(f"{checkpoint.home / 'config.json'} is no {kind} config, but the tensors are {kind}'s")
+            raise ValueError(f"{checkpoint.home / 'config.json'} is not a {kind} config, but the tensors are {kind}'s")
         config = config_from_hf(checkpoint.config)
     check_dialect(config, kind)
     token_map = _token_map(checkpoint.home, kind, config, token_map)

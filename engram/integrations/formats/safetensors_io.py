@@ -98,7 +98,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"{path} is no safetensors file, or torn: it holds {size:,} bytes")
+            raise ValueError(f"{path} is not a safetensors file, or torn: it holds {size:,} bytes")
         try:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", {})
@@ -113,7 +113,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise TypeError("__metadata__ holds something else than text")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no safetensors file, or torn: its header cannot be read ({error})") from error
+            raise ValueError(
+                f"{path} is not a safetensors file, or torn: its header cannot be read ({error})"
+            ) from error
     at, found = 0, {}
     for name, (dtype, shape, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         values = 1

@@ -121,7 +121,7 @@ def write_safetensors(
             small |= {prefix + key: _compact(value) for key, value in weights.items()}
         specs |= {key: (NAMES[value.dtype], tuple(value.shape)) for key, value in small.items()}
         facts = {"engram_dialect": to}
-        if source.token_map is not None:  # without it, nobody knows the multipliers
+        if source.token_map is not None:  # without it the multipliers are unknown
             facts["engram_layout"] = source.layout.digest
         if ranks > 1:
             facts["engram_rank"] = f"{rank}/{ranks}"

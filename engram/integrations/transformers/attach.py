@@ -50,7 +50,7 @@ def attach(
 
     With rows of zeros, which is the default, logits are at first exactly what they were. Train rows and weights with
     engram.build_optimizer(model), in a loop of your own or as transformers.Trainer(optimizers=(optimizer, None)).
-    Padding (attention_mask 0) and the placeholders of images and the like are no text: they are never hashed, end the
+    Padding (attention_mask 0) and the placeholders of images and the like are not text: they are never hashed, end the
     n-grams around them and get nothing from the memory. Position ids that start again begin a new document, and so do
     cu_seq_lens_q and the blocks of a finished attention mask. Several threads may run one model.
     Keep it with memory.save, or with the model: save_pretrained writes the memory among the model's weights,

@@ -1,4 +1,4 @@
-"""What a forward pass of transformers says about its positions: which are no text, and where documents begin."""
+"""What a forward pass of transformers says about its positions: which are not text, and where documents begin."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
 
 
 def _one(mask: Any) -> Any:
-    """Of masks by kind of layer the one that hides least."""
+    """Return the mask, of those by kind of layer, that hides least."""
     if isinstance(mask, dict):
         if not mask:
             raise ValueError("attention_mask is an empty dict: it needs the mask of each kind of layer")
@@ -83,7 +83,7 @@ def documents(
             model, whose first axis counts time.
         ends: cu_seq_lens_q of a batch that was packed into one row: 0, then the end of each document.
         mask: as in `padding`. In a finished mask, a position that sees nothing before itself begins a document.
-        dead: [B, T], positions that are no text. past: positions before these, in a cache.
+        dead: [B, T], positions that are not text. past: positions before these, in a cache.
 
     Raises:
         ValueError: shapes that do not fit the ids; a mask that lets a position see older ones, but not the one before

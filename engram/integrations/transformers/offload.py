@@ -129,7 +129,7 @@ def _tables_of(shown: Path, home: Path) -> dict[int, HostTable]:
     tables: dict[int, HostTable] = {}
     manifest = load_manifest(home)
     if manifest.get("format") != FORMAT or manifest.get("digest") != manifest_digest(manifest):
-        raise ValueError(f"{home / 'manifest.json'} is no {FORMAT} manifest, or was altered: give another folder")
+        raise ValueError(f"{home / 'manifest.json'} is not an {FORMAT} manifest, or was altered: give another folder")
     for layer, table in manifest["tables"].items():
         path, shape = home / table["file"], (table["rows"], table["dim"])
         if table["file"] not in manifest["files"]:  # of which load_manifest has checked every name
@@ -188,7 +188,7 @@ def load_offloaded(
     base = getattr(transformers, (config.architectures or ["Qwen4ExpForCausalLM"])[0])
 
     class Hosted(base):  # type: ignore[misc, valid-type]
-        """The model as from_pretrained builds it, without the tables: their tensors are then nobody's, and not read."""
+        """The model as from_pretrained builds it, without the tables: their tensors are then not read."""
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)

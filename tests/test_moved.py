@@ -40,3 +40,9 @@ def test_an_old_module_that_was_split_serves_the_names_of_all_its_parts(old):
         assert own and all(getattr(module, name) is getattr(home, name) for name in own)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+def test_the_old_name_of_inspect_file_is_served_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="inspect is called inspect_file now"):
+        from engram.integrations.formats import inspect
+    assert inspect is import_module("engram").inspect_file

@@ -1,5 +1,16 @@
 """Memories in the files of other programs: released checkpoints, GGUF, and what converts between them and ours."""
 
+import warnings
+from typing import Any
+
 from engram.integrations.formats.conversion import convert, inspect_file
 
 __all__ = ["convert", "inspect_file"]
+
+
+def __getattr__(name: str) -> Any:
+    """Serve the old name of inspect_file for one version."""
+    if name == "inspect":
+        warnings.warn("inspect is called inspect_file now", DeprecationWarning, stacklevel=2)
+        return inspect_file
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

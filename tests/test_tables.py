@@ -277,3 +277,11 @@ def test_rows_read_and_encoded_do_not_depend_on_flushing_of_denormals():
         torch.set_flush_denormal(False)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert small.any()
+
+
+@pytest.mark.parametrize("row_ids", [[1], (1, 2), 1, "1", None, range(2)])
+def test_row_ids_that_are_no_array_are_refused_by_their_type(row_ids):
+    table = HostTable(4, 2)
+    for call in (table.gather, table.check, lambda ids: table.write(ids, torch.ones(1, 2))):
+        with pytest.raises(TypeError, match=f"row ids must be a tensor .* not {type(row_ids).__name__}"):
+            call(row_ids)

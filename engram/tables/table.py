@@ -42,7 +42,13 @@ class _Table(ctypes.Structure):
 
 
 def as_ids(row_ids: Tensor | np.ndarray) -> Tensor:
-    """Row ids as a contiguous int64 CPU tensor, not checked against any table. Raises TypeError where not int64."""
+    """Return row ids as a contiguous int64 CPU tensor, not checked against any table.
+
+    Raises:
+        TypeError: neither a tensor nor a NumPy array, or not int64.
+    """
+    if not isinstance(row_ids, (Tensor, np.ndarray)):
+        raise TypeError(f"row ids must be a tensor or a NumPy array of int64, not {type(row_ids).__name__}")
     ids = torch.from_numpy(row_ids) if isinstance(row_ids, np.ndarray) else row_ids
     if ids.dtype != torch.int64:
         raise TypeError(f"row ids must be int64, not {ids.dtype}")

@@ -176,5 +176,5 @@ def _alike(one: Path, two: Path) -> bool:
         return True
     try:
         return one.suffix == ".json" and json.loads(a) == json.loads(b)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

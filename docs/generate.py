@@ -157,7 +157,7 @@ def api_page(title: str, names: list[str]) -> str:
 
 
 def write_all() -> None:
-    """Write all generated pages anew. A page that did not change keeps its date, so that it is not built again."""
+    """Write all generated pages. A page that did not change keeps its date, so that it is not built again."""
     pages: dict[Path, str] = {}
     for home in questions():
         page = DOCS / "results" / f"{home.name}.md"

@@ -68,7 +68,7 @@ def runs_of(
 
 
 def _is_in(part: str, run: Run) -> bool:
-    """Whether a caption has a text in it, with the size by its name or by its letter ("S:", "T:")."""
+    """Return True if a caption has a text in it, with the size by its name or by its letter ("S:", "T:")."""
     caption = str(run.table)
     letters = {size: letter for letter, size in LETTERS.items()}
     return part in caption or part in caption.replace(run.size, letters.get(run.size, ""), 1)

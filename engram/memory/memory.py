@@ -274,7 +274,7 @@ class EngramMemory(nn.Module):
             raise
 
     def renew_recalls(self) -> None:
-        """Before all rows change: recalls in flight will fetch theirs anew."""
+        """Make recalls in flight fetch their rows again. Call it before all rows change."""
         for recall in self.recalls.living():
             recall.renew()
         self.recalls_are_stale = False

@@ -32,6 +32,8 @@ def copy_to_host(ids: Tensor) -> Tensor:
 def unnamed(ids: Tensor, token_map: TokenMap, vocab_size: int) -> Tensor | None:
     """True at the ids (of the model's vocabulary) that the token map gives no class; None if there are none."""
     known = len(token_map.table)
+    if vocab_size <= known and not token_map.has_dead:
+        return None
     result = (ids >= known) & (ids < vocab_size)
     if token_map.has_dead:
         result |= (token_map.mark_dead(ids) < 0) & (ids >= 0)
@@ -56,7 +58,7 @@ def locate(
             found = f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
             raise ValueError(f"{name} must be a tensor of the ids' shape {list(ids.shape)}, not {found}")
     NgramHasher.check("ids", ids, ids)
-    host, runs = copy_to_host(ids), None  # the caller may fill its buffers anew while they are still hashed
+    host, runs = copy_to_host(ids), None  # the caller may reuse its buffers while the ids are still hashed
     dead = None if dead is None else dead.to(ids.device, copy=True)
     if documents is not None:
         documents = documents.to(ids.device)

@@ -90,7 +90,7 @@ class Recall:
     """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
     forward pass that uses it, and used again: rows that an optimiser step changes in between are renewed.
 
-    Other threads may patch and renew a recall while one uses it. In a forked process it fetches its rows anew.
+    Other threads may patch and renew a recall while one uses it. In a forked process it fetches its rows again.
 
     Attributes:
         documents: run number of each position [B, T] on the model's device, or None. With a cache [B, H + T]: of the H
@@ -198,7 +198,7 @@ class Recall:
             self.cache.keep_inputs(layer, self.number, inputs, self._histories.get(layer), self._memory.lag)
 
     def renew(self) -> None:
-        """Forgets all rows that were fetched, once no thread reads them any more: who uses them gets them anew."""
+        """Wait for pending fetches, then drop all fetched rows. The next use fetches them again."""
         with self._own():
             for fetch in self._pending.values():
                 fetch.end()
@@ -206,8 +206,8 @@ class Recall:
             self._rows.clear()
 
     def patch(self, layer: int, touched: Tensor) -> int:
-        """Renews rows fetched ahead that are in `touched`. Returns how many; 0 where the rows are already in use: who
-        uses them again gets them anew."""
+        """Fetch again the rows fetched ahead that are in `touched`. Return how many; 0 if the rows are already in
+        use, because their next use fetches them."""
         with self._own():
             self._rows.pop(layer, None)
             return self._pending[layer].result().patch(touched) if layer in self._pending else 0

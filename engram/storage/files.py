@@ -376,7 +376,7 @@ def discard(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder of ours that has a partial name, or leave it to the reader who has pinned it."""
+    """Remove a folder with a partial name that this library made. If a reader holds it, the reader removes it."""
     try:
         handle = _hold(path)
     except OSError:

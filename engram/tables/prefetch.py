@@ -24,10 +24,10 @@ _thread = kernels.Threads(1, "engram-fetch")
 
 
 class Task(Generic[Result]):
-    """Work on the fetching thread, or done at once where waking a thread costs more than the work.
+    """Work on the fetching thread, or done at once if waking a thread costs more than the work.
 
-    A process forked meanwhile has no such thread, and cannot ask a future whose lock that thread may have held: it does
-    work that had not ended anew.
+    A process that was forked meanwhile has no such thread, and the future's lock may have been held by it: the process
+    repeats work that had not ended.
     """
 
     def __init__(self, work: Callable[[], Result], worth_a_thread: bool):

@@ -113,7 +113,7 @@ class Claim:
         return f"python -m experiments run {self.question}"
 
     def within_another_cpu(self, finding: Finding) -> bool:
-        """Whether the verdict is decided by less than what another CPU moved the loss of one run by."""
+        """True if the verdict is decided by less than what another CPU moved the loss of one run by."""
         if self.unit not in OTHER_CPU or verdict(finding, self.rule) == "open":
             return False
         return max(RULES[self.rule].distance(finding.value)) < OTHER_CPU[self.unit]

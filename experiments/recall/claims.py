@@ -21,7 +21,7 @@ def _gap(home: Path, variants: dict[str, Any]) -> Interval | None:
 
 
 def needles(table: Table) -> bool:
-    """Whether the pairs of a table's task stand in filler."""
+    """Return True if the pairs of a table's task stand in filler."""
     return Task.of(table.text).filler > 0
 
 

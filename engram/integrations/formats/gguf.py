@@ -166,7 +166,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     reader = _Reader(path)
     with reader.file:
         if reader.take(4) != MAGIC or (version := reader.number("I")) not in (2, 3):
-            raise ValueError(f"{path} is no GGUF file of version 2 or 3")
+            raise ValueError(f"{path} is not a GGUF file of version 2 or 3")
         tensors, count = reader.count("tensors", _MOST), reader.count("keys", _MOST)
         facts = {reader.string(): reader.value(reader.number("I")) for _ in range(count)}
         found = []

@@ -92,7 +92,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file. OSError: not a regular file. ValueError: a torn or foreign file: a header that
-        is no JSON, tensors that overlap, leave gaps, have another size than their shape says, or end beyond the file.
+        is not JSON, tensors that overlap, leave gaps, have another size than their shape says, or end beyond the file.
     """
     with open_regular(path, "a safetensors file") as file:
         size = os.fstat(file.fileno()).st_size

@@ -79,7 +79,7 @@ def _restore(model: nn.Module, checkpoint: Path) -> None:
         if not (folder / "manifest.json").is_file():
             raise FileNotFoundError(
                 f"{checkpoint} holds adapters of PEFT without their memory: it was saved without MemoryCallback. Start "
-                f"anew, or put what memory.save wrote into {folder}"
+                f"again, or put what memory.save wrote into {folder}"
             )
         saved = EngramMemory.load(folder, mode="shared", token_map=memory.hasher.token_map)
         try:

@@ -1,7 +1,10 @@
-"""Code blocks of Markdown files by their marker, the comment on the line before: <!-- example: NAME -->."""
+"""Code blocks of Markdown files by their marker, the comment on the line before: <!-- example: NAME -->; and messages
+that a page quotes.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -23,3 +26,31 @@ def examples(page: Path, language: str = "python") -> dict[str, list[str]]:
         if marker and kind == language:
             result.setdefault(name, []).append(text)
     return result
+
+
+def literals(source: str) -> list[str]:
+    """String literals of Python code, without docstrings. Each value in an f-string becomes \\0."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (docstrings | parts):
+            texts.append(node.value)
+    return texts
+
+
+def quotes_of_no_literal(page: str, texts: list[str]) -> list[str]:
+    """["line N: message"] for each message in a page's quotation marks that no literal can print.
+
+    "..." in a quote stands for at least one value, with or without words around it.
+    """
+    lost = []
+    for number, line in enumerate(page.splitlines(), 1):
+        for quote in re.findall("“([^”]+)”", line if line.startswith("| ") else ""):
+            words = re.compile(r"[^\0]*\0.*".join(map(re.escape, quote.split("..."))), re.S)
+            if not any(words.search(text) for text in texts):
+                lost.append(f"line {number}: {quote}")
+    return lost

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from documents import PAGES, ROOT, blocks, examples
+from documents import PAGES, ROOT, blocks, examples, literals, quotes_of_no_literal
 
 DOCS = ROOT / "docs"
 CASES = [(page, name) for page in PAGES for name in examples(page)]
@@ -145,6 +145,31 @@ def test_the_tables_of_versions_are_those_of_the_constraints():
     assert lines == list(zip(names, first, second, strict=True)) and len(lines) == 7
     for name, low, high in lines:
         assert (name, low) in oldest and (name, high) in pinned, name
+
+
+def test_every_message_of_the_troubleshooting_table_is_one_that_the_library_prints():
+    page = (DOCS / "troubleshooting.md").read_text()
+    texts = [text for file in (ROOT / "engram").rglob("*.py") for text in literals(file.read_text())]
+    assert len(re.findall("(?m)^\\| .*“", page)) >= 15
+    assert quotes_of_no_literal(page, texts) == [], "a message was reworded: change the table with it"
+
+
+@pytest.mark.parametrize(
+    ("source", "quote", "found"),
+    [
+        ('raise ValueError(f"{path} was changed by {who}: read it again")', "... was changed by ...: read", True),
+        ('raise ValueError(f"{path} was altered by {who}: read it again")', "... was changed by ...: read", False),
+        ('warn(f"{path} holds " f"rows")', "... holds rows", True),
+        ('warn("it holds rows")', "... holds rows", False),  # no value before it
+        ('warn("it holds rows")', "it holds rows", True),
+        ('warn(f"it {x} rows")', "it holds rows", False),
+        ('def f():\n    """The rows are held."""', "rows are held", False),
+        ('"""The rows are held."""\nwarn(f"no {x}")', "rows are held", False),
+    ],
+)
+def test_a_quote_is_found_in_the_messages_that_can_print_it(source, quote, found):
+    page = f"# Page\n\n| “{quote}” | cause |\n"
+    assert quotes_of_no_literal(page, literals(source)) == ([] if found else [f"line 3: {quote}"])
 
 
 def test_every_public_name_is_in_the_reference(docs):

@@ -46,6 +46,10 @@ MOVED = {
 }
 
 SPLIT = {  # where other names of an old module now live
+    "engram.integrations.attach": (
+        "engram.integrations.transformers.architecture",
+        "engram.integrations.transformers.hooks",
+    ),
     "engram.integrations.pretrained": ("engram.integrations.transformers.model_folder",),
     "engram.integrations.targets": ("engram.integrations.formats.recoder",),
     "engram.lm.report": ("engram.lm.units",),

@@ -741,7 +741,7 @@ def test_attaching_what_does_not_fit_is_refused():
         engram.attach(model, ZERO, IDENTITY)
     with pytest.raises(ValueError, match="attached to a model already"):
         engram.attach(build("llama"), memory)
-    with pytest.raises(ValueError, match=r"model has 0 \.\. 2"):
+    with pytest.raises(ValueError, match=r"memory layers \(3,\) are out of range: the model has layers 0\.\.2"):
         engram.attach(build("llama"), ZERO.replace(layers=(3,)), IDENTITY)
     with pytest.raises(ValueError, match="inject='values'"):
         engram.attach(build("llama"), ZERO.replace(inject="values"), IDENTITY)

@@ -529,7 +529,7 @@ def test_a_piece_that_begins_dead_does_not_look_past_it(cut):
 
 
 def test_a_memory_of_another_shape_is_refused_by_the_backbone():
-    with pytest.raises(ValueError, match="memory wants layers"):
+    with pytest.raises(ValueError, match=r"memory layers \(1, 3\) are out of range: the model has layers 0\.\.2"):
         make(SMALL.replace(layers=(1, 3)))
     memory = EngramMemory(SMALL, TokenMap.identity(VOCAB), 16)
     with pytest.raises(ValueError, match="memory is for 1 streams x 16"):

@@ -191,7 +191,10 @@ class Transformer(nn.Module):
                     f"the model is 1 x {config.hidden_size}"
                 )
             if memory.config.layers[-1] >= config.layers:
-                raise ValueError(f"memory wants layers {memory.config.layers}, the model has 0 .. {config.layers - 1}")
+                last = config.layers - 1
+                raise ValueError(
+                    f"memory layers {memory.config.layers} are out of range: the model has layers 0..{last}"
+                )
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))

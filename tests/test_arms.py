@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from engram import EngramConfig, HostTable, TokenMap, TransformerConfig, evaluate, train
+from engram.fusion import EngramFusion
 from engram.lm.run import Data, Setting
 from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import Cache, Transformer
@@ -22,6 +23,7 @@ from experiments.arms import host, knn_lm, mixture
 from experiments.arms.bigram_embedding import BigramAddress
 from experiments.arms.kneser_ney import KneserNey, discounts
 from experiments.arms.knn_lm import Neighbours
+from experiments.arms.layer_embeddings import GatedRow
 from experiments.arms.mixture import fit_weight, seen_windows
 from experiments.arms.moe import MoE
 from experiments.arms.product_key import ProductKeys
@@ -312,6 +314,35 @@ def test_unknown_names_and_options_are_refused_with_the_known_ones():
         arms.finish("plain", None, SETTING, DATA, k=3)
     with pytest.raises(ValueError, match="compressed"):
         arms.build("engram", SETTING, DATA, token_map="raw")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("layer-embeddings", lambda width: GatedRow(32, width, host.residual_std(2))),
+        ("product-key", lambda width: ProductKeys(32, 64, width, 4, 16)),
+    ],
+)
+def test_fusions_of_an_arm_start_from_the_numbers_after_engrams_own(name, make):
+    memory = build(name).memory
+    host.seed_extras(SETTING)
+    for _ in memory.config.layers:
+        EngramFusion(memory.config, 32)
+    for layer in memory.config.layers:
+        expected, started = make(memory.config.head_dim).state_dict(), memory.fusions[str(layer)].state_dict()
+        assert all(torch.equal(started[key], value) for key, value in expected.items()) and len(started)
+
+
+@pytest.mark.parametrize("name", ["bigram-embedding", "hashed-bigram", "layer-embeddings", "value-embeddings"])
+def test_rows_of_an_arm_start_at_zero_and_each_layer_has_its_own(name):
+    tables = build(name).memory.tables
+    assert all(table.tensor.eq(0).all() for table in tables.values())
+    assert len({table.tensor.data_ptr() for table in tables.values()}) == len(tables)
+
+
+def test_product_keys_have_no_rows_for_token_ids_alone():
+    with pytest.raises(RuntimeError, match="hidden state"):
+        build("product-key").memory.hasher(some_ids())
 
 
 # Mixture of experts

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram import TokenMap
+from engram import EngramMemory, TokenMap
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
 from engram.lm.transformer import Transformer
 from experiments.arms.host import raw_ids, vocabulary, with_memory
-from experiments.arms.rows import RowMemory, row_config
+from experiments.arms.rows import added, row_config, row_tables
 
 
 class BigramAddress:
@@ -57,11 +57,13 @@ class BigramAddress:
 
 def build(setting: Setting, data: Data) -> Transformer:
     d = setting.model.hidden_size
-    config = row_config(setting, layers=(0,), orders=(2,), heads=1, head_dim=d)
-    address = BigramAddress(data.train, config.pad_id, raw_ids(data))
+    config = row_config(setting, layers=(0,), orders=(2,), heads=1, head_dim=d, rows_per_head=1)
+    ids = raw_ids(data)
+    address = BigramAddress(data.train, config.pad_id, ids)
 
-    def memory() -> RowMemory:
-        return RowMemory(config.replace(rows_per_head=1), raw_ids(data), d, address=address, rows=address.rows)
+    def memory() -> EngramMemory:
+        tables = row_tables(config, address.rows)
+        return EngramMemory(config, ids, d, tables=tables, hasher=address, fusions=added(config))
 
     model = with_memory(setting, data, memory)
     facts: dict[str, Any] = {"bigrams": address.rows - 1, "full_table_parameters": vocabulary(data) ** 2 * d}

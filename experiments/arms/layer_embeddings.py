@@ -16,10 +16,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram import EngramMemory
 from engram.lm.run import Data, Setting
 from engram.lm.transformer import Transformer
 from experiments.arms.host import engram_size, raw_ids, residual_std, vocabulary, with_memory
-from experiments.arms.rows import RowMemory, TokenAddress, row_config
+from experiments.arms.rows import TokenAddress, make_fusions, row_config, row_tables
 
 
 class GatedRow(nn.Module):
@@ -46,9 +47,11 @@ def build(setting: Setting, data: Data) -> Transformer:
     width = max(1, min(16_384, round(engram_size(setting, data).table / (V * len(layers)))))
     config = row_config(setting, layers=layers, orders=(2,), heads=1, head_dim=width, rows_per_head=1)
 
-    def memory() -> RowMemory:
-        address = TokenAddress(layers, raw_ids(data))
-        return RowMemory(config, raw_ids(data), d, lambda: GatedRow(d, width, residual_std(len(layers))), address, V)
+    def memory() -> EngramMemory:
+        ids = raw_ids(data)
+        fusions = make_fusions(config, d, lambda: GatedRow(d, width, residual_std(len(layers))))
+        tables = row_tables(config, V)
+        return EngramMemory(config, ids, d, tables=tables, hasher=TokenAddress(layers, ids), fusions=fusions)
 
     return with_memory(setting, data, memory)
 

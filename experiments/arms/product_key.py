@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engram import EngramMemory, TokenMap
 from engram.lm.run import Data, Setting
 from engram.lm.transformer import Transformer
 from experiments.arms.host import engram_size, raw_ids, with_memory
-from experiments.arms.rows import RowMemory, row_config
+from experiments.arms.rows import make_fusions, row_config, row_tables
 
 _NOTHING_AHEAD: Any = object()  # rows depend on the hidden state: nothing can be fetched before the layer runs
 
@@ -72,7 +73,17 @@ class ProductKeys(nn.Module):
         return self.out((weights.unsqueeze(-1) * rows_BTHkv).sum(-2).flatten(-2))
 
 
-class ProductKeyMemory(RowMemory):
+class StateAddress:
+    """Stand for the hasher of a memory whose rows the hidden state chooses: token ids alone address nothing."""
+
+    def __init__(self, token_map: TokenMap):
+        self.token_map = token_map
+
+    def __call__(self, ids: Tensor, lookback: Tensor | None = None, documents: Any = None) -> dict[int, Tensor]:
+        raise RuntimeError("product keys are searched with the hidden state: token ids alone have no rows")
+
+
+class ProductKeyMemory(EngramMemory):
     """An EngramMemory in storage and training, with addresses computed from the hidden state."""
 
     def recall(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,8 +112,10 @@ def build(setting: Setting, data: Data, *, heads: int = 4, top_k: int = 16, norm
     config = row_config(setting, orders=(2,), heads=heads * min(top_k, n), rows_per_head=1)
 
     def memory() -> ProductKeyMemory:
-        fusion = partial(ProductKeys, d, n, width, heads, top_k, norm)
-        return ProductKeyMemory(config, raw_ids(data), d, fusion, rows=n * n)
+        ids = raw_ids(data)
+        fusions = make_fusions(config, d, partial(ProductKeys, d, n, width, heads, top_k, norm))
+        tables = row_tables(config, n * n)
+        return ProductKeyMemory(config, ids, d, tables=tables, hasher=StateAddress(ids), fusions=fusions)
 
     model = with_memory(setting, data, memory)
     model.extra_facts = {"sub_keys": n, "heads": heads, "top_k": min(top_k, n), "norm": norm}

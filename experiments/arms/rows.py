@@ -1,4 +1,4 @@
-"""RowMemory: an EngramMemory with other addresses or without the fusion module, for arms that keep rows in a table.
+"""Parts for arms that keep rows in a table: other addresses, or no fusion, as arguments of EngramMemory.
 
 Such arms get what Engram's rows get: a HostTable, row-sparse updates with their own learning rate, prefetching.
 """
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engram import EngramConfig, EngramMemory, HostTable, TokenMap
+from engram import EngramConfig, HostTable, TokenMap
+from engram.fusion import EngramFusion
 from engram.lm.run import Setting
 
 
 def row_config(setting: Setting, **changes: Any) -> EngramConfig:
-    """The setting's memory as bare rows: no gate, no convolution, rows that start at zero and learn."""
+    """Return the setting's memory as bare rows: no gate, no convolution, rows that start at zero and learn."""
     bare = dict(hash="multiply_xor", gate="none", conv_kernel=0, inject="residual", table_init="zero")
     return setting.memory.replace(**{**bare, "train_tables": True, "compressed_vocab": None, **changes})
 
 
 class Added(nn.Module):
-    """A fusion that is none: the rows are what is added."""
+    """A fusion without weights: the rows themselves are the update."""
 
     def forward(
         self, rows_BTE: Tensor, hidden: Tensor, documents: Any = None, history: Any = None, dead: Any = None
@@ -31,7 +32,7 @@ class Added(nn.Module):
 
 
 class TokenAddress:
-    """Row = token id, in every layer: a token embedding. Called like an NgramHasher."""
+    """Address the row of each token id, in every layer: a token embedding. Called like an NgramHasher."""
 
     def __init__(self, layers: tuple[int, ...], token_map: TokenMap):
         self.layers, self.token_map = layers, token_map
@@ -40,29 +41,23 @@ class TokenAddress:
         return dict.fromkeys(self.layers, self.token_map(ids.long()).unsqueeze(-1))
 
 
-class RowMemory(EngramMemory):
-    """A memory whose parts are given.
+def added(config: EngramConfig) -> dict[int, nn.Module]:
+    """Return {layer: Added()} for EngramMemory(fusions=)."""
+    return {layer: Added() for layer in config.layers}
 
-    Args:
-        config: layers, head_dim, inject; with the default addresses also orders, heads and rows_per_head.
-        fusion: makes one layer's module, called as EngramFusion is.
-        address: ids -> {layer: row ids int64 [B, T, C]} instead of the n-gram hash; rows: of each layer's table then.
+
+def make_fusions(config: EngramConfig, hidden_size: int, make: Callable[[], nn.Module]) -> dict[int, nn.Module]:
+    """Return {layer: make()} for EngramMemory(fusions=).
+
+    The random numbers for the weights of Engram's own fusions are drawn first and dropped: the committed results of
+    these arms start from the numbers that follow.
     """
+    for _ in config.layers:
+        EngramFusion(config, hidden_size)
+    return {layer: make() for layer in config.layers}
 
-    def __init__(
-        self,
-        config: EngramConfig,
-        token_map: TokenMap,
-        hidden_size: int,
-        fusion: Callable[[], nn.Module] = Added,
-        address: Any = None,
-        rows: int = 0,
-    ):
-        super().__init__(config if rows == 0 else config.replace(rows_per_head=1), token_map, hidden_size)
-        self.fusions = nn.ModuleDict({str(layer): fusion() for layer in config.layers})
-        if rows:
-            self.close()
-            dtype = getattr(torch, config.table_dtype)
-            self.tables = {layer: HostTable(rows, config.head_dim, dtype) for layer in config.layers}
-        if address is not None:
-            self.hasher = address
+
+def row_tables(config: EngramConfig, rows: int) -> dict[int, HostTable]:
+    """Return a table of `rows` rows per layer for EngramMemory(tables=), whose hasher decides what each row is for."""
+    dtype = getattr(torch, config.table_dtype)
+    return {layer: HostTable(rows, config.head_dim, dtype) for layer in config.layers}

@@ -9,21 +9,24 @@ Differs from the source: rows start at zero, so there is no learned mixing scala
 
 from __future__ import annotations
 
+from engram import EngramMemory
 from engram.lm.run import Data, Setting
 from engram.lm.transformer import Transformer
 from experiments.arms.host import raw_ids, vocabulary, with_memory
-from experiments.arms.rows import RowMemory, TokenAddress, row_config
+from experiments.arms.rows import TokenAddress, added, row_config, row_tables
 
 
 def build(setting: Setting, data: Data) -> Transformer:
     d, V = setting.model.hidden_size, vocabulary(data)
     layers = tuple(range(setting.model.layers))
     config = row_config(setting, layers=layers, orders=(2,), heads=1, head_dim=d, rows_per_head=1, inject="values")
-    return with_memory(
-        setting,
-        data,
-        lambda: RowMemory(config, raw_ids(data), d, address=TokenAddress(layers, raw_ids(data)), rows=V),
-    )
+
+    def memory() -> EngramMemory:
+        ids = raw_ids(data)
+        parts = {"tables": row_tables(config, V), "hasher": TokenAddress(layers, ids), "fusions": added(config)}
+        return EngramMemory(config, ids, d, **parts)
+
+    return with_memory(setting, data, memory)
 
 
 ARMS = {"value-embeddings": build}

@@ -29,7 +29,8 @@ _WHOLE = ("heads", "head_dim", "pad_id", "seed", "conv_kernel", "row_multiple")
 
 
 def whole(name: str, value: Any) -> int:
-    """An int as it is, of NumPy too; never a rounded float. Raises TypeError with the name of the argument."""
+    """Return an int, of NumPy too, as a Python int. Raise TypeError with the name of the argument for anything else: a
+    float is never rounded."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {value}")
     try:
@@ -39,7 +40,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
-    """`whole` of each of several numbers. Raises TypeError with the name of the argument."""
+    """Return several ints, each checked by `whole`. Raise TypeError or ValueError with the name of the argument."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
     numbers = tuple(whole(name, value) for value in islice(values, _MANY + 1))
@@ -49,7 +50,7 @@ def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
 
 
 def real(name: str, value: Any) -> float:
-    """A finite float, of NumPy too. Raises TypeError or ValueError with the name of the argument."""
+    """Return a finite number, of NumPy too, as a float. Raise TypeError or ValueError with the name of the argument."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(number := float(value)):
@@ -58,7 +59,7 @@ def real(name: str, value: Any) -> float:
 
 
 def check_heads(layers: int, orders: int, heads: int) -> None:
-    """Raises ValueError for more hash heads in a model than primes can be found for in a few seconds."""
+    """Raise ValueError if a model has more hash heads than primes can be searched for in a few seconds."""
     if layers * orders * heads > _MANY:
         raise ValueError(
             f"{layers} layers x {orders} orders x {heads:,} heads are {layers * orders * heads:,} hash heads: one "
@@ -70,21 +71,36 @@ def check_heads(layers: int, orders: int, heads: int) -> None:
 class EngramConfig:
     """Shape and rules of one model's n-gram memory.
 
+    A field of the wrong type raises TypeError; values that do not fit together raise ValueError, which names them.
+
+    Example:
+        >>> import engram
+        >>> config = engram.EngramConfig(layers=(1, 3), orders=(2, 3), heads=4, head_dim=32, rows_per_head=10_000)
+        >>> config.columns, config.d_mem  # rows and values that a position reads in one layer
+        (8, 256)
+        >>> engram.EngramConfig.preset("paper-27b").replace(layers=(1,)).row_counts
+        (2262400, 2262400)
+        >>> engram.EngramConfig(orders=(3, 2))
+        Traceback (most recent call last):
+        ValueError: orders must be distinct, ascending and >= 2, not (3, 2)
+
     Attributes:
         layers: 0-based decoder layers that own a table, ascending.
         orders: n-gram lengths, ascending, each >= 2. (2, 3) are bigrams and trigrams.
         heads: hash heads per order; each reads one row, so a position reads len(orders) * heads rows.
         head_dim: values per row (D). The module sees d_mem = len(orders) * heads * head_dim per position.
-        rows_per_head: rows of one head; the true count is the next unused prime above it. An int, or one per order.
+        rows_per_head: rows of one head; the true count is the next unused prime at or above it. An int, or one per
+            order.
         pad_id: raw token id that stands for positions before the start (mapped through the token map). With
             boundary="eos" the id of the end-of-sequence token.
-        boundary: what ends the look-back of a window besides the start and another document: nothing ("pad"), positions
-            with the id -1, whose gate is 0 ("dead", DeepSeek-V4.1), or end-of-sequence tokens ("eos", Qwen).
-        seed: of the hash multipliers, and of a normal table init.
-        hash: "multiply_xor" (the paper), "xxh64" (another family, to test that the family does not matter) or "one_row"
+        boundary: what ends the look-back of a window besides the start and another document: nothing ("pad"), dead
+            positions, which have the id -1 and a gate of 0 ("dead", DeepSeek-V4.1), or end-of-sequence tokens ("eos",
+            Qwen).
+        seed: seed of the hash multipliers, and of a normal table init.
+        hash: "multiply_xor" (the paper), "xxh64" (another hash, to test that the hash does not matter) or "one_row"
             (control: every n-gram reads the same row, so only the module is left).
-        generator: of the multipliers: "pcg64" (the paper, DeepSeek) or "splitmix64" (Qwen).
-        row_multiple: tables are padded to a multiple of so many rows (Qwen: 128).
+        generator: generator of the multipliers: "pcg64" (the paper, DeepSeek) or "splitmix64" (Qwen).
+        row_multiple: the rows of a table are padded to a multiple of this number (Qwen: 128).
         gate: "signed_sqrt" (released code), "plain" (the paper's equation), "none" (gate fixed to 1).
         conv_kernel: taps of the causal depthwise convolution; 0 leaves it out.
         conv_dilation: lag between taps; None means the longest order.
@@ -96,7 +112,7 @@ class EngramConfig:
         train_tables: False freezes the rows (control: a random table).
         gate_eps: epsilon of the key and query norms (1e-20 in DeepSeek-V4.1-Flash); None means the machine epsilon of
             the dtype. conv_eps: epsilon of the norm before the convolution.
-        compressed_vocab: size that the token map must have, where the format fixes it; None accepts any.
+        compressed_vocab: size that the token map must have, if the format fixes it; None accepts any.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -173,7 +189,7 @@ class EngramConfig:
 
     @property
     def row_counts(self) -> tuple[int, ...]:
-        """rows_per_head, one number per order."""
+        """Rows per head, one number per order."""
         rows = self.rows_per_head
         return rows if isinstance(rows, tuple) else (rows,) * len(self.orders)
 
@@ -189,18 +205,20 @@ class EngramConfig:
 
     @property
     def dilation(self) -> int:
+        """Lag between the taps of the convolution, in positions."""
         return self.orders[-1] if self.conv_dilation is None else self.conv_dilation
 
     def replace(self, **changes: Any) -> EngramConfig:
-        """A copy with some fields changed, checked again."""
+        """Return a copy with some fields changed. All fields are checked again."""
         return replace(self, **changes)
 
     def to_json(self) -> str:
+        """Return all fields as JSON, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> EngramConfig:
-        """Raises ValueError on an unknown field, or a value of another kind than the field's."""
+        """Read what `to_json` wrote. Raise ValueError for an unknown field or a value of another type."""
         values = parse_json(text)
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
@@ -212,8 +230,8 @@ class EngramConfig:
 
     @classmethod
     def preset(cls, name: str) -> EngramConfig:
-        """A published configuration: "demo", "paper-27b", "paper-40b", "deepseek-v4.1-flash" (with its rows as fp8) or
-        "qwen3.8-flash-next".
+        """Return a published configuration: "demo", "paper-27b", "paper-40b", "deepseek-v4.1-flash" or
+        "qwen3.8-flash-next". DeepSeek's rows are released as fp8: EngramMemory.encode_tables("fp8") stores them so.
 
         Raises:
             ValueError: an unknown name; the message lists the known ones.

@@ -12,7 +12,18 @@ import engram
 
 # (module, name inside it) of public names, and of methods that a user calls first.
 NAMES = sorted({(engram._HOME[name], name) for name in engram.__all__} | {("engram.memory", "EngramMemory.recall")})
-NEED_ONE = ["attach", "detach", "inspect_file", "load_pretrained", "load_run", "verify"]
+NEED_ONE = [
+    "EngramConfig",
+    "HashLayout",
+    "NgramHasher",
+    "TokenMap",
+    "attach",
+    "detach",
+    "inspect_file",
+    "load_pretrained",
+    "load_run",
+    "verify",
+]
 
 
 def example_of(module: str, name: str) -> doctest.DocTest | None:

@@ -546,7 +546,7 @@ def test_a_tokenizer_with_tokens_added_since_converts_to_the_same_memory(v41, tm
         assert all(torch.equal(plain.rows[n].read(0, 9), other.rows[n].read(0, 9)) for n in (1, 3))
         with pytest.raises(ValueError, match=r"given is not the one in .* differ in 2 of the 50 ids, first in id 3"):
             convert(source, tmp_path / "x", "gguf", token_map=TokenMap(np.concatenate([swapped, added])))
-        with pytest.raises(ValueError, match="which the given one lacks"):
+        with pytest.raises(ValueError, match="which the other one lacks"):
             convert(source, tmp_path / "x", "gguf", token_map=TokenMap(TOKENS.table[:-1]))
         source = tmp_path / f"{i} grown"
 

@@ -321,14 +321,14 @@ def test_remainders_by_multiplication_are_exact_at_the_edges_of_every_quotient(h
 
 
 @pytest.mark.parametrize("orders", [(2,), (3,), (4,), (5,), (2, 3, 4, 5), (8, 9)])
-def test_xxh64_family_equals_the_xxhash_package(orders: tuple[int, ...]) -> None:
+def test_xxh64_equals_the_xxhash_package(orders: tuple[int, ...]) -> None:
     token_map = TokenMap.identity(99_092)
     for seed in (0, 1, 2**63 - 1):
         layout = HashLayout.build(99_092, [1, 15], orders, 8, 646_400, pad_id=2, seed=seed, family="xxh64")
         check(layout, token_map, np.random.default_rng(seed).integers(0, 99_092, (2, 12)))
 
 
-def test_one_row_family_gives_every_column_its_offset() -> None:
+def test_the_one_row_hash_gives_every_column_its_offset() -> None:
     found = check(small_layout(family="one_row"), small_map(), random_ids())
     assert (found[3] == np.arange(4)).all()
 

@@ -390,7 +390,7 @@ def test_new_ids_join_their_class_or_are_dead_and_the_old_ones_stay() -> None:
     [
         ([0, 1, 2, 2, 3], "differ in 2 of the 5 ids, first in id 1"),
         ([0, 1, 2, 0, 3, 4], "differ in 3 of the 5 ids, first in id 1"),
-        ([0, 0, 1], "differ in 2 of the 5 ids, first in id 3, which the given one lacks"),
+        ([0, 0, 1], "differ in 2 of the 5 ids, first in id 3, which the other one lacks"),
         ([0, 0, 1, 1, 2], "differ in 2 of the 5 ids, first in id 3"),
     ],
 )
@@ -530,7 +530,7 @@ def test_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"table": np.arange(3)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="no token map"):
+    with pytest.raises(ValueError, match="is a safetensors file but not a token map"):
         TokenMap.load(tmp_path / "other")
 
 

@@ -1,9 +1,9 @@
 // Row ids of every layer, order and head in one pass over the raw token ids: the token map, the boundary rules, the
 // n-gram hash and the remainders. Plain C called through ctypes (hasher.py); equals the torch path bit for bit.
 //
-// Remainders are where the time goes (32 per token for two layers of 16 columns), and a 64-bit division costs 20 to 40
-// cycles. A modulus is fixed, so x mod p = x - p*floor(x/p) with floor(x/p) taken from a product by a prepared 1/p that
-// is a hair too small: the quotient is then right or one too low, and one conditional subtraction makes it exact.
+// Remainders take most of the time (32 per token for two layers of 16 columns), and a 64-bit division costs 20 to 40
+// cycles. A modulus is fixed, so x mod p = x - p*floor(x/p) with floor(x/p) computed as a product by a prepared 1/p that
+// is slightly too small: the quotient is then right or one too low, and one conditional subtraction makes it exact.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -12,8 +12,8 @@
 #define BLOCK 128  // tokens hashed together
 #define AHEAD 24   // tokens of look-ahead into the token map, which the nearest caches do not hold; more than LONGEST
 
-// AVX-512 converts between 64-bit integers and doubles in vectors, which `by_inverse` below wants (2 to 3 times faster);
-// without it the same loop takes one head at a time. Choosing at load time needs GCC and glibc's ifunc.
+// AVX-512 converts between 64-bit integers and doubles in vectors, which makes `by_inverse` below 2 to 3 times faster;
+// without it the same loop computes one head at a time. The choice at load time needs GCC and glibc's ifunc.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define CLONES __attribute__((target_clones("default", "arch=x86-64-v4")))
 #else
@@ -30,8 +30,8 @@ struct engram_hash_plan {
     int64_t longest;             // N, the largest order
     int64_t xxh64;               // 1: XXH64 of the n-gram; 0: multiply and xor
     int64_t large_moduli;        // 1: every modulus is at least 2^15
-    int64_t dead;                // 1: an id of -1 is a boundary in the midst of a text; 0: it is an error there
-    int64_t eos;                 // 1: a token with the compressed id `pad` is a boundary for those behind it
+    int64_t dead;                // 1: an id of -1 inside a text is a boundary; 0: it is an error
+    int64_t eos;                 // 1: a token with the compressed id `pad` is a boundary for the tokens after it
     const int64_t *order;        // [orders] ascending
     const uint64_t *multipliers; // [layers, N], the current token's first
     const uint64_t *seeds;       // [layers] of XXH64
@@ -53,9 +53,9 @@ INLINE void by_reciprocal(const uint64_t *hash, int64_t count, int64_t heads, in
         }
 }
 
-// The same for p in [2^15, 2^62), in doubles, which vectorises over the heads. x, 1/p, the shrunk inverse and the
-// product are each off by at most 2^-53 of their value, together less than the 2^-50 taken away, so the quotient is
-// never too high; and it falls short by less than (2^64 / 2^15) * 2^-49 = 1.
+// The same for p in [2^15, 2^62), in doubles, which vectorises over the heads. x, 1/p, the reduced inverse and the
+// product each have a relative error of at most 2^-53, together less than the 2^-50 subtracted, so the quotient is never
+// too high; and it falls short by less than (2^64 / 2^15) * 2^-49 = 1.
 INLINE void by_inverse(const uint64_t *hash, int64_t count, int64_t heads, int64_t columns, const uint64_t *p,
                        const double *inverse, const int64_t *offset, int64_t *restrict rows) {
     for (int64_t t = 0; t < count; t++, rows += columns) {
@@ -64,7 +64,7 @@ INLINE void by_inverse(const uint64_t *hash, int64_t count, int64_t heads, int64
         for (int64_t k = 0; k < heads; k++) {
             uint64_t quotient = (uint64_t)(int64_t)(approximate * inverse[k]);
             uint64_t rest = hash[t] - quotient * p[k];
-            uint64_t lower = rest - p[k]; // wraps to something huge where rest < p
+            uint64_t lower = rest - p[k]; // wraps to a huge number if rest < p
             rows[k] = (int64_t)(lower < rest ? lower : rest) + offset[k];
         }
     }
@@ -79,7 +79,7 @@ INLINE void by_inverse(const uint64_t *hash, int64_t count, int64_t heads, int64
 INLINE uint64_t rotate(uint64_t x, int by) { return x << by | x >> (64 - by); }
 INLINE uint64_t round_of(uint64_t lane, uint64_t word) { return rotate(lane + word * P2, 31) * P1; }
 
-// XXH64 of n 64-bit words. words[i * BLOCK] is the token i steps back; the text order is oldest first. Works on values
+// XXH64 of n 64-bit words. words[i * BLOCK] is the token i steps back; the text order is oldest first. It reads values
 // instead of bytes, so the digest is that of little-endian int64 on any machine.
 INLINE uint64_t xxh64(const uint64_t *words, int64_t n, uint64_t seed) {
     uint64_t hash = seed + P5;
@@ -105,7 +105,7 @@ struct text {
 };
 
 // window[i][t] = compressed id of the token i steps before position start + t, pad from the first boundary on.
-// Returns 0, or 1 at an id outside the vocabulary. The window of a DEAD position is all pad.
+// Returns 0, or 1 at an id outside the vocabulary. The window of a dead position is all pad.
 INLINE int fill_window(const struct engram_hash_plan *plan, const struct text *text, int64_t start, int64_t count,
                        uint64_t window[LONGEST][BLOCK]) {
     const int64_t steps = plan->longest - 1, *table = plan->table;
@@ -116,9 +116,9 @@ INLINE int fill_window(const struct engram_hash_plan *plan, const struct text *t
     for (int64_t t = -steps; t < count; t++) {
         const int64_t at = start + t;
         if (at < -text->back) continue;
-        if (at + AHEAD < text->time) __builtin_prefetch(table + text->ids[at + AHEAD]); // of any id: it reads nothing
+        if (at + AHEAD < text->time) __builtin_prefetch(table + text->ids[at + AHEAD]); // safe for any id: reads nothing
         const int64_t id = at < 0 ? text->before[text->back + at] : text->ids[at];
-        if (id < 0 && (at < 0 || (plan->dead && id == -1))) { // before the start or DEAD, and so is everything older
+        if (id < 0 && (at < 0 || (plan->dead && id == -1))) { // before the start or dead: all older positions are pad
             inside = 0;
             reach[steps + t] = -1;
             continue;
@@ -155,7 +155,7 @@ int64_t engram_hash(const struct engram_hash_plan *plan, const int64_t *ids, con
             int64_t at = layer * columns;
             int64_t *rows = out + (layer * batch * time + first) * columns;
             for (int64_t t = 0; t < count; t++) mix[t] = window[0][t] * multiplier[0];
-            for (int64_t n = 2, order = 0; n <= plan->longest; n++) { // rolls through all orders, emits the listed
+            for (int64_t n = 2, order = 0; n <= plan->longest; n++) { // mixes all orders, writes rows of the listed ones
                 for (int64_t t = 0; t < count; t++) mix[t] ^= window[n - 1][t] * multiplier[n - 1];
                 if (plan->order[order] != n) continue;
                 if (plan->xxh64)
@@ -164,7 +164,7 @@ int64_t engram_hash(const struct engram_hash_plan *plan, const int64_t *ids, con
                 const int64_t *offset = plan->offsets + at;
                 if (!plan->large_moduli)
                     by_reciprocal(hash, count, heads, columns, p, plan->reciprocals + at, offset, rows);
-                else if (heads == 8) // a known count: one vector, no inner loop
+                else if (heads == 8) // a constant count: one vector, no inner loop
                     by_inverse(hash, count, 8, columns, p, plan->inverses + at, offset, rows);
                 else
                     by_inverse(hash, count, heads, columns, p, plan->inverses + at, offset, rows);

@@ -1,7 +1,7 @@
 """N-gram hashing: raw token ids -> row ids of every layer, with the boundary rules.
 
-On the host one pass of C (hash.c) does all layers, orders and heads, on every core; on an accelerator, or without the
-compiled kernels, the same in torch operations. Both give the same bits.
+On the host one pass of C (hash.c) computes all layers, orders and heads on every core. On an accelerator, or without
+the compiled kernels, torch operations compute them. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 
 
 class _Plan(ctypes.Structure):
-    """hash.c's struct engram_hash_plan."""
+    """The struct engram_hash_plan of hash.c."""
 
     _fields_ = (
         [("table", ctypes.c_void_p)]
@@ -35,28 +35,47 @@ _kernel: Any = None if kernels.native is None else kernels.native.engram_hash
 
 
 class NgramHasher:
-    """Row ids of every n-gram, for all layers of a layout at once. Deterministic; holds no state between calls.
+    """Row ids of every n-gram, for all layers of a layout at once. Deterministic, without state between calls.
 
-    hasher(ids, lookback=None, documents=None, out=None) -> {layer: int64 [B, T, C]}, offsets included, order-major.
+    hasher(ids, lookback=None, documents=None, out=None) -> {layer: int64 [B, T, C]}, offsets included, order-major:
+    C = orders x heads columns.
 
-    ids:       [B, T] raw token ids, int32 or int64; -1 at DEAD positions where the layout's boundary rule has them.
-    lookback:  [B, <= N-1] the ids just before them (N = the longest order), oldest first, so that a text hashed in
-               pieces equals the whole. They belong to the document of position 0. A negative id stands before the
-               start of the text, and so does everything older.
-    documents: [B, T] document numbers. Looking back into another document is looking before the start.
-    out:       int64 [layers, B, T, C] to fill; the result is then made of views of it. Fresh memory for the rows costs
-               more than the hashing.
+    Positions before the start of a text read as the layout's pad_id. Once a step back meets the start, another document
+    or what else the layout's boundary rule names, every older position of that window reads as pad_id too. The window
+    of a dead position is all pad; its rows must not be used. A dead id of the token map (see TokenMap.extend) counts
+    as -1.
+
+    Args:
+        ids: [B, T] raw token ids, int32 or int64. With the boundary rule "dead", -1 marks a dead position.
+        lookback: [B, <= N-1] the ids just before them (N = the longest order), oldest first, so that a text hashed in
+            pieces gives the same rows as in one call. They belong to the document of position 0. A negative id is
+            before the start of the text, and so is everything older.
+        documents: [B, T] document numbers. A position in another document counts as before the start.
+        out: int64 [layers, B, T, C] to fill; the result then consists of views of it. Allocating new memory for the
+            rows costs more time than the hashing.
+
     All are NumPy arrays, or torch tensors on one device; the result is of the same kind, on the same device.
 
-    Before the start of a text stands the layout's pad_id. Once a step back meets the start, another document or what
-    else the layout's boundary rule names, every older position of that window is pad as well. The window of a DEAD
-    position is all pad; its rows are not to be used.
+    Raises:
+        ValueError: a negative id in ids, wrong shapes, a token map of another size than the layout was built for.
+        IndexError: an id outside the token map.
+        TypeError: other dtypes or kinds.
 
-    A dead id of the token map (see TokenMap.extend) counts as -1.
+    Source:
+        the paper, section 2.2, and the released demo; the dialects are listed in paper_notes/dialects.md.
 
-    ValueError: a negative id in ids, wrong shapes, a token map of another size than the layout was built for.
-    IndexError: an id outside the token map. TypeError: other dtypes or kinds.
-    Source: the paper, section 2.2, and the released demo; the dialects are listed in paper_notes/dialects.md.
+    Example:
+        >>> import numpy as np
+        >>> import engram
+        >>> layout = engram.HashLayout.build(100, layers=(1,), orders=(2, 3), heads=2, rows_per_head=50, pad_id=0)
+        >>> hasher = engram.NgramHasher(layout, engram.TokenMap.identity(100))
+        >>> rows = hasher(np.array([[5, 6, 7, 5, 6, 7]]))
+        >>> rows[1].shape, rows[1].dtype
+        ((1, 6, 4), dtype('int64'))
+        >>> bool((rows[1][0, 2] == rows[1][0, 5]).all())  # the same trigram and bigram: the same rows
+        True
+        >>> bool((rows[1][0, 0] == rows[1][0, 3]).all())  # other tokens before it: other rows
+        False
     """
 
     def __init__(self, layout: HashLayout, token_map: TokenMap):
@@ -64,7 +83,7 @@ class NgramHasher:
             raise ValueError(
                 f"the token map has {token_map.size} compressed ids (digest {token_map.digest[:12]}), the layout was "
                 f"built for {layout.compressed_vocab}: it belongs to another tokenizer or version, and every row "
-                "would be another one"
+                "would be wrong. Pass the token map that the layout was built with"
             )
         self.layout = layout
         self.token_map = token_map
@@ -74,7 +93,7 @@ class NgramHasher:
         self._multipliers = np.array([layout.multipliers[layer] for layer in layers], np.int64)
         self._seeds = [(layout.seed + LAYER_SEED * layer) % 2**64 for layer in layers]
         self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}  # for the torch path
-        self._plan_arrays = {  # the plan holds bare addresses: these keep the memory alive
+        self._plan_arrays = {  # the plan stores bare addresses: these references keep the memory alive
             "table": token_map.table,
             "order": np.array(layout.orders, np.int64),
             "multipliers": self._multipliers,
@@ -97,8 +116,8 @@ class NgramHasher:
             eos=layout.boundary == "eos",
             **{name: array.ctypes.data for name, array in self._plan_arrays.items()},
         )
-        # Row ids a piece, below which one core alone is as fast or faster: half a millisecond of work, most of it
-        # memory, against 50 us and more to wake another core (paper_notes/decisions.md).
+        # Row ids of a piece, below which one core alone is as fast or faster: half a millisecond of work, most of it
+        # memory traffic, against 50 us and more to wake another core (paper_notes/decisions.md).
         self._smallest = max(1, 2**20 // self._moduli.size)
 
     def __call__(
@@ -122,22 +141,22 @@ class NgramHasher:
         shape = (len(self.layout.layers), *ids.shape, self.layout.columns)
         if out is not None:
             self._check_out(out, ids, shape)
-        given: list[Any] = [ids, lookback, documents]
+        arrays: list[Any] = [ids, lookback, documents]
         rows: Any
         if _kernel is None or (isinstance(ids, torch.Tensor) and ids.device.type != "cpu"):
             if isinstance(ids, np.ndarray):  # copies: torch cannot share read-only memory
-                given = [a if a is None else torch.from_numpy(a.astype(np.int64)) for a in given]
-            rows = self._in_torch(*given)
+                arrays = [a if a is None else torch.from_numpy(a.astype(np.int64)) for a in arrays]
+            rows = self._in_torch(*arrays)
             rows = rows.numpy() if isinstance(ids, np.ndarray) else rows
             if out is not None:
                 out[...] = rows
         else:
             target = out.numpy() if isinstance(out, torch.Tensor) else out
             if isinstance(ids, torch.Tensor):
-                given = [a if a is None else a.numpy() for a in given]
+                arrays = [a if a is None else a.numpy() for a in arrays]
             if target is None:
                 target = np.empty(shape, np.int64)
-            rows = self._in_c(given[0], given[1], given[2], target)
+            rows = self._in_c(arrays[0], arrays[1], arrays[2], target)
             rows = torch.from_numpy(rows) if isinstance(ids, torch.Tensor) else rows
         rows = rows if out is None else out
         return {layer: rows[i] for i, layer in enumerate(self.layout.layers)}
@@ -155,19 +174,23 @@ class NgramHasher:
 
     @staticmethod
     def _check_out(out: Any, ids: Any, shape: tuple[int, ...]) -> None:
-        """A buffer that does not fit is refused: it would be filled with rows at the wrong places."""
+        """Raise ValueError if the buffer does not fit: rows would be written to wrong positions."""
         fits = type(out) is type(ids) and tuple(out.shape) == shape and str(out.dtype).endswith("int64")
         contiguous = out.is_contiguous() if isinstance(out, torch.Tensor) else fits and out.flags.c_contiguous
         if not fits or not contiguous or (isinstance(out, torch.Tensor) and out.device != ids.device):
-            raise ValueError(f"out must be a contiguous int64 {type(ids).__name__} {list(shape)} where the ids are")
+            raise ValueError(
+                f"out must be a contiguous int64 {type(ids).__name__} {list(shape)} on the device of the ids"
+            )
 
     @staticmethod
     def check(name: str, array: Any, ids: Any) -> None:
-        """Raises TypeError, ValueError where an argument has another kind than the ids or is not [batch, time] of int32
-        or int64: shapes and kinds are never adjusted in silence."""
+        """Raise TypeError or ValueError if an argument is not of the kind of the ids, or not [batch, time] of int32 or
+        int64. Shapes and kinds are never adjusted silently."""
         kind: Any = torch.Tensor if isinstance(ids, torch.Tensor) else np.ndarray
         if not isinstance(array, kind):
-            raise TypeError(f"{name} is {type(array).__name__}: all must be NumPy arrays, or all torch tensors")
+            raise TypeError(
+                f"{name} is {type(array).__name__}: the arguments must be all NumPy arrays, or all torch tensors"
+            )
         if array.dtype not in ((torch.int64, torch.int32) if kind is torch.Tensor else (np.int64, np.int32)):
             raise TypeError(f"{name} must be int64 or int32, not {array.dtype}")
         if array.ndim != 2:
@@ -200,7 +223,7 @@ class NgramHasher:
     def _in_torch(
         self, ids: torch.Tensor, lookback: torch.Tensor | None, documents: torch.Tensor | None
     ) -> torch.Tensor:
-        """int64 [layers, B, T, C]. The same steps, vectorised over batch and time."""
+        """Return int64 [layers, B, T, C] by the same steps as the kernel, vectorised over batch and time."""
         layout = self.layout
         batch, time = ids.shape
         if ids.numel() == 0:
@@ -225,13 +248,13 @@ class NgramHasher:
         alive = ids >= 0
         window = [torch.where(alive, compressed[:, steps:], layout.pad_id)]  # [i] is [B, T], i steps back
         for i in range(1, steps + 1):
-            there = slice(steps - i, steps - i + time)
-            alive = alive & (text[:, there] >= 0)
+            back = slice(steps - i, steps - i + time)
+            alive = alive & (text[:, back] >= 0)
             if documents is not None:
-                alive = alive & (documents[:, there] == documents[:, steps:])
+                alive = alive & (documents[:, back] == documents[:, steps:])
             if layout.boundary == "eos":
-                alive = alive & (compressed[:, there] != layout.pad_id)
-            window.append(torch.where(alive, compressed[:, there], layout.pad_id))
+                alive = alive & (compressed[:, back] != layout.pad_id)
+            window.append(torch.where(alive, compressed[:, back], layout.pad_id))
 
         out = ids.new_empty((len(layout.layers), batch, time, layout.columns), dtype=torch.int64)
         for layer in range(len(layout.layers)):
@@ -252,7 +275,7 @@ class NgramHasher:
         return out
 
     def _refuse(self, ids: np.ndarray, lookback: np.ndarray | None) -> NoReturn:
-        """Raises for the first id that cannot be hashed; negative ones may stand in lookback only."""
+        """Raise for the first id that cannot be hashed. Negative ids are legal in lookback only."""
         vocab = len(self.token_map.table)
         dead = self.layout.boundary == "dead"
         name, array, bad = "ids", ids, (ids < (-1 if dead else 0)) | (ids >= vocab)
@@ -262,7 +285,7 @@ class NgramHasher:
         if array[row, t] < 0:
             raise ValueError(
                 f"{name}[{row}, {t}] is {array[row, t]}: placeholder ids (rejected draft tokens, padding, ignored "
-                f"labels) must be removed before hashing{'; only -1 is a DEAD position' if dead else ''}"
+                f"labels) must be removed before hashing{'; only -1 marks a dead position' if dead else ''}"
             )
         raise IndexError(
             f"{name}[{row}, {t}] is {array[row, t]}, outside the token map's vocabulary of {vocab}: "
@@ -270,11 +293,11 @@ class NgramHasher:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NgramHasher, (self.layout, self.token_map)  # the plan holds addresses; a copy makes its own
+        return NgramHasher, (self.layout, self.token_map)  # the plan stores addresses; a copy must build its own
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits: torch multiplies and adds int64 modulo 2**64, as XXH64 wants."""
+    """Return the int64 with the same 64 bits: torch multiplies and adds int64 modulo 2**64, as XXH64 requires."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -288,7 +311,7 @@ _P1, _P2, _P3, _P4, _P5 = (
 
 
 def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
-    """x >> by as if x were unsigned."""
+    """Return x >> by as if x were unsigned."""
     return (x >> by) & (2 ** (64 - by) - 1)
 
 
@@ -301,7 +324,7 @@ def _round(lane: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
 
 
 def _xxh64(words: list[torch.Tensor], seed: int) -> torch.Tensor:
-    """XXH64 of 64-bit words, elementwise over equal int64 tensors, first word first; the bits of the unsigned hash."""
+    """Return the bits of XXH64 of 64-bit words, elementwise over equal int64 tensors, first word first."""
     zero = torch.zeros_like(words[0])
     n = len(words)
     hash = zero + _signed(seed + _P5)
@@ -321,5 +344,5 @@ def _xxh64(words: list[torch.Tensor], seed: int) -> torch.Tensor:
 
 
 def _unsigned_remainder(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """x mod p where the bits of x are an unsigned number: x = 2*half + last."""
+    """Return x mod p of the unsigned number in the bits of x: x = 2*half + last."""
     return ((_shift(x, 1) % p) * 2 + (x & 1)) % p

@@ -1,8 +1,8 @@
-"""Tokenizer compression: many token ids that spell the same text share one compressed id.
+"""Tokenizer compression: token ids that spell the same text share one compressed id.
 
 Only addresses use it; the model still reads and writes raw ids. The size V' of the compressed vocabulary bounds the
-hash multipliers, so a map of another tokenizer re-hashes the whole table without any visible error. A map is therefore
-saved with its size and digest, and both are checked on the way in.
+hash multipliers, so a map of another tokenizer changes every address without any visible error. A map is therefore
+saved with its size and digest, and both are checked when it is loaded.
 """
 
 from __future__ import annotations
@@ -20,25 +20,46 @@ import torch
 from .vocabulary import is_blank, spellings
 
 FORMAT = "engram-token-map-1"
-_NOT_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what decoders put for bytes that are not whole UTF-8
-_ALIKE = 32  # tokens that may decode to one and the same text: at most 3 do in the real vocabularies that were tried
+_NOT_TEXT = re.compile("[\ufffd\ud800-\udfff]")  # what decoders give for bytes that are not complete UTF-8
+_ALIKE = 32  # tokens that may decode to one text: in the real vocabularies that were tried at most 3 do
 
 
 class TokenMap:
     """Surjection of raw token ids [0, V) onto compressed ids [0, V').
 
-    table: int64 [V], read-only; every value of [0, V') occurs. -1 is a dead id, which only `extend` gives: it is never
-    hashed, ends n-grams and gets nothing. size: V'. has_dead: True if there are dead ids. Source: the paper, section
-    2.1, and the released demo.
+    A map is called with raw ids and returns compressed ids. Make one with `from_tokenizer`, or with `identity` for no
+    compression.
+
+    Attributes:
+        table: int64 [V], read-only; every value of [0, V') occurs. -1 is a dead id, which only `extend` gives: it is
+            never hashed, ends n-grams, and the memory adds nothing at it.
+        size: V', the number of compressed ids.
+        has_dead: True if there are dead ids.
+
+    Raises:
+        ValueError: a table that is not one row of ids or does not use every compressed id.
+
+    Source:
+        the paper, section 2.1, and the released demo.
+
+    Example:
+        >>> import engram, tokenizers
+        >>> vocab = {"Apple": 0, "apple": 1, " apple": 2, "pear": 3}
+        >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="pear"))
+        >>> token_map = engram.TokenMap.from_tokenizer(tokenizer)
+        >>> token_map.table.tolist(), token_map.size
+        ([0, 0, 0, 1], 2)
+        >>> engram.TokenMap.identity(4).table.tolist()
+        [0, 1, 2, 3]
     """
 
     def __init__(self, table: np.ndarray):
-        table = np.array(table, dtype=np.int64, order="C")  # own copy, so that the digest stays true
+        table = np.array(table, dtype=np.int64, order="C")  # a copy, so that the digest stays valid
         if table.ndim != 1 or table.size == 0:
-            raise ValueError(f"a token map is one row of compressed ids, not an array of shape {table.shape}")
+            raise ValueError(f"a token map must be one row of compressed ids, not an array of shape {table.shape}")
         size = int(table.max()) + 1
         dead = table < 0
-        before = table[: int(dead.argmax())] if dead.any() else table  # a map that was not yet extended
+        before = table[: int(dead.argmax())] if dead.any() else table  # the map before it was extended
         if table.min() < -1 or not 0 < size <= before.size or np.bincount(before, minlength=size).min() == 0:
             raise ValueError(
                 f"not a token map: compressed ids run from {table.min()} to {size - 1} and must use every number "
@@ -56,23 +77,26 @@ class TokenMap:
 
     @classmethod
     def identity(cls, vocab_size: int) -> TokenMap:
-        """No compression: compressed id = raw id."""
+        """Return the map without compression: compressed id = raw id."""
         return cls(np.arange(vocab_size, dtype=np.int64))
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> TokenMap:
-        """Build the map of a tokenizer: of `tokenizers`, Hugging Face (fast, slow, or a processor around one),
-        tiktoken, sentencepiece or mistral-common. One vocabulary has one map, whichever of them has loaded it.
+        """Build the map of a tokenizer. One vocabulary has one map, whichever library has loaded it.
 
         Ids whose single-token text is equal after normalisation (compatibility forms, accents, case, runs of white
-        space) share a compressed id. A token that decodes to nothing or to no whole UTF-8 text is known by its raw
+        space) share a compressed id. A token that decodes to nothing or to incomplete UTF-8 is identified by its raw
         token string, and an id without a token has a class of its own. Compressed ids are numbered in order of first
         appearance.
+
+        Args:
+            tokenizer: a tokenizer of `tokenizers`, Hugging Face (fast, slow, or a processor around one), tiktoken,
+                sentencepiece or mistral-common.
 
         Raises:
             TypeError: not a tokenizer.
             ValueError: an empty vocabulary; a token that cannot be decoded; a decode() that gives many tokens the same
-            text, so that they would read each other's rows.
+                text, so that they would read each other's rows.
         """
         normalise = _normaliser().normalize_str
         numbers: dict[str | int, int] = {}
@@ -101,11 +125,11 @@ class TokenMap:
         return cls(np.array(table, dtype=np.int64))
 
     def extend(self, grown: Any) -> TokenMap:
-        """Return this map with the ids that were added to its tokenizer since; the address of no n-gram changes.
+        """Return this map with the ids that were added to its tokenizer since. No n-gram changes its address.
 
-        The size V' bounds the hash multipliers, so a new class would move every row: a new id joins the class that its
-        normalised text has here, and is dead (-1) if there is none. A dead id ends n-grams, like padding, and gets
-        nothing from the memory.
+        The size V' bounds the hash multipliers, so a new class would move every row: a new id joins the class of its
+        normalised text in this map, and is dead (-1) if this map has no such class. A dead id ends n-grams, like
+        padding, and the memory adds nothing at it.
 
         Args:
             grown: the tokenizer after tokens were added, or its TokenMap.
@@ -120,10 +144,10 @@ class TokenMap:
         if len(changed) or missing > 0:
             first = int(changed[0]) if len(changed) else len(table)
             raise ValueError(
-                f"the token map {self.digest[:12]} ({len(self.table):,} ids in {self.size:,} classes) and the given "
+                f"the token map {self.digest[:12]} ({len(self.table):,} ids in {self.size:,} classes) and the other "
                 f"one {other.digest[:12]} ({len(other.table):,} ids in {other.size:,} classes) differ in "
                 f"{len(changed) + max(0, missing):,} of the {len(self.table):,} ids, first in id {first}"
-                f"{'' if len(changed) else ', which the given one lacks'}: another tokenizer or version, every row "
+                f"{'' if len(changed) else ', which the other one lacks'}: another tokenizer or version, every row "
                 f"would be wrong. Only ids added at the end keep the rows"
             )
         return self if missing == 0 else TokenMap(table)
@@ -143,10 +167,10 @@ class TokenMap:
         return False
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file; it appears whole or not at all."""
+        """Write one safetensors file, whole or not at all."""
         from safetensors.numpy import save
 
-        from engram.storage.files import write_whole  # imports torch, which numpy users of this file may not need
+        from engram.storage.files import write_whole
 
         metadata = {"format": FORMAT, "size": str(self.size), "digest": self.digest}
         data = save({"table": self.table}, metadata=metadata)
@@ -154,32 +178,34 @@ class TokenMap:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenMap:
-        """Reads what `save` wrote. ValueError where the file is torn, altered or something else."""
+        """Read what `save` wrote. Raise ValueError if the file is incomplete, altered or not a token map."""
         from safetensors import SafetensorError, safe_open
 
         path = os.fspath(path)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"no token map at {path}: make it with TokenMap.from_tokenizer(...).save(path)")
+            raise FileNotFoundError(f"no token map at {path}: write one with TokenMap.from_tokenizer(...).save(path)")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT or list(file.keys()) != ["table"]:
-                    raise ValueError(f"{path} is a safetensors file but no token map ({FORMAT})")
+                    raise ValueError(f"{path} is a safetensors file but not a token map ({FORMAT})")
                 table = file.get_tensor("table")
         except SafetensorError as error:
-            raise ValueError(f"{path} is torn or no token map ({error}); make it again from the tokenizer") from error
+            raise ValueError(
+                f"{path} is incomplete or not a token map ({error}); make it again from the tokenizer"
+            ) from error
         if table.dtype != np.int64:
             raise ValueError(f"{path}: the token map holds {table.dtype}, not int64")
-        found = hashlib.sha256(table.astype("<i8").tobytes()).hexdigest()
-        if found != metadata.get("digest"):
+        digest = hashlib.sha256(table.astype("<i8").tobytes()).hexdigest()
+        if digest != metadata.get("digest"):
             raise ValueError(
-                f"{path} was altered: its table has digest {found}, its metadata says {metadata.get('digest')}; "
+                f"{path} was altered: its table has digest {digest}, its metadata has {metadata.get('digest')}; "
                 "make it again from the tokenizer"
             )
         token_map = cls(table)
         if str(token_map.size) != metadata.get("size"):
             raise ValueError(
-                f"{path} was altered: its table has {token_map.size} compressed ids, its metadata says "
+                f"{path} was altered: its table has {token_map.size} compressed ids, its metadata has "
                 f"{metadata.get('size')}; make it again from the tokenizer"
             )
         return token_map
@@ -189,9 +215,9 @@ class TokenMap:
     @overload
     def __call__(self, ids: torch.Tensor) -> torch.Tensor: ...
     def __call__(self, ids: Any) -> Any:
-        """Compressed ids (int64) of raw integer ids of any shape; torch in, torch out, numpy in, numpy out.
+        """Return the compressed ids (int64) of raw integer ids of any shape; torch in, torch out, numpy in, numpy out.
 
-        Negative ids (placeholders, image positions) pass through, dead ids give -1; an id >= V is an IndexError.
+        Negative ids (placeholders, image positions) pass through, dead ids give -1, and an id >= V raises IndexError.
         """
         if isinstance(ids, torch.Tensor):
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -215,7 +241,7 @@ class TokenMap:
     @overload
     def mark_dead(self, ids: torch.Tensor) -> torch.Tensor: ...
     def mark_dead(self, ids: Any) -> Any:
-        """Return the raw ids with -1 in the place of dead ones; all others, also those outside the map, as they are."""
+        """Return the raw ids with -1 instead of dead ones. All others are unchanged, also those outside the map."""
         last = len(self.table) - 1
         if isinstance(ids, torch.Tensor):
             dead = (ids <= last) & (self(ids.clamp(max=last)) == -1)
@@ -223,9 +249,9 @@ class TokenMap:
         return np.where((ids <= last) & (self(np.minimum(ids, last)) == -1), -1, ids)
 
     def _refuse(self, ids: np.ndarray) -> None:
-        place = tuple(int(i) for i in np.argwhere(ids >= len(self.table))[0])
+        index = tuple(int(i) for i in np.argwhere(ids >= len(self.table))[0])
         raise IndexError(
-            f"token id {ids[place]} at {list(place)} is outside the token map's vocabulary of {len(self.table)}: "
+            f"token id {ids[index]} at {list(index)} is outside the token map's vocabulary of {len(self.table)}: "
             "was the text encoded by another tokenizer?"
         )
 
@@ -239,7 +265,7 @@ class TokenMap:
 def _normaliser() -> Any:
     from tokenizers import Regex, normalizers
 
-    blank = "\ue000"  # a private-use stand-in keeps a lone space alive through Strip
+    blank = "\ue000"  # a private-use character replaces a lone space, which Strip would remove
     return normalizers.Sequence(
         [
             normalizers.NFKC(),

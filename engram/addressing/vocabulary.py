@@ -1,8 +1,8 @@
-"""What every id of a tokenizer spells, read so that one vocabulary gives one answer whichever library has loaded it.
+"""The text of every id of a tokenizer, the same for one vocabulary whichever library has loaded it.
 
 decode() of a single id is not enough: for a part of a character it gives U+FFFD, nothing, or (byte fallback without its
-decoder) the token's name, and some libraries lose the token's own string too. So bytes and SentencePiece pieces are
-read where a tokenizer has them, and turned into what the `tokenizers` library gives for the same vocabulary.
+decoder) the token's name, and some libraries lose the token's own string too. If a tokenizer has bytes or SentencePiece
+pieces, they are read instead and turned into what the `tokenizers` library gives for the same vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-_UNNAMED = 2**20  # ids without a token, above which a tokenizer is damaged rather than padded
+_UNNAMED = 2**20  # with more ids without a token, a tokenizer is damaged rather than padded
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # byte fallback, as SentencePiece writes it
 _BLANK = "\u2581"  # SentencePiece's visible space
 _SPACES = re.compile(f"[ {_BLANK}\u0120]*|<0x20>")  # token strings that spell spaces, which decode() may strip
@@ -33,7 +33,7 @@ def spellings(tokenizer: Any) -> list[Spelling]:
             sentencepiece.SentencePieceProcessor, or a tokenizer of mistral-common.
 
     Raises:
-        TypeError: something else. ValueError: a token that cannot be decoded, or absurdly high ids.
+        TypeError: an object of another kind. ValueError: a token that cannot be decoded, or implausibly high ids.
     """
     from tokenizers import Tokenizer
 
@@ -56,12 +56,12 @@ def spellings(tokenizer: Any) -> list[Spelling]:
 
 
 def is_blank(raw: str) -> bool:
-    """Return True if a token string spells spaces or nothing, so that an empty text is all of it."""
+    """Return True if a token string spells only spaces or nothing, so that an empty text loses nothing of it."""
     return _SPACES.fullmatch(raw) is not None
 
 
 def _innermost(tokenizer: Any) -> Any:
-    """Return the object that holds the vocabulary: wrappers hide it under these names."""
+    """Return the object that holds the vocabulary, out of its wrappers."""
     for _ in range(4):
         inner = getattr(tokenizer, "backend_tokenizer", None)  # a fast Hugging Face tokenizer
         if inner is None and hasattr(tokenizer, "instruct_tokenizer"):  # mistral_common.MistralTokenizer
@@ -126,7 +126,7 @@ def _of_bytes(data: bytes) -> Spelling:
 
 
 def _adds_a_space(model: Any) -> bool:
-    """Return True if a SentencePiece model puts a space before a text; its decoder removes one from the first piece."""
+    """Return True if a SentencePiece model puts a space before a text. Its decoder removes one from the first piece."""
     try:
         first = model.encode("a", False, False)[0]  # mistral-common: no begin and end of sequence
     except TypeError:
@@ -142,7 +142,7 @@ def _of_pieces(pieces: list[str | None], adds_a_space: bool) -> list[Spelling]:
 
 
 def _with_bytes(named: list[Spelling]) -> list[Spelling]:
-    """Decode byte-fallback tokens that a library has left as their names, if the vocabulary has one for each byte."""
+    """Decode byte-fallback tokens that a library gives as their names, if the vocabulary has one for each byte."""
     names = {raw for raw, text in named if raw is not None and raw == text and _BYTE.fullmatch(raw)}
     if len(names) != 256:
         return named
@@ -153,7 +153,7 @@ def _with_bytes(named: list[Spelling]) -> list[Spelling]:
 
 
 def _of_slow(tokenizer: Any) -> list[Spelling]:
-    """A slow Hugging Face tokenizer, or one of its kind from a model's own code."""
+    """Read a slow Hugging Face tokenizer, or a similar class from a model's own code."""
     vocab = set(tokenizer.get_vocab().values()) if hasattr(tokenizer, "get_vocab") else set()
     size = _size(type(tokenizer).__name__, len(tokenizer), max(vocab, default=-1))
     unknown = getattr(tokenizer, "unk_token", None)
@@ -164,7 +164,7 @@ def _of_slow(tokenizer: Any) -> list[Spelling]:
         try:
             raw = tokenizer.convert_ids_to_tokens(i)
             text = read(i)
-        except Exception as error:  # classes of all authors, with errors of all kinds, at an id without a token
+        except Exception as error:  # tokenizer classes raise errors of many kinds at an id without a token
             if i in vocab or (not vocab and i < len(tokenizer)):
                 raise ValueError(
                     f"{type(tokenizer).__name__} cannot decode its token {i} ({type(error).__name__}: {error}): pass "
@@ -185,7 +185,7 @@ def _of_slow(tokenizer: Any) -> list[Spelling]:
 
 
 def _lost_bytes(raw: str, text: str) -> bool:
-    """True if a byte-level token is not whole UTF-8 and its text is what decode(errors="ignore") leaves of it."""
+    """Return True if a byte-level token is not complete UTF-8 and its text is what decode(errors="ignore") leaves."""
     if not all(ord(letter) in _BYTES for letter in raw):
         return False
     data = bytes(_BYTES[ord(letter)] for letter in raw)

@@ -13,8 +13,8 @@ from torch import nn
 
 from engram.memory import EngramMemory, check_processes
 from engram.tables.optimizers import RowAdagrad, RowAdam, RowOptimizer, RowRMS
+from engram.tables.protocol import Table
 from engram.tables.sinkhorn import RowSinkhorn
-from engram.tables.table import HostTable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -317,7 +317,7 @@ def build_optimizer(
         ValueError: an unknown table_optimizer; rates or decays that make no sense. RuntimeError: several processes
         train, which is not supported yet.
     """
-    make: dict[str, Callable[[HostTable], RowOptimizer]] = {
+    make: dict[str, Callable[[Table], RowOptimizer]] = {
         "rms": lambda table: RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1]),
         "adam": lambda table: RowAdam(table, table_lr, table_betas or (0.9, 0.999)),
         "adagrad": lambda table: RowAdagrad(table, table_lr),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram.tables import EncodedTable, HotRows, kernels, reference
+from engram.tables import EncodedTable, HotRows, RowAdam, RowRMS, Table, kernels, reference
 from engram.tables.table import HostTable
 
 
@@ -285,3 +286,40 @@ def test_row_ids_that_are_no_array_are_refused_by_their_type(row_ids):
     for call in (table.gather, table.check, lambda ids: table.write(ids, torch.ones(1, 2))):
         with pytest.raises(TypeError, match=f"row ids must be a tensor .* not {type(row_ids).__name__}"):
             call(row_ids)
+
+
+TABLES = {
+    "float": lambda folder: HostTable(10, 32),
+    "file": lambda folder: HostTable(10, 32, path=folder / "rows"),
+    "fp8": lambda folder: EncodedTable(10, 32, "fp8"),
+    "int4": lambda folder: EncodedTable(10, 32, "int4"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_table_has_what_the_protocol_says(kind, tmp_path):
+    table = TABLES[kind](tmp_path)
+    members = {name for name in (*Table.__annotations__, *vars(Table)) if not name.startswith("_")}
+    assert {"gather", "prefetch", "rows", "dim", "tensor", "close"} <= members
+    assert {name for name in members if not hasattr(table, name)} == set()
+    assert table.tensor.shape == table.stored_shape and table.tensor.nbytes == table.nbytes
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_table_is_a_host_table_to_isinstance(kind, tmp_path):
+    assert isinstance(TABLES[kind](tmp_path), HostTable)
+    assert issubclass(EncodedTable, HostTable) and not isinstance(torch.zeros(10, 32), HostTable)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_is_not_pickled_and_the_error_names_its_class(kind, tmp_path):
+    table = TABLES[kind](tmp_path)
+    with pytest.raises(TypeError, match=f"a {type(table).__name__} is not pickled"):
+        pickle.dumps(table)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(10, 32), np.zeros((10, 32), np.float32), None])
+@pytest.mark.parametrize("optimizer", [RowRMS, RowAdam])
+def test_a_row_optimizer_refuses_what_is_not_a_table(rows, optimizer):
+    with pytest.raises(TypeError, match=f"trains the rows of a HostTable, not of a {type(rows).__name__}"):
+        optimizer(rows)

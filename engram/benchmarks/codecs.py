@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engram.benchmarks.compare import Row, compare
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, HostTable, Table
 from engram.tables.codecs import PQ, get_codec
 
 
@@ -20,7 +20,7 @@ def bench_codecs(rows: int = 1 << 20, dim: int = 256, n: int = 32_768, rounds: i
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     ids, values = torch.from_numpy(rng.choice(rows, n, replace=False)), torch.randn(n, dim, generator=generator)
     out, plain = torch.empty(n, dim), HostTable(rows, dim)
-    tables: dict[str, HostTable] = {}
+    tables: dict[str, Table] = {}
     for name in ("fp8", "int8", "int4", "pq4"):
         codec = PQ.train(values[:8192], 4) if name == "pq4" else get_codec(name, dim)
         tables[name] = EncodedTable(rows, dim, codec)

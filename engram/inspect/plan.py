@@ -17,7 +17,7 @@ from engram.config import EngramConfig, whole
 from engram.fusion import EngramFusion
 from engram.memory import build_layout
 from engram.storage.untrusted import read_json
-from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS
+from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS, Table
 from engram.tables.codecs import NAMES
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -201,7 +201,7 @@ def read_shape(name: str) -> tuple[int | None, int]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _table(name: str, rows: int, dim: int) -> HostTable:
+def _table(name: str, rows: int, dim: int) -> Table:
     return HostTable(rows, dim, _FLOATS[name]) if name in _FLOATS else EncodedTable(rows, dim, name)
 
 

@@ -33,9 +33,9 @@ from engram.memory.row_folder import RowFolder
 from engram.memory.saved import load_parts, save_memory
 from engram.memory.state import Tables, check_facts, codebooks_of, load_codebooks, pack_facts, row_facts, same_fact
 from engram.storage.weak import WeakList
-from engram.tables import HostTable
+from engram.tables import Table
+from engram.tables.arguments import as_ids
 from engram.tables.codecs import get_codec
-from engram.tables.table import as_ids
 
 
 def _finish_load(memory: EngramMemory, incompatible_keys: Any) -> None:
@@ -80,7 +80,7 @@ class EngramMemory(nn.Module):
         hidden_size: int,
         streams: int = 1,
         folder: Any = None,
-        tables: Mapping[int, HostTable] | None = None,
+        tables: Mapping[int, Table] | None = None,
         hasher: Any = None,
         fusions: Mapping[int, nn.Module] | None = None,
     ):

@@ -47,7 +47,7 @@ from engram.storage.files import (
     zero_digest,
 )
 from engram.storage.untrusted import read_json, read_tensors
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, Table
 from engram.tables.codecs import PQ, Codec
 from engram.tables.encoded import read_codebooks
 
@@ -79,7 +79,7 @@ class Parts:
     token_map: TokenMap
     hidden_size: int
     streams: int
-    tables: dict[int, HostTable]
+    tables: dict[int, Table]
     weights: dict[str, Tensor]
     new_files: bool
 
@@ -347,10 +347,10 @@ def _read_shape(path: Path) -> tuple[EngramConfig, int, int]:
 
 def _open(
     config: EngramConfig, layer: int, rows: int, stated: dict[str, Any], source: Path, target: Path | None, mode: str
-) -> HostTable:
+) -> Table:
     """The table of one layer: the saved file itself (mode "r"), or an empty one for a copy of its rows ("r+")."""
     if stated.get("codec") is None:
-        table = new_table(config, layer, rows, target, mode)
+        table: Table = new_table(config, layer, rows, target, mode)
     else:
         codec: str | Codec = str(stated["codec"])
         if _codebooks(stated) and mode == "r+":

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from engram.addressing import HashLayout, TokenMap
 from engram.config import EngramConfig
 from engram.storage.untrusted import parse_json
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, Table
 from engram.tables.codecs import PQ
 
 
 class Tables(nn.Module):
-    """{layer: HostTable}, read like a dict. state_dict() holds the rows of layer i under "i", as views.
+    """{layer: Table}, read like a dict. state_dict() holds the rows of layer i under "i", as views.
 
     The rows are neither parameters nor buffers: to(), half() and optimisers leave them alone. Still
     `tables.get_parameter("1")` finds them, and assigning a tensor to the attribute "1" copies it into the table, which
@@ -27,15 +27,15 @@ class Tables(nn.Module):
     to_empty()); rows that are not filled then read as the initial ones.
     """
 
-    def __init__(self, tables: Mapping[int, HostTable]):
+    def __init__(self, tables: Mapping[int, Table]):
         super().__init__()
         self._tables = dict(tables)
         self.before_rows: Callable[[], None] | None = None  # called once, before tables made on meta get their rows
 
-    def __getitem__(self, layer: int) -> HostTable:
+    def __getitem__(self, layer: int) -> Table:
         return self._tables[layer]
 
-    def __setitem__(self, layer: int, table: HostTable) -> None:
+    def __setitem__(self, layer: int, table: Table) -> None:
         self._tables[layer] = table
 
     def __iter__(self) -> Iterator[int]:
@@ -74,10 +74,10 @@ class Tables(nn.Module):
         if not made:  # transformers marks what it has read; a key that its files lack is filled with an empty tensor
             _fill(table, value)
 
-    def _named(self, name: str) -> HostTable | None:
+    def _named(self, name: str) -> Table | None:
         return self.__dict__.get("_tables", {}).get(int(name)) if name.isdecimal() else None
 
-    def _make(self, table: HostTable) -> None:
+    def _make(self, table: Table) -> None:
         if not table.on_meta:
             return
         if self.before_rows is not None:
@@ -117,12 +117,12 @@ class Tables(nn.Module):
                 table.validate()
 
 
-def _rows(table: HostTable) -> Tensor:
+def _rows(table: Table) -> Tensor:
     """The stored values of a table, no copy; without values where the table was made on the meta device."""
     return torch.empty(table.stored_shape, dtype=table.dtype, device="meta") if table.on_meta else table.tensor
 
 
-def _fill(table: HostTable, rows: Tensor) -> None:
+def _fill(table: Table, rows: Tensor) -> None:
     if rows.data_ptr() != table.tensor.data_ptr():  # else they were read in place
         table.tensor.copy_(rows)
 

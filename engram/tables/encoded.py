@@ -15,10 +15,12 @@ from torch import Tensor
 from engram.config import whole
 from engram.storage.files import partial_folder, put, write_whole
 from engram.storage.untrusted import read_tensors
-from engram.storage.weak import WeakList
 from engram.tables import kernels
+from engram.tables.arguments import as_output
 from engram.tables.codecs import PQ, Codec, check_finite, get_codec
-from engram.tables.table import HostTable, as_output, as_tensor
+from engram.tables.protocol import Table
+from engram.tables.stored import StoredRows
+from engram.tables.table import HostTable
 
 _SMALLEST = 1024  # rows below which one core is faster than two
 _SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on
@@ -39,7 +41,7 @@ class _Encoded(ctypes.Structure):
     ]
 
 
-class EncodedTable(HostTable):
+class EncodedTable(StoredRows):
     """A table that reads as float32 [rows, dim] and stores `codec.row_bytes(dim)` bytes per row. Fresh rows read as 0.
 
     Everything that reads a HostTable reads this one. It cannot be trained: the row optimisers refuse it.
@@ -63,30 +65,15 @@ class EncodedTable(HostTable):
         rows, dim = whole("rows", rows), whole("dim", dim)
         if rows < 1:
             raise ValueError(f"a table needs rows >= 1, not {rows}")
-        if mode not in ("r+", "r") or (mode == "r" and path is None):
-            raise ValueError(f'mode is "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
-        self.rows, self.dim, self.dtype = rows, dim, torch.uint8
-        self.path = None if path is None else Path(path)
-        self._file: int | None = None
-        self._tensor: Tensor | None = None
-        self._struct: Any = None
-        self._existed = self.path is not None and self.path.exists()
-        self.codec = self._find_codec(codec, self._existed)
-        self.row_bytes = self.codec.row_bytes(self.dim)
-        self.nbytes = self.rows * self.row_bytes
+        self._existed = path is not None and Path(path).exists()
+        self.codec = _find_codec(codec, dim, None if path is None else Path(path), self._existed)
+        self.row_bytes = self.codec.row_bytes(dim)
+        super().__init__(rows, dim, torch.uint8, self.row_bytes, path, mode)
         self.init, self.std, self.seed = "zero", 1.0, 0
-        self.writable, self.watchers, self.optimizers = mode == "r+", WeakList(), WeakList()
-        self.on_meta = torch.get_default_device().type == "meta"
-        if not self.on_meta:
-            self._allocate()
-
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        return self.rows, self.row_bytes
+        self._begin()
 
     def _allocate(self) -> None:
-        what = f"{self.rows:,} rows x {self.row_bytes} bytes of {self.codec.name}"
-        self._tensor = as_tensor(self._map(what), torch.uint8, self.rows, self.row_bytes)
+        self._tensor = self._map(f"{self.rows:,} rows x {self.row_bytes} bytes of {self.codec.name}")
         books, width = (self.codec.codebooks, self.codec.width) if isinstance(self.codec, PQ) else (None, 0)
         self._struct = _Encoded(
             self._tensor.data_ptr(),
@@ -113,32 +100,9 @@ class EncodedTable(HostTable):
 
     @property
     def codebook_path(self) -> Path:
-        """Where a mapped table's codebooks lie."""
+        """File of a mapped table's codebooks."""
         assert self.path is not None
-        return self.path.with_name(f"{self.path.name}.codebooks")
-
-    def _find_codec(self, codec: str | Codec, existed: bool) -> Codec:
-        """The codec itself; for a file of product-quantised rows with the codebooks that lie beside it."""
-        given = get_codec(codec, self.dim) if isinstance(codec, str) else codec
-        if not isinstance(given, PQ) or self.path is None:
-            return given
-        if not existed:
-            if isinstance(codec, str):
-                raise ValueError(f"{self.path} is a new file: give trained codebooks (PQ.train), not {codec!r}")
-            return given
-        if not self.codebook_path.is_file():
-            raise FileNotFoundError(
-                f"{self.path} holds {given.name} rows, but their codebooks {self.codebook_path} are gone"
-            )
-        saved = read_codebooks(self.codebook_path)
-        if (saved.dim, saved.width) != (self.dim, given.width):
-            raise ValueError(
-                f"{self.codebook_path} has {saved.name} codebooks for rows of {saved.dim} values, not {given.name} "
-                f"ones for {self.dim}"
-            )
-        if not isinstance(codec, str) and not torch.equal(saved.codebooks, given.codebooks):
-            raise ValueError(f"{self.codebook_path} holds other codebooks than those given: its rows mean other values")
-        return saved
+        return _codebook_path(self.path)
 
     def validate(self, first: int = 0, stop: int | None = None) -> None:
         """Reads stored rows first .. stop - 1, by default all (once through the file, at the speed of the disk).
@@ -199,7 +163,7 @@ class EncodedTable(HostTable):
         Raises:
             ValueError: shapes that do not match, a row id given twice, or values that are not finite.
         """
-        ids = self.begin_write(row_ids, rows)
+        ids = self._begin_write(row_ids, rows)
         self._store(rows.reshape(-1, self.dim), ids)
 
     def _store(self, rows: Tensor, ids: Tensor | None = None, first: int = 0) -> None:
@@ -229,8 +193,37 @@ class EncodedTable(HostTable):
         return f"EncodedTable({self.rows:,} x {self.dim}, {self.codec.name}, {self.info()['where']})"
 
 
+HostTable.register(EncodedTable)  # whatever asks for a HostTable to read may have encoded rows
+
+
+def _codebook_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.codebooks")
+
+
+def _find_codec(codec: str | Codec, dim: int, path: Path | None, existed: bool) -> Codec:
+    """Return the codec itself; for a file of product-quantised rows, with the codebooks that lie beside it."""
+    named = get_codec(codec, dim) if isinstance(codec, str) else codec
+    if not isinstance(named, PQ) or path is None:
+        return named
+    if not existed:
+        if isinstance(codec, str):
+            raise ValueError(f"{path} is a new file: give trained codebooks (PQ.train), not {codec!r}")
+        return named
+    books = _codebook_path(path)
+    if not books.is_file():
+        raise FileNotFoundError(f"{path} holds {named.name} rows, but their codebooks {books} are gone")
+    saved = read_codebooks(books)
+    if (saved.dim, saved.width) != (dim, named.width):
+        raise ValueError(
+            f"{books} has {saved.name} codebooks for rows of {saved.dim} values, not {named.name} ones for {dim}"
+        )
+    if not isinstance(codec, str) and not torch.equal(saved.codebooks, named.codebooks):
+        raise ValueError(f"{books} holds other codebooks than those given: its rows mean other values")
+    return saved
+
+
 def encode_table(
-    table: HostTable, codec: str | Codec, path: str | os.PathLike[str] | None = None, block: int | None = None
+    table: Table, codec: str | Codec, path: str | os.PathLike[str] | None = None, block: int | None = None
 ) -> EncodedTable:
     """A copy of a table in another codec, `block` rows at a time (default: about 4 MiB of float32).
 
@@ -271,7 +264,7 @@ def place_table(encoded: EncodedTable, final: Path) -> None:
     put(rows, final)
 
 
-def _fill(encoded: EncodedTable, table: HostTable, block: int) -> EncodedTable:
+def _fill(encoded: EncodedTable, table: Table, block: int) -> EncodedTable:
     """Encode all rows of `table` into a new one, which is closed if that fails."""
     try:
         for lo in range(0, table.rows, block):
@@ -289,7 +282,7 @@ def _fill(encoded: EncodedTable, table: HostTable, block: int) -> EncodedTable:
     return encoded
 
 
-def _written_rows(table: HostTable, count: int, seed: int = 0) -> Tensor:
+def _written_rows(table: Table, count: int, seed: int = 0) -> Tensor:
     """Ids of up to `count` rows that are not all zero, drawn at random; no more than 2^20 rows are looked at."""
     look, generator = min(table.rows, 1 << 20), torch.Generator().manual_seed(seed)
     if table.rows <= look:
@@ -310,7 +303,7 @@ def _written_rows(table: HostTable, count: int, seed: int = 0) -> Tensor:
     return chosen
 
 
-def report(table: HostTable, encoded: EncodedTable) -> dict[str, Any]:
+def report(table: Table, encoded: EncodedTable) -> dict[str, Any]:
     """What a codec costs and saves: bytes (rows and codebooks), their ratio to float32 rows, and the largest and root
     mean square error on up to 32,768 rows that are not zero, beside the root mean square of those rows' values.
     """

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from engram.config import whole
+from engram.tables.arguments import as_output
 from engram.tables.encoded import EncodedTable
-from engram.tables.table import HostTable, as_output
+from engram.tables.table import HostTable
 
 _WAYS = 8  # rows a set holds; a row can lie in one set only
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels, reference
+from engram.tables.arguments import as_ids
 from engram.tables.encoded import EncodedTable
-from engram.tables.table import HostTable, as_ids
+from engram.tables.protocol import Table
+from engram.tables.table import HostTable
 
 SMALLEST = 512  # distinct rows below which one core is faster than two
 
@@ -85,11 +87,13 @@ class Entries:
 class RowOptimizer:
     """What the row optimisers share: checks, the step count, learning rate, state in and out."""
 
-    def __init__(self, table: HostTable, lr: float, eps: float, stochastic_rounding: bool):
+    def __init__(self, table: Table, lr: float, eps: float, stochastic_rounding: bool):
         if isinstance(table, EncodedTable):
             raise ValueError(
                 f"{table} cannot be trained: its rows are stored as {table.codec.name}. Train, then encode"
             )
+        if not isinstance(table, HostTable):
+            raise TypeError(f"a row optimizer trains the rows of a HostTable, not of a {type(table).__name__}")
         if not (0 <= lr < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"lr and eps must be finite and not negative, got lr={lr}, eps={eps}")
         table.check_writable()
@@ -249,7 +253,7 @@ class RowOptimizer:
 class _RowMoment(RowOptimizer):
     """One second moment per row, kept * moment + added * mean(grad^2): what RowRMS and RowAdagrad share."""
 
-    def __init__(self, table: HostTable, lr: float, eps: float, stochastic_rounding: bool, name: str):
+    def __init__(self, table: Table, lr: float, eps: float, stochastic_rounding: bool, name: str):
         super().__init__(table, lr, eps, stochastic_rounding)
         self._name = name
         self.state[name] = self._state_table(name, 1)
@@ -303,7 +307,7 @@ class RowRMS(_RowMoment):
 
     def __init__(
         self,
-        table: HostTable,
+        table: Table,
         lr: float = 0.01,
         beta2: float = 0.99,
         eps: float = 1e-8,
@@ -327,7 +331,7 @@ class RowAdagrad(_RowMoment):
     4 bytes of state per row. On rows of width 1 it is torch.optim.Adagrad. Arguments: see RowRMS.
     """
 
-    def __init__(self, table: HostTable, lr: float = 0.01, eps: float = 1e-10, stochastic_rounding: bool = True):
+    def __init__(self, table: Table, lr: float = 0.01, eps: float = 1e-10, stochastic_rounding: bool = True):
         super().__init__(table, lr, eps, stochastic_rounding, "sum")
 
     def _factors(self) -> tuple[float, float]:
@@ -345,7 +349,7 @@ class RowAdam(RowOptimizer):
 
     def __init__(
         self,
-        table: HostTable,
+        table: Table,
         lr: float = 1e-3,
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels
-from engram.tables.table import HostTable
+from engram.tables.protocol import Table
 
 Result = TypeVar("Result")
 
@@ -81,7 +81,7 @@ class Fetch:
         the buffer is pinned and copied on a stream of its own, so neither the copy nor the gather holds up the model.
     """
 
-    def __init__(self, table: HostTable, row_ids: Tensor, device: torch.device):
+    def __init__(self, table: Table, row_ids: Tensor, device: torch.device):
         self.table, self.row_ids, self.device = table, row_ids, device
         on_gpu = device.type == "cuda"
         self.host = torch.empty((*row_ids.shape, table.dim), device="cpu", dtype=torch.float32, pin_memory=on_gpu)

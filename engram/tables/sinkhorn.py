@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engram.tables import kernels, reference
 from engram.tables.optimizers import SMALLEST, Entries, RowOptimizer
-from engram.tables.table import HostTable
+from engram.tables.protocol import Table
 
 _SWEEPS = 5  # K = 11 normalisations: rows, then five times (columns, rows)
 _RATE = 0.18  # the root mean square of a step's elements, in units of lr
@@ -37,7 +37,7 @@ class RowSinkhorn(RowOptimizer):
 
     def __init__(
         self,
-        table: HostTable,
+        table: Table,
         lr: float = 0.01,
         beta: float = 0.95,
         tau: float = 1e-3,

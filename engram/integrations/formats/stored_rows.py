@@ -15,7 +15,7 @@ from engram.addressing import HashLayout
 from engram.config import EngramConfig
 from engram.integrations.formats.dialects import TABLE
 from engram.integrations.formats.safetensors_io import Checkpoint, Stored
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, Table
 from engram.tables.codecs import BLOCK
 
 FORMS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fp8", "U8": "fp8", "I8": "int8"}
@@ -130,7 +130,7 @@ class Rows:
 class TableRows(Rows):
     """Rows of a table that must be decoded to be read: int8, int4 and pq codecs, and never-written normal rows."""
 
-    def __init__(self, name: str, table: HostTable):
+    def __init__(self, name: str, table: Table):
         form = str(table.dtype).removeprefix("torch.") if not isinstance(table, EncodedTable) else "float32"
         super().__init__(name, table.dim, form, [], table.rows)
         self.table = table

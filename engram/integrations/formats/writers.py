@@ -22,7 +22,7 @@ from engram.integrations.formats.safetensors_io import NAMES, Stored, Writer
 from engram.memory import EngramMemory, new_table
 from engram.memory.saved import save_memory
 from engram.storage.files import bad_blocks, write_rows
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, Table
 
 Step = Callable[[int], None]
 _FLOATS = {"float32": "F32", "bfloat16": "BF16"}
@@ -158,7 +158,7 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
     config, form = source.config.replace(table_init="zero", train_tables=True), forms.pop()
     if form != "fp8":
         config = config.replace(table_dtype=form)
-    tables: dict[int, HostTable] = {}
+    tables: dict[int, Table] = {}
     with torch.device("meta"):
         for layer, rows in source.layout.rows.items():
             fp8 = form == "fp8"

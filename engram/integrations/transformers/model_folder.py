@@ -27,7 +27,7 @@ from engram.integrations.formats.safetensors_io import Checkpoint, open_checkpoi
 from engram.memory import EngramMemory, hash_layout
 from engram.storage.files import whole_folder, write_whole
 from engram.storage.untrusted import read_json
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, Table
 from engram.tables.codecs import PQ
 
 FOLDER = "engram"  # in a model folder: the memory's own files
@@ -131,7 +131,7 @@ def open_memory(folder: Any, token_map: TokenMap | None = None) -> EngramMemory:
     if len(states) != 1:
         raise ValueError(f"{home} has the files of a memory in {inner}, and {len(states)} memories in its shards")
     prefix = states[0].removesuffix("_extra_state")
-    tables: dict[int, HostTable] | None = None
+    tables: dict[int, Table] | None = None
     if codec is not None:
         rows, tables = hash_layout(config, saved_map).rows, {}
         for layer in config.layers:
@@ -163,7 +163,7 @@ def _read_weights(memory: EngramMemory, checkpoint: Checkpoint, prefix: str) -> 
         raise ValueError(f"the memory's weights in {checkpoint.home} do not fit it: {error}") from error
 
 
-def _read_rows(table: HostTable, checkpoint: Checkpoint, name: str) -> None:
+def _read_rows(table: Table, checkpoint: Checkpoint, name: str) -> None:
     stored = checkpoint.one(name, table.stored_shape)
     block = max(1, _BLOCK // stored.row_bytes)
     for first in range(0, table.rows, block):

@@ -20,7 +20,7 @@ from engram.integrations.formats.recoder import BLOCK, Recoder
 from engram.integrations.formats.safetensors_io import NAMES, Stored
 from engram.integrations.formats.stored_rows import Rows
 from engram.storage.files import load_manifest, manifest_digest, read_folder, whole_folder, write_rows
-from engram.tables import EncodedTable, HostTable
+from engram.tables import EncodedTable, HostTable, Table
 
 FORMAT = "engram-offload-1"
 _SAMPLE = 256  # rows compared with their source
@@ -34,7 +34,7 @@ class HostedRows(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, dtype: torch.dtype, table: HostTable | None = None):
+    def __init__(self, dtype: torch.dtype, table: Table | None = None):
         super().__init__()
         self.table = table
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
@@ -51,7 +51,7 @@ def _embeddings(model: nn.Module) -> dict[int, Any]:
     return {int(m.layer_idx): m for m in modules}
 
 
-def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -> dict[int, HostTable]:
+def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -> dict[int, Table]:
     """Moves the n-gram tables of a loaded Qwen4-Exp model into HostTables; the model goes on with the same logits.
 
     Args:
@@ -96,12 +96,14 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
 
 def _store(
     facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, origin: dict[str, Any] | None = None
-) -> dict[int, HostTable]:
+) -> dict[int, Table]:
     """Tables filled with blocks(layer). facts: {layer: (rows, dim, form)}; origin: of the rows, for the manifest."""
     if folder is None:
-        tables = {}
+        tables: dict[int, Table] = {}
         for layer, (rows, dim, form) in facts.items():
-            table = EncodedTable(rows, dim, "fp8") if form == "fp8" else HostTable(rows, dim, getattr(torch, form))
+            table: Table = (
+                EncodedTable(rows, dim, "fp8") if form == "fp8" else HostTable(rows, dim, getattr(torch, form))
+            )
             first = 0
             for block in blocks(layer):
                 table.tensor[first : first + len(block)] = block
@@ -120,13 +122,13 @@ def _store(
     return _open(home)
 
 
-def _open(folder: Path) -> dict[int, HostTable]:
+def _open(folder: Path) -> dict[int, Table]:
     return read_folder(folder, lambda pinned: _tables_of(folder, pinned))
 
 
-def _tables_of(shown: Path, home: Path) -> dict[int, HostTable]:
+def _tables_of(shown: Path, home: Path) -> dict[int, Table]:
     """home: where the files of the folder `shown` are read (see pinned_folder)."""
-    tables: dict[int, HostTable] = {}
+    tables: dict[int, Table] = {}
     manifest = load_manifest(home)
     if manifest.get("format") != FORMAT or manifest.get("digest") != manifest_digest(manifest):
         raise ValueError(f"{home / 'manifest.json'} is not an {FORMAT} manifest, or was altered: give another folder")
@@ -222,7 +224,7 @@ def _origin(source: Source) -> dict[str, Any]:
 
 
 def _check_same(
-    rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, HostTable], home: Path, whole: bool
+    rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, Table], home: Path, whole: bool
 ) -> None:
     """Compares all rows, or a sample of them, with the checkpoint's. Raises ValueError at the first that differs."""
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from documents import PAGES, ROOT, blocks, examples, literals, quotes_of_no_literal
 
@@ -77,11 +78,23 @@ def test_the_arm_of_the_pages_builds():
     assert model.config.hidden_size == Setting().model.hidden_size // 2
 
 
-def test_the_drawing_is_the_one_its_script_draws(docs):
-    drawings = docs("drawings")
-    assert drawings.draw() == (DOCS / "lookup.svg").read_text()
-    _, _, rows, layout = drawings.facts()
+def test_the_drawings_are_those_that_their_script_draws(docs):
+    pictures = docs("drawings").PICTURES
+    assert {path.stem for path in DOCS.glob("*.svg")} == set(pictures)
+    for name, draw in pictures.items():
+        assert draw() == (DOCS / f"{name}.svg").read_text(), f"{name}: run python docs/drawings.py"
+
+
+def test_the_numbers_of_the_drawings_are_those_of_the_pages(docs, tmp_path, monkeypatch, capsys):
+    numbers = docs("drawn_numbers")
+    _, _, rows, layout = numbers.addresses()
     assert len(set(rows)) == 4 and max(rows) < layout.rows[1]
+    (code,) = examples(DOCS / "concepts.md")["addresses"]
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == f"{layout.moduli[1]} {layout.offsets[1]} {np.array(rows)}"
+    per_row = dict(re.findall(r"(?m)^\| `?(\w+)`? \| .* \| ([\d,]+) \|$", (DOCS / "guides" / "serve.md").read_text()))
+    assert numbers.CONFIG.head_dim * 8 == 256  # values of a row on the page of codecs
+    assert {name: f"{size * 8:,}" for name, size in numbers.row_sizes()} == per_row
 
 
 def test_plan_prints_what_the_pages_show(capsys, monkeypatch):

@@ -41,6 +41,7 @@ MOVED = {
     "engram.tables.limits": "engram.storage.limits",
     "engram.tables.mapping": "engram.storage.mapping",
     "engram.tables.readahead": "engram.storage.readahead",
+    "engram.tables.sinkhorn": "engram.tables.optimizers.sinkhorn",
     "engram.tables.weak": "engram.storage.weak",
     "engram.untrusted": "engram.storage.untrusted",
 }

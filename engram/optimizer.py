@@ -12,9 +12,8 @@ import xxhash
 from torch import nn
 
 from engram.memory import EngramMemory, check_processes
-from engram.tables.optimizers import RowAdagrad, RowAdam, RowOptimizer, RowRMS
+from engram.tables.optimizers import RowAdagrad, RowAdam, RowOptimizer, RowRMS, RowSinkhorn
 from engram.tables.protocol import Table
-from engram.tables.sinkhorn import RowSinkhorn
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -323,15 +323,16 @@ def test_an_infinite_row_gradient_under_a_scaler_moves_nothing():
 @pytest.mark.parametrize("path", ["native", "torch"])
 @pytest.mark.parametrize("kind", ["rms", "adam", "adagrad", "sinkhorn"])
 def test_host_memory_stays_host_memory_whatever_the_default_device_is(path, kind, monkeypatch):
-    from engram.tables import HotRows, kernels, optimizers, reference
+    from engram.tables import HotRows, kernels, reference
     from engram.tables.codecs import PQ
+    from engram.tables.optimizers import entries
 
     if path == "torch":
         monkeypatch.setattr(kernels, "native", None)
     results = []
     for device in ("cpu", "meta"):  # meta in the place of a GPU: what is made there cannot be read
         reference.normal_quantiles.cache_clear()
-        optimizers._scratch.__dict__.clear()
+        entries._scratch.__dict__.clear()
         with torch.device("cpu"):
             half = HostTable(100, 8, torch.bfloat16, init="normal")
             memory, ids = make().memory, [text(seed=step) for step in range(3)]

@@ -1,8 +1,7 @@
 from engram.tables.encoded import EncodedTable, encode_table, report
 from engram.tables.hot_rows import HotRows
-from engram.tables.optimizers import RowAdagrad, RowAdam, RowRMS
+from engram.tables.optimizers import RowAdagrad, RowAdam, RowRMS, RowSinkhorn
 from engram.tables.protocol import Table
-from engram.tables.sinkhorn import RowSinkhorn
 from engram.tables.table import HostTable
 
 __all__ = [

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engram.tables import kernels, reference
-from engram.tables.optimizers import SMALLEST, Entries, RowOptimizer
+from engram.tables.optimizers.base import RowOptimizer
+from engram.tables.optimizers.entries import SMALLEST, Entries
 from engram.tables.protocol import Table
 
 _SWEEPS = 5  # K = 11 normalisations: rows, then five times (columns, rows)

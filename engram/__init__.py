@@ -1,7 +1,7 @@
 """engram: hashed n-gram tables in host memory, looked up from token ids alone and gated into a transformer.
 
-Every public name is imported on its first use, so that `import engram` takes milliseconds: torch and the libraries of
-the command line, figures and transformers are imported by the names that need them.
+Every public name is imported on its first use, so that `import engram` takes milliseconds: torch, transformers and the
+libraries of the command line and of figures are imported by the names that need them.
 """
 
 from importlib import import_module
@@ -132,7 +132,7 @@ def _load(name: str) -> Any:
         ) from None
 
 
-if not TYPE_CHECKING:  # a type checker that saw it would accept any name
+if not TYPE_CHECKING:  # with it, a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         """Import a public name or a subpackage on its first use."""

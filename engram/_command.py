@@ -1,9 +1,8 @@
-"""What must be set before torch is imported, if this process is the command line and not a user's own program.
+"""Settings that must be made before torch is imported, if this process is the command line and not a user's program.
 
 OpenMP reads its settings once, when torch loads it. By default its threads spin for about a millisecond at the end of
-each parallel loop. On cores that other processes use too they take from these, and from each other, the time that they
-wait for: with two cores and a load of 11, `engram evaluate` took 24 s with threads that sleep and 46 s with those that
-spin.
+each parallel loop. On cores that are shared with other processes this takes time from them, and from the other threads:
+with two cores and a load of 11, `engram evaluate` took 24 s with threads that sleep and 46 s with threads that spin.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-_SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # any of them set means that the user has decided
+_SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"  # if one of them is set, the user has decided
 
 
 def is_command(program: str, command_line: list[str]) -> bool:
@@ -23,7 +22,7 @@ def is_command(program: str, command_line: list[str]) -> bool:
 
 
 def sleep_while_waiting() -> None:
-    """Have the OpenMP threads of this process sleep while they wait, unless its environment sets how they wait."""
+    """Let the OpenMP threads of this process sleep while they wait, unless the environment sets how they wait."""
     if not any(name in os.environ for name in _SETTINGS):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

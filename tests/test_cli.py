@@ -140,14 +140,14 @@ def test_a_trained_run_is_resumed_evaluated_and_continued(text_folder, tmp_path)
     ("arguments", "message"),
     [
         (("ablate", "--arms", "plain,engrm"), "arms must be distinct names out of plain, one-row, random, engram"),
-        (("ablate", "--budget", "much"), "a token budget is a positive number"),
-        (("ablate", "--seeds", "a"), "seeds are integers"),
+        (("ablate", "--budget", "much"), "a token budget must be a positive number"),
+        (("ablate", "--seeds", "a"), "seeds must be integers"),
         (("ablate", "--corpus", "/nonexistent/text"), "/nonexistent/text"),
         (("ablate", "--held-out", "test"), "validation or tune"),
         (("ablate", "--device", "cuda:99"), "this machine has no device 'cuda:99': torch"),
         (("generate", "run", "--device", "gpu"), "this machine has no device 'gpu': torch"),
         (("evaluate", "/nonexistent/run"), "holds no run.json"),
-        (("bench", "fast"), "unknown benchmark fast; there are hash"),
+        (("bench", "fast"), "unknown benchmark fast: choose out of hash"),
         (("train",), "unknown arm 'engrm'"),
         (("ablate", "--no-such-option"), "No such option"),
     ],
@@ -404,7 +404,7 @@ def test_evaluation_tells_how_many_tokens_it_has_scored(run):
 def test_versions_are_shown_and_every_public_name_is_listed(capsys):
     inside("--version")
     out = capsys.readouterr().out
-    kind = "compiled kernels" if kernels.native is not None else "the torch path"
+    kind = "with compiled kernels" if kernels.native is not None else "without compiled kernels"
     assert out.startswith(f"engram {engram_package.__version__} (torch {torch.__version__}") and kind in out
     assert set(engram_package.__all__) | {"__version__"} <= set(dir(engram_package))
     assert {"attach", "detach"} <= set(dir(engram_package))

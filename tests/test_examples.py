@@ -17,11 +17,14 @@ NEED_ONE = [
     "HashLayout",
     "NgramHasher",
     "TokenMap",
+    "ablate",
     "attach",
     "detach",
+    "explain",
     "inspect_file",
     "load_pretrained",
     "load_run",
+    "plan",
     "verify",
 ]
 
@@ -46,6 +49,7 @@ def test_the_main_names_have_an_example():
 def test_the_example_of(module, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", None)
     shown: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

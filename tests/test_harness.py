@@ -281,8 +281,8 @@ def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys
         (("--tasks", "read", "--task-files", files / "none"), "there is no folder"),
         (("--tasks", "gone", "--task-files", tmp_path), "facts.jsonl"),
         (("--tasks", "far", "--task-files", tmp_path), "is on the Hugging Face hub, which cannot be reached"),
-        ((), "say with --tasks"),
-        (("--task-files", files), "belong to --tasks"),
+        ((), "give the tasks to score with --tasks"),
+        (("--task-files", files), "need --tasks"),
         (("--tasks", "read", "--corpus", "wiki"), "give one of them"),
         (("--tasks", "read", "--task-files", files, "--limit", "0"), "1 or more"),
     ):

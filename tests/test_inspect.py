@@ -238,7 +238,7 @@ def test_what_cannot_be_explained_is_said():
         explain(own(), [1, VOCAB])
     decoder = build("llama").model
     engram.attach(decoder, FULL, TokenMap.identity(VOCAB))
-    with pytest.raises(ValueError, match="gives no logits"):
+    with pytest.raises(ValueError, match="returns no logits"):
         explain(decoder, IDS)
 
 

@@ -168,7 +168,7 @@ def test_the_interval_over_seeds_is_students():
 
 def test_one_seed_has_no_interval():
     assert over_seeds([1.5]) == Interval(1.5, -math.inf, math.inf)
-    with pytest.raises(ValueError, match="needs a seed"):
+    with pytest.raises(ValueError, match="needs at least one value"):
         over_seeds([])
 
 

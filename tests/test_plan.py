@@ -137,7 +137,7 @@ def test_the_command_prints_json_and_a_table(monkeypatch, capsys, tmp_path):
         (["gone.json"], "there is no file gone.json"),
         (["demo", "--hidden-size", "0"], "hidden_size must be >= 1"),
         (["demo", "--batch", "0"], "batch must be >= 1"),
-        (["demo", "--ngrams", "many"], "a number of n-grams is a positive number"),
+        (["demo", "--ngrams", "many"], "a number of n-grams must be a positive number"),
         (["demo", "--folder", "/nonexistent"], "/nonexistent"),
         (["torn.json"], "torn.json is damaged, or is not a config"),
         (["llama.json"], "names no n-gram memory"),

@@ -208,5 +208,5 @@ def test_an_empty_bucket_has_no_loss():
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
     assert bits_per_byte(1000 * math.log(256), 1000) == pytest.approx(8.0)
-    with pytest.raises(ValueError, match="there is no text"):
+    with pytest.raises(ValueError, match="need a text of at least 1 byte, not of 0"):
         bits_per_byte(1.0, 0)

@@ -1,1 +1,1 @@
-"""The main job: train the arms side by side, and write what they show as tables, a figure and a page."""
+"""The main job: train the arms side by side, and write the comparison as tables, a figure and a page."""

@@ -1,5 +1,5 @@
-"""The main job: the same small transformer trained without memory, with a one-row memory and with Engram, from the same
-seeds on the same batches, and what the memory bought.
+"""The main job: train one small transformer without memory, with a one-row memory and with Engram, from the same seeds
+on the same batches, and compare the arms.
 """
 
 from __future__ import annotations
@@ -45,35 +45,58 @@ def ablate(
     on_data: Callable[[Data], Any] | None = None,
     on_report: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains every arm with every seed and compares the arms on the held-out documents.
+    """Train every arm with every seed and compare the arms on the held-out documents.
 
     Args:
         setting: model, memory, text and budget; the default is the one of the README.
-        arms: names out of engram.lm.run.ARMS. seeds: each arm runs once per seed.
+        arms: names out of engram.lm.run.ARMS.
+        seeds: each arm runs once per seed.
         held_out: "validation" to report, "tune" to choose learning rates.
-        device: of the dense weights; tables stay in host memory.
-        command: what to write down as the command that makes the report again.
-        on_step: called after each training step. on_evaluate: called during evaluations with arm, seed, tokens scored
-            so far and tokens to score. on_data: called once with the prepared corpus.
-        on_report: called after each run with the report so far: of the seeds with all arms, or of the first one's arms.
+        device: device of the dense weights; tables stay in host memory.
+        command: the command that makes the report again, written into it.
+        on_step: called after each training step with arm, seed, step, steps and loss (nats per token).
+        on_evaluate: called during evaluations with arm, seed, tokens scored so far and tokens to score.
+        on_data: called once with the prepared corpus.
+        on_report: called after each run with the report so far: of the seeds whose arms have all run, or of the first
+            seed's arms.
 
     Returns:
-        The report, JSON-ready: see engram.ablation.tables for its keys.
+        The report, ready for JSON: see engram.ablation.tables for its keys. Losses are nats per token, "bpb" is bits
+        per byte, intervals are 95 %.
 
     Raises:
-        ValueError: unknown or repeated arms, no seeds, a corpus that is empty or shorter than a batch, no such
-        device.
+        ValueError: unknown or repeated arms, no seeds, a corpus that is empty or shorter than a batch, a device that
+            this machine does not have.
+
+    Example:
+        >>> import engram, pathlib, tempfile
+        >>> from engram.lm.run import Setting
+        >>> from engram.lm.train import TrainConfig
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for i in range(60):
+        ...     _ = (folder / f"{i}.txt").write_text(f"document {i}: " + f"one and {i} and " * 20)
+        >>> shape = engram.TransformerConfig(300, hidden_size=16, layers=2, heads=2, max_length=32)
+        >>> config = engram.EngramConfig(layers=(1,), orders=(2,), heads=1, head_dim=8, rows_per_head=64)
+        >>> budget = TrainConfig(tokens=512, batch_size=4, context=32)
+        >>> report = engram.ablate(Setting(str(folder), vocab_size=300, model=shape, memory=config, train=budget))
+        >>> [arm["arm"] for arm in report["summary"]]
+        ['plain', 'one-row', 'engram']
+        >>> sorted(report["summary"][2]["difference"])
+        ['high', 'low', 'mean']
     """
-    setting, place = setting or Setting(), device_of(device)
+    setting, torch_device = setting or Setting(), device_of(device)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not arms or len(set(arms)) != len(arms):
         raise ValueError(f"arms must be distinct names out of {', '.join(ARMS)}, not {', '.join(arms) or 'none'}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be distinct and at least one, not {list(seeds)}")
     data = prepare(setting, held_out)
-    Batches(data.train, setting.train.context, setting.train.batch_size)  # a text too short is refused before any work
+    Batches(data.train, setting.train.context, setting.train.batch_size)  # raises before any work on a text too short
     if len(data.validation.starts) < 3:
-        raise ValueError(f"{setting.corpus!r} holds out one document; an interval needs two: give more documents")
+        raise ValueError(
+            f"{setting.corpus!r} has {len(data.validation.starts) - 1} held-out documents; an interval needs two: give "
+            "more documents"
+        )
     if on_data is not None:
         on_data(data)
     report: dict[str, Any] = {
@@ -107,13 +130,13 @@ def ablate(
         for arm in arms:
             progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
             scored = None if on_evaluate is None else partial(on_evaluate, arm, seed)
-            run, result = _run(seeded, arm, data, counts, place, progress, scored)
+            run, result = _run(seeded, arm, data, counts, torch_device, progress, scored)
             runs.append(run)
             results[arm, seed] = result
-            there, whole = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
-            summary = [_summary(one, there, whole, results, data.validation) for one in there]
+            arms_run, seeds_run = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
+            summary = [_summary(name, arms_run, seeds_run, results, data.validation) for name in arms_run]
             date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-            report = report | {"date": date, "runs": runs[: len(whole) * len(arms)], "summary": summary}
+            report = report | {"date": date, "runs": runs[: len(seeds_run) * len(arms)], "summary": summary}
             if on_report is not None:
                 on_report(report)
     return report
@@ -141,7 +164,7 @@ def _run(
     )
     result = evaluate(model, data.validation, on_tokens=on_tokens)
     memory = model.memory
-    dense_state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW keeps two moments
+    dense_state = sum(p.nbytes for p in model.parameters()) * 2  # AdamW has two moments
     traffic = memory_traffic(log, memory) if memory else None
     run = {
         "arm": arm,
@@ -175,29 +198,29 @@ def _summary(
     results: dict[tuple[str, int], Evaluation],
     held_out: Encoded,
 ) -> dict[str, Any]:
-    mine = [results[arm, seed] for seed in seeds]
+    of_arm = [results[arm, seed] for seed in seeds]
     summary: dict[str, Any] = {
         "arm": arm,
         "seeds": len(seeds),
-        "loss": float(np.mean([r.loss for r in mine])),
-        "bpb": float(np.mean([r.bits_per_byte for r in mine])),
+        "loss": float(np.mean([r.loss for r in of_arm])),
+        "bpb": float(np.mean([r.bits_per_byte for r in of_arm])),
         "difference": None,
         "difference_bpb": None,
     }
     if "plain" in arms and arm != "plain":
-        ours = np.stack([r.document_nats for r in mine])
-        theirs = np.stack([results["plain", seed].document_nats for seed in seeds])
+        nats = np.stack([r.document_nats for r in of_arm])
+        plain_nats = np.stack([results["plain", seed].document_nats for seed in seeds])
         for key, weights, unit in (
-            ("difference", mine[0].document_tokens, 1.0),
+            ("difference", of_arm[0].document_tokens, 1.0),
             ("difference_bpb", held_out.bytes, np.log(2)),
         ):
-            interval = paired_interval(ours / unit, theirs / unit, weights)
+            interval = paired_interval(nats / unit, plain_nats / unit, weights)
             summary[key] = dict(zip(("mean", "low", "high"), map(float, interval), strict=True))
     return summary
 
 
 def _some_documents(data: Encoded, tokens: int) -> Encoded:
-    """Every n-th document of an encoded text, about `tokens` tokens in all: enough for a curve."""
+    """Return every n-th document of an encoded text, about `tokens` tokens in all: enough for a curve."""
     every = max(1, len(data.ids) // tokens)
     chosen = range(0, len(data.starts) - 1, every)
     pieces = [slice(data.starts[d], data.starts[d + 1]) for d in chosen]
@@ -211,7 +234,7 @@ def _some_documents(data: Encoded, tokens: int) -> Encoded:
 
 
 def _thin(curve: list[list[float]], points: int) -> list[list[float]]:
-    """At most `points` means of consecutive steps, so that a report stays small and its curve smooth."""
+    """Return at most `points` means of consecutive steps, so that the report is small and its curve smooth."""
     if not curve:
         return []
     return [
@@ -244,7 +267,7 @@ def _processor() -> str:
 
 
 def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Writes report.json, curves.png and report.html into a folder, each whole or not at all."""
+    """Write report.json, curves.png and report.html into a folder, each whole or not at all."""
     from engram.ablation.figure import draw_curves
     from engram.ablation.html_report import write_html
 

@@ -1,4 +1,4 @@
-"""How sure a difference is, and where it comes from: paired bootstrap, counts of n-grams in training, bits per byte."""
+"""Intervals and splits of losses: paired bootstrap, counts of n-grams in training, bits per byte."""
 
 from __future__ import annotations
 
@@ -25,16 +25,23 @@ class Interval(NamedTuple):
 def paired_bootstrap(
     a_loss: np.ndarray, b_loss: np.ndarray, weights: np.ndarray, samples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """95 % percentile interval of (sum a - sum b) / sum weights; below 0 means arm a is better.
+    """Return the 95 % percentile interval of (sum a - sum b) / sum weights; below 0 means arm a is better.
 
-    a_loss, b_loss: [documents] or [seeds, documents], summed nats of each validation document in two arms; row s of
-    both arms shares its seed and data order. weights: [documents], tokens or bytes of each document (> 0).
-    Documents are drawn with replacement, each with both arms' losses (pairing). With several seeds, whole seeds are
-    drawn too, and every drawn seed is judged on the same drawn documents: all seeds were validated on one set, so an
-    own draw for each would average away a variance that is shared. Three seeds tell little about the spread of
-    seeds: in simulation their interval held the truth 93 times in 100 where documents dominate, 84 where seeds do, and
-    of two seeds far less (see paired_interval).
-    Raises ValueError on unequal shapes, fewer than two documents, values that are not finite, weights <= 0.
+    Documents are drawn with replacement, each with both arms' losses (pairing). With several seeds, seeds are drawn
+    too, and every drawn seed is evaluated on the same drawn documents: all seeds were validated on one set, so a
+    separate draw for each would average away a variance that they share. Three seeds show little of the spread between
+    seeds: in simulation their interval covered the truth 93 times in 100 if documents dominate and 84 times if seeds
+    do, and that of two seeds far less often (see paired_interval).
+
+    Args:
+        a_loss, b_loss: [documents] or [seeds, documents], summed nats of each validation document in two arms; row s of
+            both arms has the same seed and data order.
+        weights: [documents], tokens or bytes of each document (> 0).
+        samples: number of draws.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: unequal shapes, fewer than two documents, values that are not finite, weights <= 0.
     """
     a, b = np.atleast_2d(np.asarray(a_loss, np.float64)), np.atleast_2d(np.asarray(b_loss, np.float64))
     w = np.asarray(weights, np.float64)
@@ -56,23 +63,26 @@ def paired_bootstrap(
 
 
 def paired_interval(a_loss: np.ndarray, b_loss: np.ndarray, weights: np.ndarray) -> Interval:
-    """The same difference with the wider, at each end, of paired_bootstrap and Student's interval over seeds: the first
-    is too narrow where few seeds vary more than the documents do, the second knows nothing of the documents. With one
-    seed it is of the documents alone. Arguments and errors are those of paired_bootstrap."""
+    """Return the same difference with, at each end, the wider of paired_bootstrap and Student's interval over seeds.
+
+    The first is too narrow if few seeds vary more than the documents do; the second does not include the spread of the
+    documents. With one seed the interval is that of the documents alone. Arguments and errors are those of
+    paired_bootstrap.
+    """
     drawn = paired_bootstrap(a_loss, b_loss, weights)
     by_seed = (np.atleast_2d(a_loss) - np.atleast_2d(b_loss)).sum(axis=1) / np.sum(weights)
     return wider(drawn, over_seeds(by_seed))
 
 
 def wider(interval: Interval, other: Interval) -> Interval:
-    """The mean of the first with the outer ends of both; an end that is infinite, of one seed, does not count."""
+    """Return the mean of the first with the outer ends of both. An infinite end, of one seed, is left out."""
     ends = [end for end in other[1:] if math.isfinite(end)]
     return Interval(interval.mean, min(interval.low, *ends), max(interval.high, *ends)) if ends else interval
 
 
 def _draws(documents: int, seeds: int, samples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of (how often each document was drawn, uint16 or int64 [n, documents]; the seeds drawn, int64 [n, seeds]),
-    `samples` draws in all."""
+    """Yield `samples` draws in pieces: how often each document was drawn, uint16 or int64 [n, documents], and the seeds
+    that were drawn, int64 [n, seeds]."""
     rng = np.random.default_rng(seed)
     rows = max(1, 2_000_000 // documents)  # bounds the memory; 16 MB for each array below
     for first in range(0, samples, rows):
@@ -83,7 +93,7 @@ def _draws(documents: int, seeds: int, samples: int, seed: int) -> Iterator[tupl
         yield times.astype(np.uint16) if documents < 2**16 else times, picked
 
 
-# Most of the work is the drawing, and tables of many arms draw the same from the same documents.
+# Drawing takes most of the time, and tables of many arms need the same draws of the same documents.
 _MOST_KEPT = 10_000_000  # counts of 2 bytes
 
 
@@ -93,10 +103,13 @@ def _kept_draws(documents: int, seeds: int, samples: int, seed: int) -> list[tup
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval (Student's t) of one number per seed: all that varies from run to run is in it, and with
-    two or three seeds it is wide. One seed has no interval: its ends are infinite. Raises ValueError on no value."""
+    """Return the mean and 95 % interval (Student's t) of one number per seed.
+
+    The interval includes all that varies from run to run; with two or three seeds it is wide. One seed has no interval:
+    its ends are infinite. Raise ValueError if there is no value.
+    """
     if not len(values):
-        raise ValueError("an interval over seeds needs a seed")
+        raise ValueError("an interval over seeds needs at least one value")
     mean, freedom = float(np.mean(values)), len(values) - 1
     if not freedom or not np.isfinite(values).all():
         return Interval(mean, -math.inf, math.inf)
@@ -107,41 +120,51 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Counts:
-    """How often each n-gram occurs in the training ids: `keys` int64 sorted (packed ids), `counts` int64."""
+    """Number of times each n-gram occurs in the training ids: `keys` int64 sorted (packed ids), `counts` int64."""
 
     order: int
     keys: np.ndarray
     counts: np.ndarray
 
     def lookup(self, ids: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """int64 [..., time]: the training count of the n-gram that ends at each position (of the id there and the
-        order - 1 before it), 0 if it never occurred, -1 where it would begin before its document does.
+        """Return the training count of the n-gram that ends at each position, int64 [..., time].
 
-        ids, documents: [..., time]. Raises ValueError on unequal shapes or ids that do not pack.
+        It consists of the id at the position and the order - 1 ids before it. The count is 0 if the n-gram never
+        occurred, and -1 if it would begin before its document.
+
+        Args:
+            ids, documents: integers [..., time].
+
+        Raises:
+            ValueError: unequal shapes, or ids that cannot be packed.
         """
-        keys, whole = _pack(ids, documents, self.order)
+        keys, complete = _pack(ids, documents, self.order)
         out = np.full(np.shape(ids), -1, np.int64)
         if not len(self.keys):
-            out[whole] = 0
+            out[complete] = 0
             return out
-        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        out[whole] = np.where(self.keys[place] == keys, self.counts[place], 0)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        out[complete] = np.where(self.keys[at] == keys, self.counts[at], 0)
         return out
 
 
 def ngram_counts(ids: np.ndarray, documents: np.ndarray, order: int) -> Counts:
-    """Exact counts of all n-grams of `order` ids; none crosses from one document into the next.
+    """Count all n-grams of `order` ids exactly; none crosses from one document into the next.
 
-    ids: integers [..., time]; documents: document numbers of the same shape (the rows of a batch never touch).
-    An n-gram is packed into 63 // order bits an id: order 2 takes ids below 2**31, order 3 below 2**21.
-    Raises ValueError on larger or negative ids, unequal shapes, an order below 1.
+    Args:
+        ids: integers [..., time]. An n-gram is packed into one int64 with 63 // order bits per id: order 2 allows ids
+            below 2**31, order 3 below 2**21.
+        documents: document numbers of the same shape; n-grams never cross from one row of a batch into the next.
+
+    Raises:
+        ValueError: larger or negative ids, unequal shapes, an order below 1.
     """
     keys, _ = _pack(ids, documents, order)
     return Counts(order, *np.unique(keys, return_counts=True))
 
 
 def _pack(ids: np.ndarray, documents: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """(packed n-gram int64 of each position that has a whole one, in order; the mask of these positions)."""
+    """Return the packed n-gram (int64) of each position that has a complete one, and the mask of these positions."""
     ids, documents = np.asarray(ids), np.asarray(documents)
     if ids.shape != documents.shape or ids.ndim < 1:
         raise ValueError(f"ids {ids.shape} and documents {documents.shape} must have one shape [..., time]")
@@ -149,23 +172,30 @@ def _pack(ids: np.ndarray, documents: np.ndarray, order: int) -> tuple[np.ndarra
     if order < 1 or (ids.size and not (0 <= ids.min() and ids.max() < 2**bits)):
         raise ValueError(f"n-grams of order {order} need order >= 1 and ids from 0 to {2**bits - 1} to pack exactly")
     keys = np.zeros(ids.shape, np.int64)
-    whole = np.ones(ids.shape, bool)
+    complete = np.ones(ids.shape, bool)
     time = ids.shape[-1]
     for back in range(order - 1, -1, -1):  # oldest id into the highest bits
         keys <<= bits
         keys[..., back:] |= ids[..., : max(0, time - back)].astype(np.int64)
-        whole[..., :back] = False
+        complete[..., :back] = False
     same = documents[..., 1:] == documents[..., :-1]
     for back in range(order - 1):
-        whole[..., back + 1 :] &= same[..., : max(0, time - 1 - back)]
-    return keys[whole], whole
+        complete[..., back + 1 :] &= same[..., : max(0, time - 1 - back)]
+    return keys[complete], complete
 
 
 def loss_by_count(losses: np.ndarray, counts: np.ndarray) -> dict[str, tuple[int, float]]:
-    """{"0": (tokens, mean loss), "1": ..., "2-9": ..., "10+": ...}: losses split by how often training saw the n-gram.
+    """Split losses by how often the n-gram before them occurred in training.
 
-    losses: nats of predicting the token after each position, same shape as counts, the answer of Counts.lookup at that
-    position. Positions with count -1 are in no bucket. The mean of an empty bucket is nan.
+    Args:
+        losses: nats of predicting the token after each position.
+        counts: what Counts.lookup returned for these positions, of the same shape. Positions with -1 are in no bucket.
+
+    Returns:
+        {"0": (tokens, mean loss in nats), "1": ..., "2-9": ..., "10+": ...}. The mean of an empty bucket is nan.
+
+    Raises:
+        ValueError: unequal shapes.
     """
     losses, counts = np.asarray(losses, np.float64), np.asarray(counts)
     if losses.shape != counts.shape:
@@ -178,7 +208,7 @@ def loss_by_count(losses: np.ndarray, counts: np.ndarray) -> dict[str, tuple[int
 
 
 def bits_per_byte(nats: float, bytes: int) -> float:
-    """Bits per byte of text: summed nats over the utf-8 length of the same text. Raises ValueError if bytes < 1."""
+    """Return the bits per byte of a text: its summed nats over its UTF-8 length. Raise ValueError if bytes < 1."""
     if bytes < 1:
-        raise ValueError(f"bits per byte of {bytes} bytes of text: there is no text")
+        raise ValueError(f"bits per byte need a text of at least 1 byte, not of {bytes}")
     return nats / math.log(2) / bytes

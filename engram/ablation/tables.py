@@ -1,4 +1,4 @@
-"""Shows what `engram ablate` measured as tables in the terminal; figure.py and page.py draw and publish the same.
+"""Tables of a report of `engram ablate`, printed in the terminal; figure.py and html_report.py use the same numbers.
 
 The input is the dict that is also written as report.json. Losses are nats per token; a difference is an arm minus
 the arm "plain" on the same validation tokens, so negative is better; intervals are 95 %.
@@ -24,7 +24,7 @@ NO_VALUE = "–"
 class Cell(NamedTuple):
     text: str
     note: str = ""  # second line, smaller
-    tone: str = ""  # "better" or "worse" where an interval excludes zero
+    tone: str = ""  # "better" or "worse" if an interval excludes zero
 
 
 class Table(NamedTuple):
@@ -80,7 +80,7 @@ def _difference(interval: Mapping[str, float] | None) -> Cell:
 
 
 def seen_of(runs: Sequence[Report], order: str) -> dict[str, tuple[float, float | None]]:
-    """Per bucket the share of validation tokens (0 to 1) and their mean loss, None where the bucket is empty."""
+    """Return per bucket the share of validation tokens (0 to 1) and their mean loss, None if the bucket is empty."""
     seeds = [run["seen"][order] for run in runs]
     total = sum(seen[bucket][0] for seen in seeds for bucket in BUCKETS)
     result: dict[str, tuple[float, float | None]] = {}
@@ -93,7 +93,7 @@ def seen_of(runs: Sequence[Report], order: str) -> dict[str, tuple[float, float 
 
 
 def _main_table(report: Report) -> Table:
-    # What was found before what it cost: a phone shows the first columns.
+    # Results come before costs: a phone shows the first columns.
     head = [Cell("arm"), Cell("loss"), Cell("Δ loss", "95 % interval"), Cell("bpb"), Cell("Δ bpb", "95 % interval")]
     head += [Cell(name) for name in ("dense", "table", "tokens", "sec", "tok/s")]
     rows = []
@@ -128,15 +128,15 @@ def _seen_table(report: Report, order: str) -> Table:
 
 
 def _bytes_table(report: Report) -> Table:
-    head = [Cell(name) for name in ("arm", "dense", "table", "optimiser", "together")]
+    head = [Cell(name) for name in ("arm", "dense", "table", "optimizer", "total")]
     rows = []
     for arm in arms_of(report):
-        held = runs_of(report, arm)[0]["bytes"]
-        sizes = [held["dense"], held["table"], held["optimizer"]]
+        nbytes = runs_of(report, arm)[0]["bytes"]
+        sizes = [nbytes["dense"], nbytes["table"], nbytes["optimizer"]]
         rows.append([Cell(arm)] + [Cell(format_bytes(size)) for size in [*sizes, sum(sizes)]])
     return Table(
         "Memory while training",
-        "Weights, rows and the optimiser's state for both; without activations and gradients.",
+        "Weights, rows and the optimizer's state for both; without activations and gradients.",
         head,
         rows,
     )
@@ -147,7 +147,7 @@ def tables_of(report: Report) -> list[Table]:
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints the report's tables: arms with differences to plain, loss by seen count, memory."""
+    """Print the report's tables: arms with differences to plain, loss by seen count, memory."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable

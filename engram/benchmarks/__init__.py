@@ -1,4 +1,4 @@
-"""How fast, beside what, on this machine: every figure is a median, and every ratio comes from one interleaved run."""
+"""Timings on this machine beside alternatives: every figure is a median, every ratio comes from one interleaved run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ USUAL = ("hash", "lookup", "update", "step")
 
 
 def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = None) -> dict[str, list[Row]]:
-    """Runs the named benchmarks.
+    """Run the named benchmarks.
 
     Args:
         names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
@@ -44,16 +44,17 @@ def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = N
         on_name: called with the name of each benchmark before it runs.
 
     Returns:
-        {name: rows}; the first row is ours, each further one a stock alternative measured in turn with it. "value" is a
-        median, "ratio" the median over the rounds of (alternative time / our time): above 1, ours is faster. Where the
-        machine's ceiling was measured in the same rounds, "of_ceiling" is the share of it that the line reaches.
+        {name: rows}. A row is {"what", "value", "unit", "ratio"}; the first one is engram's, each further one an
+        alternative measured in turn with it. "value" is a median, "ratio" the median over the rounds of (time of this
+        row / time of the first): above 1, engram is faster. If the machine's ceiling was measured in the same rounds,
+        "of_ceiling" is the share of it that the row reaches.
 
     Raises:
         ValueError: an unknown name.
     """
     unknown = [name for name in names if name not in _BENCHES]
     if unknown:
-        raise ValueError(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(_BENCHES)}")
+        raise ValueError(f"unknown benchmark {', '.join(unknown)}: choose out of {', '.join(_BENCHES)}")
     tune_allocator()
     results = {}
     for name in names:

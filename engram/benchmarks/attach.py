@@ -13,7 +13,7 @@ from engram.benchmarks.compare import Row, compare
 from engram.config import EngramConfig
 
 BATCH, TIME, VOCAB = 8, 256, 49_152
-# The shape of SmolLM2-135M. The weights are random: what they hold changes no time.
+# The shape of SmolLM2-135M. The weights are random: their values do not change the time.
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 576,
@@ -28,13 +28,13 @@ MEMORY = EngramConfig(layers=(1, 15), orders=(2, 3), heads=8, head_dim=32, rows_
 
 
 def bench_attach(rounds: int = 11, shape: dict[str, Any] | None = None, memory: EngramConfig = MEMORY) -> list[Row]:
-    """A forward pass of 8 x 256 tokens, logits included, with 16 rows of 128 B a token at each of two layers.
+    """Time a forward pass of 8 x 256 tokens, logits included, with 16 rows of 128 B per token in each of two layers.
 
     Args:
         shape: fields of a LlamaConfig; default: SmolLM2-135M's.
 
     Raises:
-        ModuleNotFoundError: without transformers.
+        ModuleNotFoundError: transformers is not installed.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +46,7 @@ def bench_attach(rounds: int = 11, shape: dict[str, Any] | None = None, memory: 
         remembering = LlamaForCausalLM(config).eval()
     remembering.load_state_dict(plain.state_dict(), assign=True)  # the same weights, not a copy of them
     remembering.tie_weights()
-    remembering.model.rotary_emb = plain.model.rotary_emb  # its frequencies are in no state dict
+    remembering.model.rotary_emb = plain.model.rotary_emb  # its frequencies are not in the state dict
     attach(remembering, memory, TokenMap.identity(config.vocab_size))
     ids = np.minimum(np.random.default_rng(0).zipf(1.2, (BATCH, TIME)) - 1, config.vocab_size - 1)
     text = torch.from_numpy(ids)
@@ -59,6 +59,6 @@ def bench_attach(rounds: int = 11, shape: dict[str, Any] | None = None, memory: 
         return run
 
     arms: dict[str, Callable[[], Any]] = {"with memory": forward(remembering), "model alone": forward(plain)}
-    with torch.inference_mode():  # rows of zeros: the same logits, or one of the two is not what it says
+    with torch.inference_mode():  # with rows of zeros both models must give the same logits
         assert torch.equal(remembering(text[:1], use_cache=False).logits, plain(text[:1], use_cache=False).logits)
     return compare(arms, per_round=1.0, unit="s", rounds=rounds, times=True)

@@ -1,4 +1,4 @@
-"""Rows into a codec and out of it again, beside plain float32 rows and the codecs' torch code."""
+"""Encoding and decoding of rows, beside plain float32 rows and the codecs' torch code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from engram.tables.codecs import PQ, get_codec
 
 
 def bench_codecs(rows: int = 1 << 20, dim: int = 256, n: int = 32_768, rounds: int = 9) -> list[Row]:
-    """Per codec: n random rows gathered out of `rows` (decoding), then n rows of `dim` values stored (encoding), each
-    beside a float32 table. Bytes are counted as float32 on both sides."""
+    """Time, per codec, n random rows gathered out of `rows` (decoding) and n rows of `dim` values written (encoding),
+    each beside a float32 table. Bytes are counted as float32 on both sides."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     ids, values = torch.from_numpy(rng.choice(rows, n, replace=False)), torch.randn(n, dim, generator=generator)
     out, plain = torch.empty(n, dim), HostTable(rows, dim)
@@ -25,7 +25,7 @@ def bench_codecs(rows: int = 1 << 20, dim: int = 256, n: int = 32_768, rounds: i
         codec = PQ.train(values[:8192], 4) if name == "pq4" else get_codec(name, dim)
         tables[name] = EncodedTable(rows, dim, codec)
     for table in (plain, *tables.values()):
-        table.tensor.fill_(0)  # every page is there
+        table.tensor.fill_(0)  # touches every page, so that no page faults are measured
         table.write(ids, values)
     reading: dict[str, Callable[[], Any]] = {"gather float32": partial(plain.gather, ids, out)}
     writing: dict[str, Callable[[], Any]] = {"write float32": partial(plain.write, ids, values)}
@@ -35,7 +35,7 @@ def bench_codecs(rows: int = 1 << 20, dim: int = 256, n: int = 32_768, rounds: i
     for name in ("fp8", "int8", "int4"):
         writing[f"encode {name} in torch"] = partial(get_codec(name, dim).encode, values)
     size = n * dim * 4 / 1e6
-    found = compare(reading, size, "MB/s", rounds) + compare(writing, size, "MB/s", rounds)
+    measured = compare(reading, size, "MB/s", rounds) + compare(writing, size, "MB/s", rounds)
     for table in (plain, *tables.values()):
         table.close()
-    return found
+    return measured

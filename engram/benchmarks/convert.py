@@ -1,4 +1,4 @@
-"""`engram convert` at the speed of the disk, in bounded memory; and how long opening a large table file takes."""
+"""Speed and memory of `engram convert` beside a copy of the file, and the time to open a large table file."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ print(json.dumps({"seconds": seconds, "bytes": report["bytes"], "kib": peak(), "
 
 
 def bench_convert(gigabytes: float = 2.0, opened: float = 10.0) -> list[Row]:
-    """Converts a synthetic DeepSeek-V4.1 checkpoint of random rows to our folder, in a process of its own.
+    """Time the conversion of a synthetic DeepSeek-V4.1 checkpoint of random rows to a saved memory, in another process.
 
     Args:
-        gigabytes: of the table, in GiB; the temporary folder needs three times that.
-        opened: GiB of a table file that is holes but for a thousand rows, opened and read.
+        gigabytes: GiB of the table; the temporary folder needs three times that.
+        opened: GiB of a sparse table file with a thousand rows, which is opened and read.
 
     Returns:
-        Rows for `engram bench`; bytes are those of the table, written once and read back once by the conversion.
+        Rows for `engram bench`; bytes are those of the table, which the conversion writes once and reads back once.
 
     Raises:
-        OSError: no room for the files.
+        OSError: not enough space for the files.
     """
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
         home = Path(folder)
@@ -59,7 +59,7 @@ def bench_convert(gigabytes: float = 2.0, opened: float = 10.0) -> list[Row]:
             text=True,
             check=True,
         )
-        facts = json.loads(ran.stdout)
+        measured = json.loads(ran.stdout)
         shutil.rmtree(home / "ours")
         began = time.perf_counter()
         shutil.copyfile(home / "v41" / "model.safetensors", home / "copy")
@@ -69,15 +69,20 @@ def bench_convert(gigabytes: float = 2.0, opened: float = 10.0) -> list[Row]:
         seconds = _open_large(home / "large", int(opened * 2**30))
     what = f"{gigabytes:g} GiB of DeepSeek-V4.1 rows to our folder, read back and verified"
     return [
-        {"what": what, "value": size / facts["seconds"] / 1e6, "unit": "MB/s", "ratio": 1.0},
+        {"what": what, "value": size / measured["seconds"] / 1e6, "unit": "MB/s", "ratio": 1.0},
         {
             "what": "a copy of the same file, synced",
             "value": size / copied / 1e6,
             "unit": "MB/s",
-            "ratio": copied / facts["seconds"],
+            "ratio": copied / measured["seconds"],
         },
-        {"what": "peak memory of the conversion's process", "value": facts["kib"] / 1024, "unit": "MiB", "ratio": 1.0},
-        {"what": "of it before the conversion", "value": facts["kib_before"] / 1024, "unit": "MiB", "ratio": 1.0},
+        {
+            "what": "peak memory of the conversion's process",
+            "value": measured["kib"] / 1024,
+            "unit": "MiB",
+            "ratio": 1.0,
+        },
+        {"what": "of it before the conversion", "value": measured["kib_before"] / 1024, "unit": "MiB", "ratio": 1.0},
         {"what": f"opening a table file of {opened:g} GiB", "value": seconds * 1e3, "unit": "ms", "ratio": 1.0},
     ]
 
@@ -88,7 +93,7 @@ def _sync(path: Path) -> None:
 
 
 def _checkpoint(home: Path, nbytes: int) -> int:
-    """One layer of random e4m3 rows with the released names; returns the table's bytes."""
+    """Write one layer of random e4m3 rows with the released names, and return the table's bytes."""
     config = EngramConfig.preset("deepseek-v4.1-flash").replace(layers=(1,), compressed_vocab=100)
     config = config.replace(rows_per_head=max(100, nbytes // 264 // config.columns))
     rows, prefix = layout_of(config).rows[1], "layers.1.engram."
@@ -115,7 +120,8 @@ def _checkpoint(home: Path, nbytes: int) -> int:
 
 
 def _open_large(path: Path, nbytes: int) -> float:
-    """Seconds to open a file of that size. RuntimeError where a thousand random rows do not read as written."""
+    """Return the seconds to open a file of that size. Raise RuntimeError if a thousand random rows do not read as
+    written."""
     dim, count = 256, 1000
     rows = nbytes // (dim * 4)
     ids = torch.randperm(rows)[:count]
@@ -130,7 +136,7 @@ def _open_large(path: Path, nbytes: int) -> float:
     seconds = time.perf_counter() - began
     try:
         if not torch.equal(table.gather(ids), values):
-            raise RuntimeError("rows of the large file do not read as they were written")
+            raise RuntimeError("rows of the large file were not read as they were written")
     finally:
         table.close()
     return seconds

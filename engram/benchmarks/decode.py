@@ -1,4 +1,4 @@
-"""A decoding step of the memory at growing positions of a text, and what a process holds by then."""
+"""Time of a decoding step of the memory at growing positions of a text, and the memory of the process there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY = EngramConfig(layers=(1, 3), heads=4, head_dim=32, rows_per_head=65_536,
 
 
 def resident() -> float:
-    """MiB of this process in memory (Linux); 0 elsewhere."""
+    """Return the resident MiB of this process (Linux); 0 elsewhere."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -34,7 +34,7 @@ def _row(what: str, value: float, unit: str, first: float) -> Row:
 
 
 def _steps(config: EngramConfig, positions: Sequence[int], steps: int, name: str) -> list[Row]:
-    """The text reaches each position in large pieces, then single tokens are timed there, in turn with all others."""
+    """Time single tokens at each position, in turn. The text is read up to each position in large pieces."""
     memory = EngramMemory(config, TokenMap.identity(VOCAB), WIDTH).eval()
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, PIECE, WIDTH, generator=draw)
@@ -57,16 +57,16 @@ def _steps(config: EngramConfig, positions: Sequence[int], steps: int, name: str
                 decode(cache, 1)
                 seconds[step, i] = time.perf_counter() - began
     medians = (np.median(seconds, axis=0) * 1e3).tolist()
-    held = [cache.nbytes / 2**20 for cache in caches]
+    states = [cache.nbytes / 2**20 for cache in caches]
     return [
         *(_row(f"{name}, position {p:,}", m, "ms/token", medians[0]) for p, m in zip(positions, medians, strict=True)),
-        *(_row(f"{name}, state at {p:,}", h, "MiB", held[0]) for p, h in zip(positions, held, strict=True)),
+        *(_row(f"{name}, state at {p:,}", s, "MiB", states[0]) for p, s in zip(positions, states, strict=True)),
     ]
 
 
 def _model(positions: Sequence[int]) -> list[Row]:
-    """A Mistral of 4 layers with a window of 256 tokens, which reads a text in pieces of 1,024: its own state stays
-    the same however long the text is."""
+    """Time a Mistral of 4 layers with a window of 256 tokens, which reads a text in pieces of 1,024. Its own state has
+    the same size however long the text is."""
     from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
     from engram.integrations.transformers.attach import attach
@@ -99,13 +99,14 @@ def bench_decode(
     steps: int = 301,
     model_positions: Sequence[int] = (25_000, 100_000, 250_000),
 ) -> list[Row]:
-    """The memory alone (d 256, one layer), with and without convolution, and two layers in a model of sliding windows.
+    """Time the memory alone (d 256, one layer), with and without convolution, and two layers in a model of sliding
+    windows.
 
     Returns:
-        Rows whose "ratio" is this line over the first one of its kind: 1 where the position costs nothing.
+        Rows whose "ratio" is this row over the first one of its kind: 1 if the position does not matter.
 
     Raises:
-        ModuleNotFoundError: without transformers.
+        ModuleNotFoundError: transformers is not installed.
     """
     rows = _steps(MEMORY.replace(layers=(1,)), positions, steps, "with convolution")
     rows += _steps(MEMORY.replace(layers=(1,), conv_kernel=0), positions, steps, "without convolution")

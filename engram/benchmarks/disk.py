@@ -1,4 +1,4 @@
-"""Rows from a mapped file, cold and warm: page faults, readahead, pread, and the disk's own ceiling, in one run."""
+"""Speed of rows from a mapped file, cold and warm: page faults, readahead, pread and the disk's ceiling, in one run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _DIM = 64  # float32: rows of 256 B, sixteen to a page
 
 
 def bench_disk(gigabytes: float = 4.0, rows_per_gather: int = 4096, rounds: int = 5) -> list[Row]:
-    """Gathers random rows of 256 B from a file of random bytes in the folder for temporary files.
+    """Time gathers of random rows of 256 B from a file of random bytes in the folder for temporary files.
 
-    Cold means that this system's page cache was emptied of the file before every gather; a cache below the system (of a
-    virtual machine's host, or in the disk) may still hold it, and shows in the sequential ceiling of the same run.
+    Cold means that the file was removed from the system's page cache before every gather. A cache below the system (of
+    a virtual machine's host, or in the disk) may still have it, which the sequential ceiling of the same run shows.
 
     Returns:
-        The arms, medians over the rounds; the first one is ours. "ratio" is time / our time. The last line is the time
-        that the prefetched pages (4 KiB or more a row) would take at the speed of a sequential read.
+        The arms, medians over the rounds; the first one is engram's. "ratio" is time / time of the first. The last row
+        is the time that the prefetched pages (4 KiB or more per row) would take at the speed of a sequential read.
 
     Raises:
-        OSError: no room for the file.
+        OSError: not enough space for the file.
     """
     rows = int(gigabytes * 2**30) // (_DIM * 4)
     with tempfile.TemporaryDirectory(prefix="engram-bench-") as folder:
@@ -43,8 +43,8 @@ def bench_disk(gigabytes: float = 4.0, rows_per_gather: int = 4096, rounds: int 
             for start in range(0, table.nbytes, step):
                 piece = min(step, table.nbytes - start)
                 values[start : start + piece] = torch.from_numpy(rng.integers(0, 256, piece, dtype=np.uint8))
-                table.flush()  # little by little: no burst of dirty pages
-            del values  # a view keeps the file mapped, and held
+                table.flush()  # after each piece, so that dirty pages do not pile up
+            del values  # a view would keep the file mapped
             table.close()
             table = HostTable(rows, _DIM, path=path, mode="r")
             return _measure(table, path, rng, out, rounds)
@@ -59,8 +59,8 @@ def _measure(table: HostTable, path: Path, rng: np.random.Generator, out: torch.
     target = out.view(-1).numpy().view(np.uint8).data
 
     def read(ids: np.ndarray, first: int) -> None:
-        for i, place in enumerate((ids * row).tolist(), first):
-            os.preadv(file, [target[i * row : (i + 1) * row]], place)
+        for i, offset in enumerate((ids * row).tolist(), first):
+            os.preadv(file, [target[i * row : (i + 1) * row]], offset)
 
     def pread(ids: torch.Tensor) -> None:
         pieces = np.array_split(ids.numpy(), 32)
@@ -87,7 +87,7 @@ def _measure(table: HostTable, path: Path, rng: np.random.Generator, out: torch.
         "warm, pread on 32 threads": (False, pread),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    asked, sequential = [], []
+    requested, sequential = [], []  # bytes per gather; bytes per second
     for round_number in range(rounds + 1):
         ids = torch.from_numpy(rng.integers(0, table.rows, n))
         for name, (cold, work) in arms.items():
@@ -100,7 +100,7 @@ def _measure(table: HostTable, path: Path, rng: np.random.Generator, out: torch.
             work(ids)
             if round_number:  # the first one warms up code and threads
                 seconds[name].append(time.perf_counter() - began)
-        asked.append(int(readahead.page_ranges(ids.numpy(), row, table.nbytes)[:, 1].sum()))
+        requested.append(int(readahead.page_ranges(ids.numpy(), row, table.nbytes)[:, 1].sum()))
         table.drop()
         _evict(file)
         size, began = min(table.nbytes, 1 << 30), time.perf_counter()
@@ -115,7 +115,7 @@ def _measure(table: HostTable, path: Path, rng: np.random.Generator, out: torch.
         ratio = float(np.median(np.array(spent) / ours))
         lines.append({"what": name, "value": n / float(np.median(spent)) / 1e3, "unit": "krows/s", "ratio": ratio})
     speed = float(np.median(sequential))
-    least = float(np.median(asked)) / speed
+    least = float(np.median(requested)) / speed
     what = f"ceiling: these pages at the {speed / 1e9:.2f} GB/s of a cold sequential read"
     lines.append({"what": what, "value": n / least / 1e3, "unit": "krows/s", "ratio": least / float(np.median(ours))})
     return lines

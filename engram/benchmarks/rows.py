@@ -1,4 +1,4 @@
-"""Rows out of a table and gradients into it, beside torch's own ways and what the memory of this machine allows."""
+"""Speed of gathers and row updates, beside torch's own operations and the ceiling of this machine's memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from engram.storage import limits
 from engram.tables import HostTable, RowAdagrad, RowAdam, RowRMS, RowSinkhorn, kernels
 
 
-def _affordable(wanted: int, copies: int) -> int:
-    """Bytes for a table of which `copies` must fit in three quarters of the free memory: `wanted`, halved as needed."""
+def _affordable(nbytes: int, copies: int) -> int:
+    """Return `nbytes`, halved until `copies` tables of this size fit in three quarters of the free memory."""
     free = limits.free_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    while wanted > 1 << 26 and copies * wanted > free * 3 // 4:
-        wanted //= 2
-    return wanted
+    while nbytes > 1 << 26 and copies * nbytes > free * 3 // 4:
+        nbytes //= 2
+    return nbytes
 
 
 def _in_turn(items: list[Any]) -> Iterator[Any]:
@@ -31,16 +31,16 @@ def _in_turn(items: list[Any]) -> Iterator[Any]:
 
 
 def bench_lookup() -> list[Row]:
-    """131,072 random rows of 64, 256 and 1,024 B from 2 GiB into a reused buffer; for each width ours comes first."""
+    """Time gathers of 131,072 random rows of 64, 256 and 1,024 B from 2 GiB into a reused buffer."""
     nbytes = _affordable(2 << 30, 1)
     return [row for width in (64, 256, 1024) for row in lookup(nbytes, width)]
 
 
 def lookup(nbytes: int, width: int, rounds: int = 21) -> list[Row]:
-    """131,072 random rows of `width` bytes out of a table of `nbytes`, ours first, beside torch's ways."""
+    """Time gathers of 131,072 random rows of `width` bytes out of a table of `nbytes`, beside torch's operations."""
     n, rows, dim = 131_072, nbytes // width, width // 4
     table, rng = HostTable(rows, dim), np.random.default_rng(0)
-    table.tensor.fill_(1.0)  # every page is there: no page faults in the measurement
+    table.tensor.fill_(1.0)  # touches every page, so that no page faults are measured
     draws = _in_turn([torch.from_numpy(rng.integers(0, rows, n)) for _ in range(8)])
     out, bags, words = torch.zeros(n, dim), torch.arange(n), nbytes // 8 // 8  # an eighth of the table
     ceiling = "ceiling: C loop, prefetch and copy"
@@ -54,19 +54,19 @@ def lookup(nbytes: int, width: int, rounds: int = 21) -> list[Row]:
     if kernels.native is not None:
         arms[ceiling] = lambda: _copy_rows(table, next(draws), out)
         arms["sequential read"] = lambda: _read(table, words)
-    found = compare(arms, n / 1e6, "Mrows/s", rounds, ceiling=ceiling if ceiling in arms else None)
+    measured = compare(arms, n / 1e6, "Mrows/s", rounds, ceiling=ceiling if ceiling in arms else None)
     if kernels.native is not None:
-        sequential = found[-1]
-        rate = words * 8 * sequential["value"] / n / 1e3  # its value counts n rows a call
-        share = found[0]["value"] * width / 1e3 / rate
-        found[-1] = {"what": sequential["what"], "value": rate, "unit": "GB/s", "ratio": share}
+        sequential = measured[-1]
+        rate = words * 8 * sequential["value"] / n / 1e3  # its value counts n rows per call
+        share = measured[0]["value"] * width / 1e3 / rate
+        measured[-1] = {"what": sequential["what"], "value": rate, "unit": "GB/s", "ratio": share}
     huge = "" if table.info()["huge_pages"] else " (no huge pages)"
     table.close()
-    return [{**row, "what": f"{width} B{huge}: {row['what']}"} for row in found]
+    return [{**row, "what": f"{width} B{huge}: {row['what']}"} for row in measured]
 
 
 def _copy_rows(table: HostTable, ids: Tensor, out: Tensor) -> None:
-    """The ceiling: one call per thread, no checks, nothing but prefetch and copy."""
+    """Copy rows as fast as this machine can: one call per thread, without checks, only prefetch and copy."""
     assert kernels.native is not None
     copy = kernels.native.engram_copy_rows
     data, source, target = table.tensor.data_ptr(), ids.data_ptr(), out.data_ptr()
@@ -81,20 +81,20 @@ def _read(table: HostTable, words: int) -> None:
 
 
 def _halves(n: int, work: Callable[[int, int], None]) -> None:
-    """One piece per core, on the kernels' own threads."""
+    """Run `work` on one piece per core, on the kernels' own threads."""
     kernels.spread(n, -(-n // kernels.threads()), work)
 
 
 def _fbgemm(table: HostTable) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """fbgemm's table over the same memory, whose backward pass updates the rows; None where it is not installed."""
+    """Return fbgemm's table over the same memory, whose backward pass updates the rows; None if it is not installed."""
     try:
         from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
     except (ImportError, OSError):  # not installed, or built for another torch
         return None
-    place = EmbeddingLocation.HOST, training.ComputeDevice.CPU
+    on_host = EmbeddingLocation.HOST, training.ComputeDevice.CPU
     bags = training.SplitTableBatchedEmbeddingBagsCodegen(
-        [(table.rows, table.dim, *place)],
+        [(table.rows, table.dim, *on_host)],
         optimizer=training.OptimType.EXACT_ROWWISE_ADAGRAD,
         device=torch.device("cpu"),
     )
@@ -103,21 +103,21 @@ def _fbgemm(table: HostTable) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _read_and_write(table: HostTable, state: HostTable, ids: Tensor, grad: Tensor) -> None:
-    """The ceiling of a row-wise update: every byte it must touch is read, and those of rows and state written, with the
-    prefetches and nothing else; ids in the order given, none twice."""
+    """Read every byte that a row-wise update must touch, and write those of rows and state, with prefetches and nothing
+    else: the ceiling of an update. `ids` are distinct and read in their order."""
     assert kernels.native is not None
     touch, rows, moments = kernels.native.engram_touch_rows, table.tensor.data_ptr(), state.tensor.data_ptr()
     source, gradient = ids.data_ptr(), grad.data_ptr()
     _halves(len(ids), lambda lo, hi: touch(rows, moments, source, lo, hi, gradient, table.dim))
 
 
-def bench_update(wanted: int = 4 << 30) -> list[Row]:
-    """32,768 distinct random rows of 256 bytes, gradients given, in a table of `wanted` bytes, less if memory is short.
+def bench_update(nbytes: int = 4 << 30) -> list[Row]:
+    """Time updates of 32,768 distinct random rows of 256 bytes in a table of `nbytes`, less if memory is short.
 
-    All optimisers train the same table and share their moments, so that three times the table is all that is needed.
+    All optimizers train the same table and share their moments, so that three times the table is enough.
     """
     dim, n = 64, 32_768
-    rows = max(_affordable(wanted, 3) // (4 * dim), n)
+    rows = max(_affordable(nbytes, 3) // (4 * dim), n)
     rng = np.random.default_rng(0)
     draws = _in_turn([torch.from_numpy(rng.choice(rows, n, replace=False)) for _ in range(8)])
     grad, table = torch.randn(n, dim) * 1e-3, HostTable(rows, dim)
@@ -125,7 +125,7 @@ def bench_update(wanted: int = 4 << 30) -> list[Row]:
     halves = adam.state["moments"].tensor.view(2, rows, dim)  # the same memory as two tables of moments
     sinkhorn.state["m"] = SimpleNamespace(tensor=halves[0], path=None)  # type: ignore[assignment]
     for each in (table, *(state for o in (rms, adagrad, adam) for state in o.state.values())):
-        each.tensor.fill_(0.5)  # every page is there: no page faults in the measurement
+        each.tensor.fill_(0.5)  # touches every page, so that no page faults are measured
     sinkhorn.state["last"].tensor.fill_(0.0)
     weight = torch.nn.Parameter(table.tensor)
     sparse, sgd = torch.optim.SparseAdam([weight], lr=1e-3), torch.optim.SGD([weight], lr=1e-3)
@@ -154,9 +154,9 @@ def bench_update(wanted: int = 4 << 30) -> list[Row]:
     if kernels.native is not None:
         state = rms.state["v"]
         arms[ceiling] = lambda: _read_and_write(table, state, next(draws), grad)
-    found = compare(arms, n / 1e6, "Mrows/s", rounds=9, ceiling=ceiling if ceiling in arms else None)
-    theirs = next(row for row in found if row["what"] == "torch SparseAdam")["value"]
-    for row in found:
-        row["of_sparse_adam"] = row["value"] / theirs
+    measured = compare(arms, n / 1e6, "Mrows/s", rounds=9, ceiling=ceiling if ceiling in arms else None)
+    sparse_adam = next(row for row in measured if row["what"] == "torch SparseAdam")["value"]
+    for row in measured:
+        row["of_sparse_adam"] = row["value"] / sparse_adam
         row["table_bytes"] = table.nbytes
-    return found
+    return measured

@@ -1,4 +1,4 @@
-"""Training steps beside the plain model's, and against the number of rows stored."""
+"""Time of training steps beside the plain model's, and against the number of rows stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCAB, BATCH, TIME = 4096, 8, 256
 
 
 def _text(batches: int = 64) -> Tensor:
-    """int64 [batches, BATCH, TIME + 1]: Zipf-distributed ids, as skewed as text."""
+    """Draw int64 [batches, BATCH, TIME + 1]: Zipf-distributed ids, as skewed as text."""
     draws = np.random.default_rng(0).zipf(1.2, (batches, BATCH, TIME + 1))
     return torch.from_numpy(np.minimum(draws - 1, VOCAB - 1))
 
@@ -32,8 +32,10 @@ class Trainer:
     """A model that takes one training step per call, on the next of a few batches.
 
     Args:
-        hidden_size: of the 4-layer decoder. config: of its memory, None for plain. fetch_ahead: recall the next batch
-        before the current step, as engram.train does. folder: keep the table in a file there.
+        hidden_size: width of the 4-layer decoder.
+        config: configuration of its memory, None for a plain model.
+        fetch_ahead: recall the next batch before the current step, as engram.train does.
+        folder: folder for the table's file; None keeps the table in memory.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ def main_job(rows_per_head: int = 65_536) -> EngramConfig:
 
 
 def bench_step(rounds: int = 25) -> list[Row]:
-    """The main job's step (1.8M dense parameters) and a 5M one with 16 rows of 128 B a token, each beside plain."""
+    """Time the main job's step (1.8M dense parameters) and a 5M one with 16 rows of 128 B per token, beside plain."""
     rows: list[Row] = []
     sixteen = EngramConfig(layers=(1,), orders=(2, 3), heads=8, head_dim=32, rows_per_head=65_536)
     for name, hidden_size, config in (("d 128, 8 rows/token", 128, main_job()), ("d 256, 16 rows/token", 256, sixteen)):
@@ -78,7 +80,7 @@ def bench_step(rounds: int = 25) -> list[Row]:
 
 
 def bench_prefetch(rounds: int = 25) -> list[Row]:
-    """Fetching ahead against fetching on demand, and the share of a step that waits for rows."""
+    """Time steps that fetch ahead and steps that fetch on demand, with the share of a step that waits for rows."""
     ahead, demand = Trainer(128, main_job()), Trainer(128, main_job(), fetch_ahead=False)
     arms: dict[str, Callable[[], Any]] = {"next batch fetched ahead": ahead, "fetched on demand": demand}
     rows = compare(arms, per_round=1e-3, unit="ms/step", rounds=rounds, times=True)
@@ -95,11 +97,11 @@ def bench_prefetch(rounds: int = 25) -> list[Row]:
 
 
 def bench_scale(rounds: int = 15, folder: str | None = None) -> list[Row]:
-    """Step time against rows stored: 2^17 and 2^24 rows per head in memory (8 heads of 128-byte rows)."""
+    """Time steps against rows stored: 2^17 and 2^24 rows per head in memory (8 heads of 128-byte rows)."""
     arms: dict[str, Callable[[], Any]] = {
         f"2^{k} rows per head": Trainer(128, main_job(2**k), folder=folder) for k in (17, 24)
     }
     for trainer in arms.values():
-        for _ in range(64):  # one epoch: pages of rows never met before are the start's cost, not a step's
+        for _ in range(64):  # one epoch: the first touch of a page is a cost of the start, not of a step
             trainer()
     return compare(arms, per_round=1e-3, unit="ms/step", rounds=rounds, times=True)

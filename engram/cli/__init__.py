@@ -1,4 +1,5 @@
-"""`engram ...`: thin. Every command is a function of the library with the same name."""
+"""`engram ...`: the command line. Every command calls the function of the library with the same name; `engram inspect`
+calls inspect_file, because `engram.inspect` is a package."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ __all__ = ["app", "files", "main", "models", "training"]
 
 
 def main() -> None:
-    """Entry point: what is wrong with the input is one line on stderr and exit code 2."""
+    """Run the command line. An error of the input is printed as one line on stderr, with exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
         app()

@@ -17,23 +17,28 @@ from engram.storage.untrusted import printable
 def plan(
     config: Annotated[
         str,
-        typer.Argument(help="A preset; or a model's or saved memory's folder or config.json; or an EngramConfig's."),
+        typer.Argument(
+            help="A preset; or a folder or config.json of a model or saved memory; or an EngramConfig as JSON."
+        ),
     ],
-    hidden_size: Annotated[int | None, typer.Option(help="Of the model; default: what the config says.")] = None,
-    streams: Annotated[
-        int | None, typer.Option(help="Residual streams; default: what the config says, else 1.")
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Hidden size of the model; default: that of the config.")
     ] = None,
-    vocab: Annotated[int | None, typer.Option(help="Compressed vocabulary, where the config does not fix it.")] = None,
+    streams: Annotated[int | None, typer.Option(help="Residual streams; default: those of the config, else 1.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Compressed vocabulary, if the config does not fix it.")] = None,
     ngrams: Annotated[
         str | None,
-        typer.Option(help="Distinct n-grams of each order, such as 50M; default: one for each row of a head."),
+        typer.Option(help="Distinct n-grams of each order, such as 50M; default: one per row of a head."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
-    folder: Annotated[Path, typer.Option(help="Where the tables would lie: whose disk is looked at.")] = Path("."),
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 4096,
+    folder: Annotated[Path, typer.Option(help="Folder for the tables: its disk's free space is shown.")] = Path("."),
     as_json: Json = False,
 ) -> None:
-    """Say what a memory costs before it is made: rows, bytes, reads, optimiser state, collisions. Allocates nothing."""
+    """Print what a memory costs before it is made: rows, bytes, reads, optimizer state, collisions.
+
+    Nothing is allocated.
+    """
     from engram.inspect.plan import plan as run
     from engram.inspect.plan import read_shape
     from engram.inspect.render import print_plan
@@ -41,17 +46,17 @@ def plan(
 
     if Path(config).is_dir():
         config = str(Path(config) / "config.json")
-    wanted = read_config(config)
+    engram_config = read_config(config)
     if unknown := unknown_fields(config):
         print(printable(f"note: {config} has fields that are not read: {', '.join(unknown)}"), file=sys.stderr)
-    known, usual = read_shape(config)
-    hidden_size, streams = known if hidden_size is None else hidden_size, usual if streams is None else streams
-    count = None if ngrams is None else parse_count(ngrams, "number of n-grams")
-    found = run(wanted, hidden_size, streams, vocab, count, batch, context, folder)
+    width, count = read_shape(config)
+    hidden_size, streams = width if hidden_size is None else hidden_size, count if streams is None else streams
+    distinct = None if ngrams is None else parse_count(ngrams, "number of n-grams")
+    planned = run(engram_config, hidden_size, streams, vocab, distinct, batch, context, folder)
     if as_json:
-        print(found.to_json())
+        print(planned.to_json())
     else:
-        print_plan(config, found)
+        print_plan(config, planned)
 
 
 @app.command()
@@ -59,13 +64,14 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert, attach, decode; default: some."
+            help="hash, lookup, update, codecs, step, prefetch, scale, disk, convert, attach, decode; default: hash, "
+            "lookup, update and step."
         ),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure hashing, lookup, row updates and a training step beside the stock alternatives."""
+    """Measure hashing, lookup, row updates and a training step, each beside the usual alternatives."""
     from rich.console import Console
     from rich.table import Table
 
@@ -79,7 +85,8 @@ def bench(
     if as_json:
         print(json.dumps(results))
         return
-    table = Table(title="medians; ratio: alternative's time / ours, above 1 ours is faster", title_justify="left")
+    title = "medians; ratio: time of this line / time of the first one, above 1 engram is faster"
+    table = Table(title=title, title_justify="left")
     for heading in ("benchmark", "what", "value", "unit", "ratio"):
         table.add_column(heading, justify="right" if heading in ("value", "ratio") else "left")
     for name, rows in results.items():
@@ -100,7 +107,7 @@ def verify(
 
     with Progress() as progress:
         task = progress.task("reading", unit="bytes")
-        totals: dict[str, int] = {}  # of the folders that were begun
+        totals: dict[str, int] = {}  # bytes of each folder whose files are being read
 
         def on_bytes(file: str, count: int, total: int) -> None:
             totals[str(Path(file).parent)] = total
@@ -131,16 +138,16 @@ def convert(
     to: Annotated[
         str, typer.Option(help="engram, demo, deepseek-v4.1, deepseek-v4.1-interleaved, qwen or gguf.")
     ] = "engram",
-    config: Annotated[str | None, typer.Option(help="A config.json, or a preset, where the source has none.")] = None,
+    config: Annotated[str | None, typer.Option(help="A config.json, or a preset, if the source has none.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json, or a saved token map; default: looked for beside the source.")
+        Path | None, typer.Option(help="tokenizer.json, or a saved token map; default: the one beside the source.")
     ] = None,
     shards: Annotated[int, typer.Option(help="Tensor-parallel ranks of deepseek-v4.1; parts of qwen's table.")] = 1,
-    by: Annotated[str, typer.Option(help="row: ranks hold equally many rows; head: whole hash columns.")] = "row",
+    by: Annotated[str, typer.Option(help="row: ranks have equally many rows; head: complete hash columns.")] = "row",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Write a memory in another format, streaming, and verify what was written."""
+    """Write a memory in another format, in bounded memory, and verify what was written."""
     from engram.integrations.formats import convert as run
     from engram.integrations.formats.readers import read_config, read_token_map
     from engram.lm.progress import Progress
@@ -164,7 +171,7 @@ def convert(
     exact = "nothing was rounded" if report["lossless"] else f"largest rounding error {report['max_error']:.3g}"
     print(f"wrote {printable(str(target))} ({to}): {rows}, {report['bytes']:,} bytes; {exact}; read back and equal")
     if report["untrained"]:
-        print("note: a GGUF file holds the tables alone: the projections of this memory are new and add nothing yet")
+        print("note: a GGUF file has only the tables: the projections of this memory are new and untrained")
 
 
 @app.command()
@@ -172,16 +179,19 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="A saved memory, a run, a checkpoint, safetensors (file or folder), or a GGUF file.")
     ],
-    config: Annotated[str | None, typer.Option(help="A config.json, or a preset, where the source has none.")] = None,
+    config: Annotated[str | None, typer.Option(help="A config.json, or a preset, if the source has none.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a checkpoint holds: tensors, which model's n-gram memory it is, rows and bytes. Reads headers only."""
+    """Print what a checkpoint holds: tensors, the format of its n-gram memory, rows and bytes.
+
+    Only headers are read. In Python this command is engram.inspect_file.
+    """
     from engram.inspect.render import print_inspection
     from engram.integrations.formats import inspect_file as run
     from engram.integrations.formats.readers import read_config
 
-    found = run(path, None if config is None else read_config(config))
+    inspected = run(path, None if config is None else read_config(config))
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(inspected))
     else:
-        print_inspection(found)
+        print_inspection(inspected)

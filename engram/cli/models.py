@@ -1,4 +1,4 @@
-"""engram evaluate, engram generate, engram explain: what runs a trained model."""
+"""engram evaluate, generate and explain: the commands that run a trained model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluate(
             "templates run code, so use only files that you trust."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents of each task; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task; default: all.")] = None,
     memory: Memory = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -40,9 +40,9 @@ def evaluate(
         _evaluate_tasks(folder, memory, tasks.split(","), task_files, limit, device, as_json)
         return
     if (task_files, limit, memory) != (None, None, None):
-        raise ValueError("--task-files, --limit and --memory belong to --tasks, which names what to score")
+        raise ValueError("--task-files, --limit and --memory need --tasks: give the tasks to score, or leave them out")
     if not (folder / "run.json").is_file() and (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is a model of transformers: say with --tasks what to score it on")
+        raise ValueError(f"{folder} is a model of transformers: give the tasks to score with --tasks")
     from engram.lm.corpus import load_corpus, split
     from engram.lm.evaluate import evaluate as score
     from engram.lm.progress import Progress
@@ -87,13 +87,13 @@ def _evaluate_tasks(
             "--tasks needs lm-eval, which is not installed: pip install -e '.[lm-eval]' in the project's folder"
         )
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit is a number of documents, 1 or more, not {limit}")
+        raise ValueError(f"--limit must be a number of documents, at least 1, not {limit}")
     from engram.lm.lm_eval import adapter, load_tasks, run_tasks
     from engram.lm.progress import Progress
 
     with Progress(live=False) as progress:  # lm-eval draws bars of its own
         progress.task(f"scoring {', '.join(names)}")
-        tasks = load_tasks(names, task_files)  # before the model: a wrong name is found at once
+        tasks = load_tasks(names, task_files)  # before the model, so that a wrong name is reported at once
         report = run_tasks(adapter(*_open(folder, memory, device)), tasks, limit)
     if as_json:
         print(json.dumps({"folder": str(folder), "memory": None if memory is None else str(memory), **report}))
@@ -114,7 +114,7 @@ def _evaluate_tasks(
 
 
 def _open(folder: Path, memory: Path | None, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a run of `engram train`, or of a model folder of transformers with a memory attached."""
+    """Load model and tokenizer of a run of `engram train`, or of a model folder of transformers, with its memory."""
     if (folder / "run.json").is_file():
         if memory is not None:
             raise ValueError(f"{folder} is a run of `engram train`, which has its own memory: leave out --memory")
@@ -157,27 +157,29 @@ def generate(
     text = [0, *tokenizer.encode(prompt).ids]  # 0: <|endoftext|>, which every document starts with
     ids = torch.tensor([text], device=device)
     if ids.shape[1] > model.config.max_length:
-        raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model holds {model.config.max_length}")
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, more than the model's {model.config.max_length}: shorten it"
+        )
     tokens = min(tokens, model.config.max_length - ids.shape[1])
     with Progress() as progress:
-        say = progress.task("writing", tokens, "tokens").update
-        out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0, on_token=say)
+        update = progress.task("writing", tokens, "tokens").update
+        out = sample(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=0, on_token=update)
     print(printable(tokenizer.decode(out[0].tolist())))
 
 
 @app.command()
 def explain(
     folder: Annotated[Path, typer.Argument(help="Folder of a run of `engram train`, or of a model of transformers.")],
-    text: Annotated[str, typer.Argument(help="Text to look at.")],
+    text: Annotated[str, typer.Argument(help="Text to explain.")],
     memory: Memory = None,
     losses: Annotated[
-        bool, typer.Option(help="Also switch the memory off at each token: one forward pass each.")
+        bool, typer.Option(help="Also show the loss with the memory off at each token: one forward pass per token.")
     ] = True,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and what that was worth."""
+    """Show what the memory did at each token of a text: n-grams, rows, gate, what it added and the loss without it."""
     from engram.inspect.explain import explain as run
     from engram.inspect.render import print_explanation
     from engram.lm.progress import Progress
@@ -185,8 +187,8 @@ def explain(
     with Progress() as progress:
         progress.task("reading the text")
         model, tokenizer = _open(folder, memory, device)
-        found = run(model, text, tokenizer, losses)
+        explanation = run(model, text, tokenizer, losses)
     if as_json:
-        print(found.to_json())
+        print(explanation.to_json())
     else:
-        print_explanation(found)
+        print_explanation(explanation)

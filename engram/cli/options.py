@@ -17,28 +17,28 @@ Corpus = Annotated[
     str,
     typer.Option(
         help="Names joined by '+' out of wiki, shakespeare, kjv, stdlib, botocore; or a folder or file: .txt, .md, "
-        'and .jsonl, .json or .parquet with a "text"; also .gz.'
+        'or .jsonl, .json and .parquet with a field "text"; also .gz.'
     ),
 ]
-Budget = Annotated[str, typer.Option(help="Training tokens of each run: 1100000, 1.1M, 500k.")]
-Memory = Annotated[
-    Path | None, typer.Option(help="Memory to attach to a model of transformers: what memory.save wrote.")
+Budget = Annotated[str, typer.Option(help="Training tokens per run: 1100000, 1.1M, 500k.")]
+Memory = Annotated[Path | None, typer.Option(help="Saved memory to attach to a model of transformers.")]
+Device = Annotated[
+    str, typer.Option(help="Device of the dense weights, such as cuda or cuda:1; tables stay in host memory.")
 ]
-Device = Annotated[str, typer.Option(help="Of the dense weights, such as cuda or cuda:1; tables stay in host memory.")]
 Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=1024,
         callback=lambda count: _use_threads(count),
-        help="CPU threads; default: the cores that affinity and control groups leave to this process.",
+        help="CPU threads; default: the cores that this process may use (affinity and control groups).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _use_threads(count: int | None) -> None:
-    """Set the threads of torch and of the kernels. torch's own default does not see the quota of a control group."""
+    """Set the threads of torch and of the kernels. torch's own default ignores the quota of a control group."""
     import torch
 
     from engram.tables import kernels
@@ -50,8 +50,8 @@ def _use_threads(count: int | None) -> None:
         kernels.set_threads(count)
 
 
-def _print_version(wanted: bool) -> None:
-    if not wanted:
+def _print_version(requested: bool) -> None:
+    if not requested:
         return
     from importlib.metadata import PackageNotFoundError, version
 
@@ -63,8 +63,8 @@ def _print_version(wanted: bool) -> None:
     try:
         hf = f"transformers {version('transformers')}"
     except PackageNotFoundError:
-        hf = "no transformers"
-    path = "the torch path" if kernels.native is None else "compiled kernels"
+        hf = "without transformers"
+    path = "without compiled kernels" if kernels.native is None else "with compiled kernels"
     print(f"engram {engram.__version__} (torch {torch.__version__}, {hf}, {path})")
     raise typer.Exit
 
@@ -79,20 +79,20 @@ def options(
 
 
 def parse_count(text: str, what: str = "token budget") -> int:
-    """ "1.1M" -> 1100000. Raises ValueError for anything else than a positive number with an optional k, M or G."""
+    """Read a count: "1.1M" -> 1100000. Raise ValueError unless it is a positive number, with or without k, M or G."""
     units = {"k": 1e3, "m": 1e6, "g": 1e9}
     try:
         number = float(text[:-1]) * units[text[-1].lower()] if text[-1:].lower() in units else float(text)
     except ValueError:
         number = 0.0
     if not 1 <= number < 1e15:
-        raise ValueError(f"a {what} is a positive number such as 1100000, 1.1M or 500k, not {text!r}")
+        raise ValueError(f"a {what} must be a positive number such as 1100000, 1.1M or 500k, not {text!r}")
     return round(number)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "0,1,2" -> [0, 1, 2]."""
+    """Read seeds: "0,1,2" -> [0, 1, 2]. Raise ValueError for anything else."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"seeds are integers joined by commas, such as 0,1,2, not {text!r}") from None
+        raise ValueError(f"seeds must be integers joined by commas, such as 0,1,2, not {text!r}") from None

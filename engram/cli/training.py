@@ -1,4 +1,4 @@
-"""engram ablate, engram train."""
+"""engram ablate and train: the commands that train models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _describe(data: Any) -> None:
 @app.command()
 def ablate(
     budget: Budget = "1M",
-    seeds: Annotated[str, typer.Option(help="Seeds joined by commas; every arm runs once per seed.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Seeds joined by commas; each arm runs once per seed.")] = "0",
     corpus: Corpus = "wiki+shakespeare+kjv",
     arms: Annotated[str, typer.Option(help="Arms joined by commas: plain, one-row, random, engram.")] = (
         "plain,one-row,engram"
@@ -47,7 +47,9 @@ def ablate(
     ] = Path("runs/ablation"),
     lr: Annotated[float | None, typer.Option(help="Learning rate of the dense weights.")] = None,
     table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
-    held_out: Annotated[str, typer.Option(help="validation; or tune, to choose learning rates on.")] = "validation",
+    held_out: Annotated[
+        str, typer.Option(help="Part of the text to compare on: validation; or tune, to choose learning rates.")
+    ] = "validation",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -63,11 +65,13 @@ def ablate(
 
     setting = _setting(corpus, budget, lr, table_lr)
     if held_out not in ("validation", "tune"):
-        raise ValueError(f"held-out is validation or tune, not {held_out!r}")
+        raise ValueError(f"--held-out must be validation or tune, not {held_out!r}")
     if (out / "run.json").exists():
-        raise ValueError(f"{out} is the folder of a run of `engram train`, whose log.jsonl would be lost: give another")
+        raise ValueError(
+            f"{out} is the folder of a run of `engram train`, whose log.jsonl would be lost: give another folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # a folder that cannot be written is refused before the work, not after it
+    tempfile.TemporaryFile(dir=out).close()  # raises before the work if the folder cannot be written
     with ExitStack() as stack:
         stack.enter_context(alone_in(out))
         progress = stack.enter_context(Progress())
@@ -83,7 +87,7 @@ def ablate(
         def on_data(data: Any) -> None:
             text.finish()
             _describe(data)
-            logs.append(stack.enter_context(closing(StepLog(out, 0))))  # now that the arguments are known to be good
+            logs.append(stack.enter_context(closing(StepLog(out, 0))))  # only after the arguments were checked
 
         def on_step(arm: str, seed: int, step: int, steps: int, loss: float) -> None:
             logs[0].write({"arm": arm, "seed": seed, "step": step, "loss": loss})
@@ -104,7 +108,7 @@ def ablate(
             on_step=on_step,
             on_evaluate=on_evaluate,
             on_data=on_data,
-            on_report=lambda report: job.write_report(report, out),  # a run that is killed leaves what it has
+            on_report=lambda report: job.write_report(report, out),  # after each run, in case a later one is killed
         )
     if as_json:
         print(json.dumps(report))
@@ -115,8 +119,10 @@ def ablate(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; one with checkpoints of this setting is resumed.")],
-    arm: Annotated[str, typer.Option(help="plain, one-row, random or engram.")] = "engram",
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run. If it has checkpoints of the same setting, the run resumes.")
+    ],
+    arm: Annotated[str, typer.Option(help="The model: plain, one-row, random or engram.")] = "engram",
     budget: Budget = "1M",
     seed: int = 0,
     corpus: Corpus = "wiki+shakespeare+kjv",
@@ -124,12 +130,12 @@ def train(
     table_lr: Annotated[float | None, typer.Option(help="Learning rate of the table rows.")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     keep_checkpoints: Annotated[
-        int, typer.Option(min=0, help="Checkpoints that stay, the newest; each holds the whole table. 0: all.")
+        int, typer.Option(min=0, help="Newest checkpoints to keep; each contains the tables. 0: all.")
     ] = 0,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Train one small language model, with checkpoints; run it again after an interruption and it goes on.
+    """Train one small language model, with checkpoints. Run the command again after an interruption to resume.
 
     OUT/log.jsonl gets one JSON line per step: step, tokens, loss (nats per token), lr, tokens_per_second, seconds.
     """
@@ -139,14 +145,14 @@ def train(
     from engram.lm.run_folder import alone_in
     from engram.lm.train import train as run
 
-    place = device_of(device)  # before the text is made ready
+    torch_device = device_of(device)  # before the text is prepared, which takes time
     setting = _setting(corpus, budget, lr, table_lr).seeded(seed)
     with alone_in(out), Progress() as progress:
         text = progress.task("preparing the text")
         data = prepare(setting)
         text.finish()
         _describe(data)
-        model = build_model(setting, arm, data.token_map).to(place)
+        model = build_model(setting, arm, data.token_map).to(torch_device)
         save_run(out, setting, arm, data)
         task = progress.task(f"{arm}, seed {seed}", setting.train.steps, "steps")
         start: list[int] = []

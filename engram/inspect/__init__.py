@@ -1,1 +1,1 @@
-"""Look into a memory: what it read and said at each token of a text, and what one costs before it is made."""
+"""Look into a memory: what it read and added at each token of a text, and what a memory costs before it is made."""

@@ -1,4 +1,4 @@
-"""plan: what a configuration costs, before anything of it exists. Sizes come from the classes themselves, which
+"""plan: what a configuration costs, before any of it is allocated. Sizes come from the classes themselves, which
 allocate nothing on torch's meta device.
 """
 
@@ -21,7 +21,7 @@ from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS, Table
 from engram.tables.codecs import NAMES
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# (hidden size, residual streams) of the models that the presets belong to; the released demo's is a free choice.
+# (hidden size, residual streams) of the models that the presets belong to; that of the released demo is arbitrary.
 SHAPES = {
     "paper-27b": (2560, 4),
     "paper-40b": (2560, 4),
@@ -32,7 +32,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """All tables in one storage format: bytes of one row, of each layer's table, of all, read by a token and a step."""
+    """Sizes of all tables in one storage format.
+
+    Attributes:
+        row_bytes: bytes per row.
+        layers: {layer: bytes of its table}.
+        total: bytes of all tables.
+        token: bytes read per token.
+        step: bytes read per step.
+    """
 
     row_bytes: int
     layers: dict[int, int]
@@ -50,10 +58,14 @@ class Collisions:
     chapter 5; the row counts of the heads are coprime, so heads are taken as independent).
 
     Attributes:
-        order: n-gram length. rows: p, the mean over the heads and layers. ngrams: m. possible: compressed vocabulary to
-            the power of the order, which m never exceeds; None where the vocabulary is not known.
-        used: share of the rows that some n-gram reads. shared: share of the n-grams that share their row in one head.
-        shared_in_all: share that does so in every head (with whichever n-grams).
+        order: n-gram length.
+        rows: p, the mean over the heads and layers.
+        ngrams: m.
+        possible: compressed vocabulary to the power of the order, which m never exceeds; None if the vocabulary is not
+            known.
+        used: share of the rows that some n-gram reads.
+        shared: share of the n-grams that share their row in one head.
+        shared_in_all: share of the n-grams that share their row in every head, with the same n-gram or others.
     """
 
     order: int
@@ -67,17 +79,20 @@ class Collisions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration costs.
+    """Result of `plan`: what a configuration costs.
 
     Attributes:
-        rows: {layer: rows}. addressed: {layer: those that the hash can reach}, fewer where tables are padded.
-        row_values: values of a row. rows_per_token: rows that one token reads, in all layers.
+        rows: {layer: rows}.
+        addressed: {layer: rows that the hash can reach}, fewer if tables are padded.
+        row_values: values per row.
+        rows_per_token: rows that one token reads, in all layers.
         storage: {format: Storage}, for float32, bfloat16 and every codec that can hold such rows.
-        state: {"rms", "adam": bytes of the row optimiser's state}; adagrad has rms's size.
-        dense: {layer: parameters of the fusion module}; None without a hidden size. Optimised by AdamW each takes 16
-            bytes: weight, gradient and two moments.
-        collisions: one for each order.
-        batch, context: of a step. machine: bytes of this machine: ram, ram_free, disk_free.
+        state: {"rms", "adam": bytes of the row optimizer's state}; adagrad has rms's size.
+        dense: {layer: parameters of the fusion module}; None without a hidden size. Trained with AdamW, each parameter
+            takes 16 bytes: weight, gradient and two moments.
+        collisions: one Collisions per order.
+        batch, context: sequences of a step, and tokens per sequence.
+        machine: bytes of this machine: ram, ram_free, disk_free.
     """
 
     rows: dict[int, int]
@@ -93,12 +108,13 @@ class Plan:
     machine: dict[str, int]
 
     def fits(self, count: int) -> str:
-        """Where so many bytes find room here: "RAM", "disk" or "no"."""
+        """Return the smallest storage on this machine that holds `count` bytes: "RAM", "disk" or "no"."""
         if count <= self.machine["ram_free"]:
             return "RAM"
         return "disk" if count <= self.machine["disk_free"] else "no"
 
     def to_json(self) -> str:
+        """Return all fields as JSON; each storage format also has "fits"."""
         storage = {name: asdict(s) | {"fits": self.fits(s.total)} for name, s in self.storage.items()}
         return json.dumps(asdict(self) | {"storage": storage})
 
@@ -113,19 +129,32 @@ def plan(
     context: int = 4096,
     folder: str | os.PathLike[str] = ".",
 ) -> Plan:
-    """Sizes of a memory, from its configuration alone: nothing is allocated, read or written.
+    """Compute what a memory costs, from its configuration alone: nothing is allocated, read or written.
 
     Args:
-        hidden_size, streams: of the model; without them the dense parameters stay unknown.
-        vocab: compressed vocabulary, where the configuration does not fix it: it limits how many n-grams there can be.
+        config: the configuration.
+        hidden_size, streams: of the model; without hidden_size the dense parameters are not known.
+        vocab: compressed vocabulary, if the configuration does not fix it. It limits how many n-grams are possible.
         ngrams: distinct n-grams of each order in the text; default: as many as a head has rows.
-        batch, context: tokens of a step are batch x context. folder: whose disk is looked at.
+        batch, context: sequences of a step, and tokens per sequence.
+        folder: folder for the tables, whose disk's free space is reported.
+
+    Returns:
+        Plan. Sizes are bytes, or numbers of rows and parameters.
 
     Raises:
         ValueError: a size below 1, or a configuration whose layout cannot be built.
+
+    Example:
+        >>> import engram
+        >>> plan = engram.plan(engram.EngramConfig.preset("deepseek-v4.1-flash"), hidden_size=5120, streams=4)
+        >>> plan.rows
+        {1: 384006168, 14: 384016682}
+        >>> f"{plan.storage['fp8'].total / 2**30:.2f} GiB of fp8 rows, {plan.rows_per_token} rows per token"
+        '188.83 GiB of fp8 rows, 48 rows per token'
     """
-    given = {"hidden_size": hidden_size, "streams": streams, "vocab": vocab, "ngrams": ngrams}
-    for name, value in {**given, "batch": batch, "context": context}.items():
+    sizes = {"hidden_size": hidden_size, "streams": streams, "vocab": vocab, "ngrams": ngrams}
+    for name, value in {**sizes, "batch": batch, "context": context}.items():
         if value is not None and not 1 <= whole(name, value) < 2**48:
             raise ValueError(f"{name} must be >= 1 and below 2**48, not {value}")
     if (hidden_size or 1) * streams * config.d_mem >= 2**48:
@@ -134,7 +163,7 @@ def plan(
             f"model has: give the sizes of the model"
         )
     vocab = config.compressed_vocab or vocab
-    layout = build_layout(config, vocab or 2**20, 0)  # neither changes how many rows there are
+    layout = build_layout(config, vocab or 2**20, 0)  # neither argument changes the number of rows
     reads = config.columns * len(config.layers)
     storage: dict[str, Storage] = {}
     with torch.device("meta"):
@@ -143,9 +172,9 @@ def plan(
                 tables = {layer: _table(name, layout.rows[layer], config.head_dim) for layer in config.layers}
             except ValueError:  # a codec that cannot hold rows of this width
                 continue
-            sizes = {layer: table.nbytes for layer, table in tables.items()}
-            row = next(iter(sizes.values())) // next(iter(layout.rows.values()))
-            storage[name] = Storage(row, sizes, sum(sizes.values()), reads * row, reads * row * batch * context)
+            nbytes = {layer: table.nbytes for layer, table in tables.items()}
+            row = next(iter(nbytes.values())) // next(iter(layout.rows.values()))
+            storage[name] = Storage(row, nbytes, sum(nbytes.values()), reads * row, reads * row * batch * context)
         floats = [_table("float32", layout.rows[layer], config.head_dim) for layer in config.layers]
         state = {"rms": sum(RowRMS(t).nbytes for t in floats), "adam": sum(RowAdam(t).nbytes for t in floats)}
         dense = None
@@ -153,9 +182,9 @@ def plan(
             modules = {layer: EngramFusion(config, hidden_size, streams) for layer in config.layers}
             dense = {layer: sum(p.numel() for p in m.parameters()) for layer, m in modules.items()}
     collisions = []
-    for place, order in enumerate(config.orders):
-        moduli = [layout.moduli[layer][place] for layer in config.layers]
-        collisions.append(expected_collisions(order, moduli, ngrams or config.row_counts[place], vocab))
+    for index, order in enumerate(config.orders):
+        moduli = [layout.moduli[layer][index] for layer in config.layers]
+        collisions.append(expected_collisions(order, moduli, ngrams or config.row_counts[index], vocab))
     return Plan(
         rows=layout.rows,
         addressed={layer: sum(map(sum, layout.moduli[layer])) for layer in config.layers},
@@ -172,12 +201,18 @@ def plan(
 
 
 def expected_collisions(order: int, moduli: list[tuple[int, ...]], ngrams: int, vocab: int | None = None) -> Collisions:
-    """See Collisions. moduli: of each layer, the rows of each head."""
+    """Compute the Collisions of one order.
+
+    Args:
+        moduli: one tuple per layer, of the rows of each head.
+        ngrams: distinct n-grams in the text.
+        vocab: compressed vocabulary, None if it is not known.
+    """
     possible = None if vocab is None else vocab**order
     m = ngrams if possible is None else min(ngrams, possible)
     empty, shared, in_all = [], [], []
     for heads in moduli:
-        # log1p keeps what 1 - 1/p would lose; with one row everything but a single n-gram shares it
+        # log1p keeps digits that 1 - 1/p would lose. All n-grams share a single row, if there are several.
         empty += [math.exp(m * math.log1p(-1 / p)) if p > 1 else 0.0 for p in heads]
         layer = [-math.expm1((m - 1) * math.log1p(-1 / p)) if p > 1 else float(m > 1) for p in heads]
         shared += layer
@@ -187,7 +222,7 @@ def expected_collisions(order: int, moduli: list[tuple[int, ...]], ngrams: int, 
 
 
 def read_shape(name: str) -> tuple[int | None, int]:
-    """(hidden size, streams) of a preset, or of a config.json or manifest by path; (None, 1) where it does not say."""
+    """Return (hidden size, streams) of a preset, or of a config.json or manifest at a path; (None, 1) if not given."""
     if not Path(name).exists():
         return SHAPES.get(name, (None, 1))
     fields = read_json(name, "a config")
@@ -210,7 +245,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _machine(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes of memory in all, of memory to be had, and of disk to be had in that folder (0 where not known)."""
+    """Return the bytes of memory, of free memory, and of free disk of that folder."""
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     try:  # unlike the above, MemAvailable counts what the page cache would give back
@@ -218,11 +253,11 @@ def _machine(folder: str | os.PathLike[str]) -> dict[str, int]:
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         pass
-    try:  # a container may get less than the machine has; files it has read can be dropped
+    try:  # a container may get less than the machine has; the page cache of files can be dropped
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        total, free = min(total, limit), min(free, max(0, limit - used + int(held["inactive_file"])))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        total, free = min(total, limit), min(free, max(0, limit - used + int(stat["inactive_file"])))
     except (OSError, KeyError, ValueError):
         pass
     return {"ram": total, "ram_free": free, "disk_free": shutil.disk_usage(folder).free}

@@ -167,7 +167,10 @@ def new(name: str, home: Path = HOME) -> Path:
     return folder
 
 
-SKELETON = '''"""Write the question here, in one line. What follows says what is compared and why."""
+SKELETON = '''"""Write the question here, in one line.
+
+Write here what is compared, and why.
+"""
 
 from __future__ import annotations
 

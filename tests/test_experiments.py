@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ from engram.lm.transformer import TransformerConfig
 from experiments.__main__ import chosen, main, new, runs_of, seeds_of, tune
 from experiments.arms.knn_lm import INDEXES
 from experiments.lab import caches, cell, claims_page, report, results, runner, tuning
-from experiments.lab.caches import FILE, training_of
 from experiments.lab.cell import HOME, SETTINGS, Run, Table, cell_of, names
 from experiments.lab.results import append, read_documents, read_results, write_documents
+from experiments.lab.trainings import FILE, training_of
 from experiments.lab.tuning import rate_grid, tuned
 from experiments.lab.version import processor
 from experiments.slots.summary import log_fit
@@ -875,6 +876,48 @@ def test_a_new_question_runs_reports_and_plots_from_its_configs_alone(lab, setti
     ]
 
 
+def test_a_new_question_makes_a_text_of_its_own_without_an_edit_elsewhere(lab):
+    home, call = lab
+    call("new", "digits")
+    with (home / "digits" / "configs.py").open("a") as file:
+        file.write(MAKING)
+    text = "from experiments.lab.caches import make; from engram.lm.run import Setting\n"
+    text += "for corpus in ('digits:7', 'digits:8', 'recall:4/4+0'):\n"
+    text += "    print(make(Setting(corpus=corpus, vocab_size=300), 'validation').validation.ids[:5].tolist())\n"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(home.parent), str(HOME.parent)))}
+    done = subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True, cwd=home.parent)
+    assert done.returncode == 0, done.stderr
+    sevens, eights, recall = done.stdout.splitlines()
+    assert (sevens, eights) == ("[7, 7, 7, 7, 7]", "[8, 8, 8, 8, 8]") and recall.startswith("[0, ")
+
+
+MAKING = """
+
+def prepare(setting, held_out):
+    import numpy as np
+
+    from engram import TokenMap
+    from engram.lm.run import Data
+    from engram.lm.tokenizer import Encoded
+
+    ids = np.full(50, int(setting.corpus.partition(":")[2]), np.int32)
+    text = Encoded(ids, np.zeros(50, np.int32), np.array([0, 50]), np.array([50]))
+    return Data(None, TokenMap.identity(300), text, text, 0.0, "digits")
+
+
+MAKES = {"digits": prepare}
+"""
+
+
+def test_a_kind_of_text_that_two_questions_make_is_refused_by_their_names(monkeypatch):
+    made = {"one": SimpleNamespace(MAKES={"digits": print}), "two": SimpleNamespace(MAKES={"digits": repr})}
+    monkeypatch.setattr(caches, "names", lambda: (*made, "three"))
+    monkeypatch.setattr(caches, "questions", lambda name: made.get(name, SimpleNamespace()))
+    with pytest.raises(ValueError, match="'digits:' are made by one and by two"):
+        caches.maker_of("digits:3")
+    assert caches.maker_of("letters:3") is None and caches.maker_of("digits") is None
+
+
 @pytest.mark.parametrize("name", ["sceptic", "Two Words", "2nd", "Upper"])
 def test_a_new_question_needs_a_free_name(name, tmp_path):
     (tmp_path / "sceptic").mkdir()
@@ -910,3 +953,21 @@ def test_sizes_are_called_by_name_or_letter(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["experiments", "run", "sceptic", "--setting", "M"])
         main()
     assert "unknown size 'M'" in capsys.readouterr().err
+
+
+def modules_of_the_lab() -> list[str]:
+    files = (file.relative_to(HOME.parent) for file in HOME.rglob("*.py"))
+    return sorted(".".join(file.with_suffix("").parts) for file in files if file.stem not in ("__init__", "__main__"))
+
+
+def test_every_module_of_the_lab_can_be_imported_first():
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "experiments"}
+    try:
+        for name in modules_of_the_lab():
+            for other in [other for other in sys.modules if other.partition(".")[0] == "experiments"]:
+                del sys.modules[other]
+            importlib.import_module(name)
+    finally:
+        for other in [other for other in sys.modules if other.partition(".")[0] == "experiments"]:
+            del sys.modules[other]
+        sys.modules.update(loaded)

@@ -1,49 +1,34 @@
-"""What the runs of a sweep share: prepared texts, and models that several of them train alike.
+"""Texts that the runs of a sweep share.
 
 Runs are processes of their own, and each would tokenize the corpus again. A sweep gives its children a temporary folder
-(in $ENGRAM_LAB_PREPARED). The first run that needs a text has it made there, by one more process so that its memory is
-not counted as the run's; the others wait and read. The folder is removed with the sweep, so no text is ever older than
-the sweep that uses it.
-
-Plain and what is laid over it, engram and engram that is switched off afterwards are trained once. Building and
-training leave nothing to chance: what is built by the same arm with the same options, setting and text ends with the
-same weights and rows, bit for bit. The sweep counts such runs and names a file to those that are not alone; the first
-that is trained writes it, the others read it.
+(in $ENGRAM_LAB_PREPARED). The first run that needs a text starts one more process that makes it there, so that its
+memory is not counted as the run's; the others wait and read. The folder is removed with the sweep, so no text is ever
+older than the sweep that uses it.
 """
 
 from __future__ import annotations
 
 import fcntl  # Unix only, like the runner
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-import torch
 import xxhash
-from torch import nn
 
 from engram.addressing import TokenMap
 from engram.lm import run as text
 from engram.lm.corpus import Overlap
 from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import Encoded
-from engram.lm.train import TrainLog
-from experiments import arms
-from experiments.lab.cell import Run, hook
+from experiments.lab.cell import names, questions
 
-FOLDER, FILE = "ENGRAM_LAB_PREPARED", "ENGRAM_LAB_TRAINED"  # environment variables of a sweep's runs
-# Texts that an experiment makes itself: what stands before the colon in the corpus' name, and the module whose
-# prepare(setting, held_out) makes it.
-MADE = {"facts": "experiments.sensitivity.facts", "recall": "experiments.recall.task"}
+FOLDER = "ENGRAM_LAB_PREPARED"  # environment variable of a sweep's runs
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
@@ -64,9 +49,22 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
 
 
 def make(setting: Setting, held_out: str) -> Data:
-    """The text of a setting, made from its corpus. Raises what engram.lm.run.prepare raises."""
-    module = MADE.get(setting.corpus.partition(":")[0])
-    return (importlib.import_module(module) if module else text).prepare(setting, held_out)
+    """Return the text of a setting, made from its corpus. Raises what engram.lm.run.prepare raises."""
+    return (maker_of(setting.corpus) or text.prepare)(setting, held_out)
+
+
+def maker_of(corpus: str) -> Callable[[Setting, str], Data] | None:
+    """Return the function of a question that makes a corpus named "<kind>:<details>"; None if no question makes it.
+
+    Raises:
+        ValueError: two questions make texts of that kind.
+    """
+    kind, colon, _ = corpus.partition(":")
+    makers = {name: getattr(questions(name), "MAKES", {}).get(kind) for name in names()} if colon else {}
+    makers = {name: maker for name, maker in makers.items() if maker is not None}
+    if len(set(makers.values())) > 1:
+        raise ValueError(f"texts {kind + ':'!r} are made by {' and by '.join(makers)}: rename one kind in its MAKES")
+    return next(iter(makers.values()), None)
 
 
 def key_of(setting: Setting, held_out: str) -> str:
@@ -114,44 +112,6 @@ def load(folder: Path) -> Data:
         tokenizer.encode_special_tokens = True  # the file forgets this, see engram.lm.tokenizer
     token_map = TokenMap.load(folder / "token_map.safetensors")
     return Data(tokenizer, token_map, train, validation, overlap, facts["digest"])  # type: ignore[arg-type]
-
-
-def training_of(run: Run) -> str | None:
-    """Digest (16 hex digits) of all that decides what training makes of a run's model; None where nothing is trained,
-    not by engram.lm.train, or where the arm cannot be built: the run itself will say why."""
-    options = dict(run.options)
-    epochs = options.pop("epochs", None)
-    try:
-        like = arms.trained_as(run.arm, options)
-    except (ValueError, TypeError):
-        return None
-    if like is None or hook(run.experiment, "train") is not None:
-        return None
-    setting = asdict(run.setting)
-    if like[0] == "plain":
-        del setting["memory"]
-    what = [*like, epochs, setting, run.device, run.held_out]  # what is held out for tuning is not trained on
-    return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
-
-
-def train_once(model: nn.Module, train: Callable[[], TrainLog], file: Path | None) -> tuple[TrainLog, float, bool]:
-    """Trains the model in place, or gives it the weights and rows in `file`; writes that if it is not there yet.
-
-    Returns:
-        (the log of the training, its processor seconds, whether another run did it).
-    """
-    if file is not None and file.exists():
-        found = torch.load(file, weights_only=True, map_location="cpu")
-        model.load_state_dict(found["model"])
-        return TrainLog(**found["log"]), found["seconds"], True
-    began = time.process_time()
-    log = train()
-    seconds = time.process_time() - began
-    if file is not None:
-        partial = file.with_suffix(f".{os.getpid()}")
-        torch.save({"model": model.state_dict(), "log": asdict(log), "seconds": seconds}, partial)
-        os.replace(partial, file)
-    return log, seconds, False
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def questions(name: str) -> ModuleType:
     with), SIZE (the size that it is run at) and configs(size) -> list of runs. It may have
         TABLES: fields of Cell that tell its tables apart, beside the size and the device; default ("text",).
         TEXTS: {text: its name in captions}.
+        MAKES: {kind: prepare(setting, held_out) -> Data}: a corpus named "<kind>:<details>" is made by that function.
         tune() -> the runs of a grid of learning rates, and what `hook` lists.
     """
     if name not in names():

@@ -33,7 +33,7 @@ from engram.lm.train import train
 from engram.memory import EngramMemory
 from engram.storage.files import write_whole
 from experiments import arms
-from experiments.lab.caches import FILE, FOLDER, prepare, train_once, training_of
+from experiments.lab.caches import FOLDER, prepare
 from experiments.lab.cell import HOME, Run, hook, names
 from experiments.lab.results import (
     alone,
@@ -45,6 +45,7 @@ from experiments.lab.results import (
     repair,
     write_documents,
 )
+from experiments.lab.trainings import FILE, train_once, training_of
 from experiments.lab.version import code_version, processor, sources_digest
 
 CURVE_POINTS, LAST_STEPS = 40, 50

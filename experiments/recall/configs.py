@@ -7,11 +7,12 @@ from dataclasses import replace
 from experiments.lab.cell import HOME, SETTINGS, Run, change
 from experiments.lab.tuning import rate_grid, tuned
 from experiments.recall.summary import summary
-from experiments.recall.task import VOCABULARY, Task, evaluate, measure, train
+from experiments.recall.task import VOCABULARY, Task, evaluate, measure, prepare, train
 
-__all__ = ["BASELINE", "SIZE", "configs", "evaluate", "measure", "summary", "train", "tune"]
+__all__ = ["BASELINE", "MAKES", "SIZE", "configs", "evaluate", "measure", "summary", "train", "tune"]
 
 BASELINE, SIZE = "plain", "tiny"
+MAKES = {"recall": prepare}
 TUNING = HOME / "recall" / "tune.jsonl"
 EASIEST, HARDEST = "MQAR, 4 pairs", "needles, 8 in 16"
 TASKS = {

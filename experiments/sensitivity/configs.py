@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from experiments.lab.cell import SETTINGS, Run, change
 from experiments.lab.tuning import tuned
+from experiments.sensitivity.facts import prepare
 from experiments.sensitivity.measure import measure
 from experiments.sensitivity.summary import summary
 
-__all__ = ["BASELINE", "SIZE", "configs", "measure", "summary"]
+__all__ = ["BASELINE", "MAKES", "SIZE", "configs", "measure", "summary"]
 
 BASELINE, SIZE = "plain", "tiny"
+MAKES = {"facts": prepare}
 EPOCHS = 1.0  # one pass: every copy of a fact is met once
 TOKENS = 1_600_000  # about, of that pass; the text with each line once is shorter, and takes the same rates
 CORPORA = {"facts:wiki": ("plain", "engram", "one-row"), "facts:1:wiki": ("plain", "engram")}

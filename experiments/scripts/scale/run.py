@@ -24,10 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
 
-from engram.bench.compare import compare
-from engram.bench.rows import lookup
-from engram.bench.step import TIME, Trainer, main_job
-
+from engram.benchmarks.compare import compare
+from engram.benchmarks.rows import lookup
+from engram.benchmarks.step import TIME, Trainer, main_job
 from engram.lm.train import tune_allocator
 from experiments.lab.report import write_tables
 from experiments.lab.results import read_lines

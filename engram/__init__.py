@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from engram.lm.transformer import Transformer, TransformerConfig
     from engram.memory import EngramMemory
     from engram.optimizer import build_optimizer
-    from engram.storage.files import verify
+    from engram.storage.manifest import verify
     from engram.tables import HostTable
 
     __version__: str
@@ -102,7 +102,7 @@ _HOME = {  # public name -> module that defines it
     "offload": "engram.integrations.transformers.offload",
     "plan": "engram.inspect.plan",
     "train": "engram.lm.train",
-    "verify": "engram.storage.files",
+    "verify": "engram.storage.manifest",
 }
 _ROOMS = (
     "ablation",

@@ -46,6 +46,12 @@ MOVED = {
     "engram.untrusted": "engram.storage.untrusted",
 }
 
+_PARTS_OF_FILES = (
+    "engram.storage.folders",
+    "engram.storage.locks",
+    "engram.storage.manifest",
+    "engram.storage.partial",
+)
 SPLIT = {  # where other names of an old module now live
     "engram.integrations.attach": (
         "engram.integrations.transformers.architecture",
@@ -54,11 +60,14 @@ SPLIT = {  # where other names of an old module now live
     "engram.integrations.pretrained": ("engram.integrations.transformers.model_folder",),
     "engram.integrations.targets": ("engram.integrations.formats.recoder",),
     "engram.lm.report": ("engram.lm.units",),
+    "engram.tables.files": _PARTS_OF_FILES,
 }
+
+LEFT = {"engram.storage.files": _PARTS_OF_FILES}  # a module that still exists: where names that left it now live
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Find the modules of MOVED after the usual finders have failed."""
+    """Finder of the modules in MOVED, used after the usual finders have failed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         return ModuleSpec(name, self) if name in MOVED else None
@@ -79,12 +88,31 @@ class _Moved(MetaPathFinder, Loader):
 
 def _find(homes: Sequence[ModuleType], name: str) -> Any:
     """Return the attribute of the first module that has it; the first one raises if none has."""
-    return getattr(next((home for home in homes if hasattr(home, name)), homes[0]), name)
+    return getattr(next((home for home in homes if name in vars(home)), homes[0]), name)
+
+
+def moved_name(module: str, name: str) -> Any:
+    """Return a public name that has left `module` for one of the modules in LEFT, with a DeprecationWarning.
+
+    Raises:
+        AttributeError: none of them defines it.
+    """
+    for home in () if name.startswith("_") else map(import_module, LEFT[module]):
+        value = vars(home).get(name)
+        if getattr(value, "__module__", None) == home.__name__:
+            warnings.warn(
+                f"{module}.{name} has moved to {home.__name__}: change the import, the old path ends with the next "
+                f"version",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            return value
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 def _frames_of_import() -> int:
-    """Count the frames between exec_module and the import statement that caused it, as warnings.warn counts them: it
-    skips those of importlib._bootstrap."""
+    """Count the frames between exec_module and the import statement that caused it, as warnings.warn counts them
+    (without those of importlib._bootstrap)."""
     level, frame = 2, sys._getframe(2)
     while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
         level, frame = level + ("_bootstrap" not in frame.f_code.co_filename), frame.f_back
@@ -92,6 +120,6 @@ def _frames_of_import() -> int:
 
 
 def install() -> None:
-    """Serve the old paths from now on."""
+    """Add the finder of the old paths to sys.meta_path, once."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())

@@ -23,7 +23,7 @@ from engram.lm.run import Setting, build_model, load_run, prepare, save_run
 from engram.lm.tokenizer import train_tokenizer
 from engram.lm.train import TrainConfig, train
 from engram.lm.transformer import TransformerConfig
-from engram.storage.files import verify
+from engram.storage.manifest import verify
 from engram.tables import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

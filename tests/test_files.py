@@ -19,7 +19,8 @@ import xxhash
 
 from engram import EngramConfig, EngramMemory, HostTable, TokenMap, build_optimizer, cli
 from engram.storage import readahead
-from engram.storage.files import BLOCK, manifest_digest, verify, write_rows
+from engram.storage.files import BLOCK, write_rows
+from engram.storage.manifest import manifest_digest, verify
 from engram.tables import HotRows, RowAdam, RowRMS
 
 VOCAB, HIDDEN = 64, 16
@@ -249,7 +250,7 @@ def test_readers_of_a_replaced_memory_keep_the_old_rows(saved):
 
 
 def test_without_an_exchange_of_folders_two_renames_replace_the_old_one(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("engram.storage.files._exchange", lambda a, b: False)
+    monkeypatch.setattr("engram.storage.folders._exchange", lambda a, b: False)
     other = memory(seed=1)
     other.save(saved, overwrite=True)
     assert same(EngramMemory.load(saved), other)

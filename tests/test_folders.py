@@ -17,18 +17,11 @@ from test_files import CONFIG, HIDDEN, VOCAB, elsewhere, flip, linux, memory, sa
 from engram import EngramConfig, EngramMemory, TokenMap, build_optimizer
 from engram.lm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from engram.memory.saved import _check_some_blocks, read_facts
-from engram.storage import files
-from engram.storage.files import (
-    NotSynced,
-    Replaced,
-    pinned_folder,
-    read_folder,
-    remove_partial,
-    verify,
-    whole_folder,
-    write_whole,
-    zero_digest,
-)
+from engram.storage import files, folders, locks
+from engram.storage.files import NotSynced, write_whole, zero_digest
+from engram.storage.folders import Replaced, pinned_folder, read_folder, whole_folder
+from engram.storage.manifest import verify
+from engram.storage.partial import remove_partial
 
 
 def names(folder: Path) -> list[str]:
@@ -95,7 +88,7 @@ def without(what: str, monkeypatch) -> None:
 
         monkeypatch.setattr(fcntl, "flock", flock)
     if "/proc" in what:
-        monkeypatch.setattr(files, "_open_folder", lambda folder: None)
+        monkeypatch.setattr(folders, "_open_folder", lambda folder: None)
 
 
 @pytest.mark.parametrize("system", ["as it is", "no locks", "no /proc", "no locks, no /proc"])
@@ -287,7 +280,7 @@ print([os.waitpid(child, 0)[1] for child in children], same(m, EngramMemory.load
 
 @pytest.mark.parametrize("moment", ["before the lock", "locked", "removed under the lock"])
 def test_a_folder_that_another_writer_took_for_a_leftover_is_made_again(tmp_path, monkeypatch, moment):
-    hold, taken = files._hold, []
+    hold, taken = locks.open_locked, []
 
     def raced(path):
         if taken or not path.name.startswith(".new.partial"):
@@ -301,7 +294,7 @@ def test_a_folder_that_another_writer_took_for_a_leftover_is_made_again(tmp_path
         path.rmdir()
         return handle
 
-    monkeypatch.setattr(files, "_hold", raced)
+    monkeypatch.setattr("engram.storage.partial.open_locked", raced)
     with whole_folder(tmp_path / "new", overwrite=False) as partial:
         (partial / "file").write_text("text")
     assert taken and (tmp_path / "new" / "file").read_text() == "text"
@@ -476,7 +469,7 @@ def test_the_old_folder_of_a_cut_save_is_named_whatever_its_name(tmp_path, name)
     (tmp_path / f".{name}.old-abcd_123").mkdir()
     memory().save(tmp_path / "memory")
     os.rename(tmp_path / "memory", tmp_path / f".{name}.old-abcd_123" / name)
-    with pytest.raises(FileNotFoundError, match=r"a save was cut short, rename .*\.old-abcd_123"):
+    with pytest.raises(FileNotFoundError, match=r"a save was cut short: rename .*\.old-abcd_123"):
         EngramMemory.load(tmp_path / name)
 
 
@@ -497,7 +490,7 @@ def test_leftovers_of_a_run_are_cleared_and_a_users_folders_stay(tmp_path):
 def test_a_leftover_that_a_living_process_holds_stays(tmp_path):
     held = tmp_path / ".new.partial-1-1"
     held.mkdir()
-    handle = files._hold(held)
+    handle = locks.open_locked(held)
     assert handle is not None
     remove_partial(tmp_path, "new")
     assert held.exists()
@@ -514,7 +507,7 @@ def test_links_at_names_that_can_be_foreseen_are_not_followed(tmp_path, monkeypa
     victim.write_text("precious")
     (tmp_path / "shared").mkdir()
     clock = iter(range(10**6))
-    monkeypatch.setattr(files.time, "time_ns", lambda: next(clock))
+    monkeypatch.setattr("engram.storage.partial.time.time_ns", lambda: next(clock))
     for number in range(3):
         for name in ("file", "rows.json", "map"):
             (tmp_path / "shared" / f".{name}.partial-{os.getpid()}-{number}").symlink_to(victim)
@@ -723,7 +716,7 @@ def test_what_is_converted_is_one_memory_though_its_source_is_replaced(tmp_path,
 @pytest.mark.parametrize("name", ["../theirs", "layer-1.other", "/etc/passwd", "sub/rows", ".."])
 def test_offloaded_tables_lie_in_files_that_their_manifest_lists(tmp_path, name):
     from engram.integrations.transformers.offload import FORMAT, _open, _store
-    from engram.storage.files import manifest_digest
+    from engram.storage.manifest import manifest_digest
 
     rows = torch.arange(40, dtype=torch.float32).view(10, 4)
     tables = _store({1: (10, 4, "float32")}, lambda layer: iter([rows]), tmp_path / "home")

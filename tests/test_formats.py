@@ -20,7 +20,7 @@ from engram.integrations.formats import conversion, convert, inspect_file, recod
 from engram.integrations.formats.gguf import read_gguf
 from engram.integrations.formats.readers import open_source, read_config
 from engram.integrations.formats.safetensors_io import Stored, open_checkpoint
-from engram.storage.files import verify
+from engram.storage.manifest import verify
 
 VOCAB, D, M = 40, 6, 2
 TOKENS = TokenMap(np.concatenate([np.arange(VOCAB), np.arange(10)]))

@@ -19,7 +19,7 @@ from engram.cli import main
 from engram.inspect.plan import read_shape
 from engram.integrations.formats.readers import open_source, read_config, read_token_map, unknown_fields
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
-from engram.storage.files import manifest_digest, verify
+from engram.storage.manifest import manifest_digest, verify
 
 ALLOWED = (ValueError, OSError, TypeError, IndexError)
 EACH = 25  # mutations of each file

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from engram._moved import MOVED, SPLIT
+from engram._moved import LEFT, MOVED, SPLIT
 
 
 @pytest.mark.parametrize("old", sorted(MOVED))
@@ -40,6 +40,23 @@ def test_an_old_module_that_was_split_serves_the_names_of_all_its_parts(old):
         assert own and all(getattr(module, name) is getattr(home, name) for name in own)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", sorted(LEFT))
+def test_a_public_name_that_left_its_module_is_served_from_its_new_home(module):
+    old, served = import_module(module), 0
+    for home in map(import_module, LEFT[module]):
+        for name, value in vars(home).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != home.__name__ or name in vars(old):
+                continue
+            with pytest.warns(DeprecationWarning, match=rf"{module}.{name} has moved to {home.__name__}:") as warned:
+                assert getattr(old, name) is value
+            assert warned[0].filename == __file__
+            served += 1
+    assert served > 10
+    for name in ("nothing", "_exchange", "__path__", "shutil"):
+        with pytest.raises(AttributeError, match=f"'{module}' has no attribute '{name}'"):
+            getattr(old, name)
 
 
 def test_the_old_name_of_inspect_file_is_served_with_a_warning():

@@ -15,7 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from engram.integrations.transformers.offload import HostedRows, load_offloaded, offload  # noqa: E402
-from engram.storage.files import verify  # noqa: E402
+from engram.storage.manifest import verify  # noqa: E402
 
 EOS = 7
 

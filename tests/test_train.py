@@ -25,7 +25,7 @@ from engram.lm.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 from engram.lm.run_folder import alone_in
 from engram.lm.train import Batches, TrainConfig, learning_rate_scale
 from engram.optimizer import build_optimizer
-from engram.storage.files import verify
+from engram.storage.manifest import verify
 from tests.toy import VOCAB, corpus
 
 CONFIG = TrainConfig(tokens=30 * 4 * 16, batch_size=4, context=16, lr=1e-2, table_lr=0.05, warmup_steps=3)

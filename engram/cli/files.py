@@ -103,7 +103,7 @@ def verify(
 ) -> None:
     """Read every byte of a saved memory or checkpoint and compare its digests; exit code 2 if anything is wrong."""
     from engram.lm.progress import Progress
-    from engram.storage.files import verify as run
+    from engram.storage.manifest import verify as run
 
     with Progress() as progress:
         task = progress.task("reading", unit="bytes")

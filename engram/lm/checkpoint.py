@@ -23,21 +23,10 @@ from torch import Tensor, nn
 
 from engram.memory import EngramMemory
 from engram.optimizer import EngramOptimizer
-from engram.storage.files import (
-    NotSynced,
-    check_digest,
-    discard,
-    file_digest,
-    file_entry,
-    load_manifest,
-    manifest_digest,
-    read_folder,
-    read_rows,
-    remove_partial,
-    step_folders,
-    whole_folder,
-    write_rows,
-)
+from engram.storage.files import NotSynced, file_digest, file_entry, read_rows, write_rows
+from engram.storage.folders import read_folder, whole_folder
+from engram.storage.manifest import check_digest, load_manifest, manifest_digest, step_folders
+from engram.storage.partial import discard, remove_partial
 from engram.storage.untrusted import read_tensors
 
 _FORMAT, _WITHOUT_DIGEST = 2, 1  # manifests of format 1 state no digest of themselves

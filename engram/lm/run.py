@@ -21,7 +21,8 @@ from engram.lm.tokenizer import Encoded, encode, train_tokenizer
 from engram.lm.train import TrainConfig
 from engram.lm.transformer import Transformer, TransformerConfig
 from engram.memory import EngramMemory
-from engram.storage.files import check_digest, file_digest, file_entry, manifest_digest, write_whole
+from engram.storage.files import file_digest, file_entry, write_whole
+from engram.storage.manifest import check_digest, manifest_digest
 from engram.storage.untrusted import parse_json, read_json, read_tokenizer
 
 _FORMAT = 2  # of run.json; the first version stated none

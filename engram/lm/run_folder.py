@@ -11,7 +11,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from engram.storage.files import try_lock, write_whole
+from engram.storage.files import write_whole
+from engram.storage.locks import try_lock
 
 LOCK, LOG = ".lock", "log.jsonl"
 _held: ContextVar[frozenset[tuple[int, str]]] = ContextVar("held", default=frozenset())

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engram.memory.state import Tables
-from engram.storage.files import NotSynced, partial_folder
+from engram.storage.files import NotSynced
+from engram.storage.partial import partial_folder
 from engram.tables import EncodedTable, encode_table
 from engram.tables.encoded import place_table
 

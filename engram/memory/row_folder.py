@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram.storage.files import step_folders, write_whole
+from engram.storage.files import write_whole
+from engram.storage.manifest import step_folders
 from engram.storage.untrusted import read_json
 
 Facts = dict[str, Any]

@@ -36,16 +36,14 @@ from engram.storage.files import (
     bad_blocks,
     file_digest,
     file_entry,
-    load_manifest,
-    manifest_digest,
-    read_folder,
     read_rows,
     sync,
-    whole_folder,
     write_rows,
     written_blocks,
     zero_digest,
 )
+from engram.storage.folders import read_folder, whole_folder
+from engram.storage.manifest import load_manifest, manifest_digest
 from engram.storage.untrusted import read_json, read_tensors
 from engram.tables import EncodedTable, Table
 from engram.tables.codecs import PQ, Codec

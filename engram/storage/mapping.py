@@ -10,11 +10,10 @@ import warnings
 from pathlib import Path
 
 from engram.storage import limits
+from engram.storage.locks import NO_LOCKS
 from engram.storage.untrusted import check_regular
 from engram.storage.weak import WeakList
 
-# What flock answers on file systems that cannot lock: Lustre without -o flock, NFS without its lock daemon, FUSE.
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _on_huge_pages: WeakList[mmap.mmap] = WeakList()  # memory that may be committed 2 MiB at a time
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 

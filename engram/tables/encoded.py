@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engram.config import whole
-from engram.storage.files import partial_folder, put, write_whole
+from engram.storage.files import put, write_whole
+from engram.storage.partial import partial_folder
 from engram.storage.untrusted import read_tensors
 from engram.tables import kernels
 from engram.tables.arguments import as_output

@@ -12,7 +12,7 @@ from things import Child, Tally, equal, killed, memory, model, trained, values
 from engram import EngramMemory
 from engram.integrations.formats import convert
 from engram.integrations.formats.readers import open_source
-from engram.storage.files import verify
+from engram.storage.manifest import verify
 
 
 def leftovers(home: Path) -> list[str]:

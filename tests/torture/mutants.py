@@ -15,7 +15,7 @@ from engram import EngramMemory, TokenMap, build_optimizer
 from engram.integrations.formats import convert, inspect_file
 from engram.integrations.formats.readers import open_source, read_config
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
-from engram.storage.files import verify
+from engram.storage.manifest import verify
 
 BATCH = 50
 

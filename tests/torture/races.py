@@ -11,7 +11,7 @@ from things import Child, Tally, equal, memory, model, values
 
 from engram import EngramMemory, build_optimizer
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
-from engram.storage.files import verify
+from engram.storage.manifest import verify
 
 
 def races(count: int, home: Path, draw: random.Random) -> Tally:

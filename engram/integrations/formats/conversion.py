@@ -37,15 +37,10 @@ from engram.integrations.formats.recoder import Recoder
 from engram.integrations.formats.safetensors_io import Stored, open_checkpoint, read_header
 from engram.integrations.formats.stored_rows import Rows
 from engram.integrations.formats.writers import write_engram, write_gguf, write_safetensors
-from engram.storage.files import (
-    load_manifest,
-    partial_folder,
-    pinned_folder,
-    put,
-    step_folders,
-    verify,
-    whole_folder,
-)
+from engram.storage.files import put
+from engram.storage.folders import pinned_folder, whole_folder
+from engram.storage.manifest import load_manifest, step_folders, verify
+from engram.storage.partial import partial_folder
 from engram.storage.untrusted import read_json
 
 FORMATS = ("engram", "demo", "deepseek-v4.1", "deepseek-v4.1-interleaved", "qwen", "gguf")

@@ -25,7 +25,8 @@ from engram.addressing import TokenMap
 from engram.config import EngramConfig
 from engram.integrations.formats.safetensors_io import Checkpoint, open_checkpoint
 from engram.memory import EngramMemory, hash_layout
-from engram.storage.files import whole_folder, write_whole
+from engram.storage.files import write_whole
+from engram.storage.folders import whole_folder
 from engram.storage.untrusted import read_json
 from engram.tables import EncodedTable, Table
 from engram.tables.codecs import PQ

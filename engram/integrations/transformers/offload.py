@@ -19,7 +19,9 @@ from engram.integrations.formats.readers import Source, open_source
 from engram.integrations.formats.recoder import BLOCK, Recoder
 from engram.integrations.formats.safetensors_io import NAMES, Stored
 from engram.integrations.formats.stored_rows import Rows
-from engram.storage.files import load_manifest, manifest_digest, read_folder, whole_folder, write_rows
+from engram.storage.files import write_rows
+from engram.storage.folders import read_folder, whole_folder
+from engram.storage.manifest import load_manifest, manifest_digest
 from engram.tables import EncodedTable, HostTable, Table
 
 FORMAT = "engram-offload-1"

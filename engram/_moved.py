@@ -60,6 +60,7 @@ SPLIT = {  # where other names of an old module now live
     "engram.integrations.pretrained": ("engram.integrations.transformers.model_folder",),
     "engram.integrations.targets": ("engram.integrations.formats.recoder",),
     "engram.lm.report": ("engram.lm.units",),
+    "engram.saved": ("engram.memory.saved_manifest",),
     "engram.tables.files": _PARTS_OF_FILES,
 }
 

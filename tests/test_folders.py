@@ -16,7 +16,8 @@ from test_files import CONFIG, HIDDEN, VOCAB, elsewhere, flip, linux, memory, sa
 
 from engram import EngramConfig, EngramMemory, TokenMap, build_optimizer
 from engram.lm.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from engram.memory.saved import _check_some_blocks, read_facts
+from engram.memory.saved import _check_some_blocks
+from engram.memory.saved_manifest import read_manifest
 from engram.storage import files, folders, locks
 from engram.storage.files import NotSynced, write_whole, zero_digest
 from engram.storage.folders import Replaced, pinned_folder, read_folder, whole_folder
@@ -134,7 +135,7 @@ def test_a_folder_that_is_replaced_each_time_is_an_error_that_says_so(saved, mon
 @pytest.mark.parametrize("damage", ["flip", "missing", "config"])
 def test_real_damage_is_refused_at_once_and_named_by_the_folders_own_name(saved, monkeypatch, damage):  # noqa: F811
     tried = []
-    monkeypatch.setattr("engram.memory.saved.read_facts", lambda home: tried.append(home) or read_facts(home))
+    monkeypatch.setattr("engram.memory.saved.read_manifest", lambda home: tried.append(home) or read_manifest(home))
     if damage == "flip":
         flip(saved / "layer-3.rows", 40)
     elif damage == "missing":

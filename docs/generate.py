@@ -143,6 +143,9 @@ def results_index() -> str:
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", contents, "```", ""])
 
 
+_INHERITED = "   :inherited-members: Module, ABC, TrainerCallback"  # ours, but not those of other libraries
+
+
 def api_page(title: str, names: list[str]) -> str:
     """reStructuredText of some public names, from their docstrings."""
     import engram
@@ -150,7 +153,7 @@ def api_page(title: str, names: list[str]) -> str:
     lines = [title, "=" * len(title), ""]
     for name in filter(engram.__all__.__contains__, names):
         if isinstance(getattr(engram, name), type):
-            lines += [name, "-" * len(name), "", f".. autoclass:: engram.{name}", "   :members:", ""]
+            lines += [name, "-" * len(name), "", f".. autoclass:: engram.{name}", "   :members:", _INHERITED, ""]
         else:
             lines += [name, "-" * len(name), "", f".. autofunction:: engram.{name}", ""]
     return "\n".join(lines)

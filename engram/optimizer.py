@@ -35,7 +35,7 @@ class EngramOptimizer(torch.optim.AdamW):
         # Memory number -> digests of the fusion weights that a loaded state belongs to
         self._saved_beside: dict[int, str | dict[str, str]] = {}
         for memory in memories:
-            memory.has_optimizer = True
+            memory.gradients.has_optimizer = True
         self._check_processes()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class EngramOptimizer(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for memory in self.memories:
-            memory.has_optimizer = True
+            memory.gradients.has_optimizer = True
 
     @property
     def row_optimizers(self) -> list[RowOptimizer]:
@@ -111,7 +111,7 @@ class EngramOptimizer(torch.optim.AdamW):
     ) -> None:
         """Update the rows of one layer with the gradients that wait for it. They are taken before the first row
         changes: if this is interrupted, no later step applies them again."""
-        memory.drop_stale_gradients(layer)
+        memory.gradients.drop_stale(layer, memory.fusions[str(layer)])
         pending = list(memory.gradients[layer])
         if not pending:
             return

@@ -340,7 +340,7 @@ def test_a_deep_copy_of_a_memory_is_independent():
     before = rows(twin)
     step(model, optimizer, 5)
     assert torch.equal(rows(twin), before) and not torch.equal(rows(model), before)
-    assert not twin.memory.has_optimizer and not any(twin.memory.gradients.values())
+    assert not twin.memory.gradients.has_optimizer and not any(twin.memory.gradients.values())
     step(twin, build_optimizer(twin), 6)
     assert not torch.equal(rows(twin), before)
     twin.memory.close()
@@ -377,7 +377,7 @@ def test_a_copy_of_a_model_and_its_optimizer_trains_as_they_do():
     twin, its = copy.deepcopy((model, optimizer))
     step(model, optimizer, 4)
     step(twin, its, 4)
-    assert same(model, twin) and its.touched == optimizer.touched and twin.memory.has_optimizer
+    assert same(model, twin) and its.touched == optimizer.touched and twin.memory.gradients.has_optimizer
     assert its.memories == [twin.memory] and its.row_optimizers[0].table is twin.memory.tables[0]
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from engram.addressing import HashLayout, TokenMap
+from engram.addressing import HashLayout, NgramHasher, TokenMap
 from engram.config import EngramConfig
+from engram.fusion import EngramFusion
 from engram.memory.state import Tables
 from engram.tables import EncodedTable, HostTable
 
@@ -35,6 +38,56 @@ def build_layout(config: EngramConfig, compressed_vocab: int, pad_id: int) -> Ha
 def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
     """Where the rows of this configuration lie, for the tokenizer of this token map."""
     return build_layout(config, token_map.size, int(token_map.table[config.pad_id]))
+
+
+def check_arguments(config: EngramConfig, token_map: TokenMap, folder: str | os.PathLike[str] | None) -> None:
+    """Raise ValueError if a token map cannot belong to a configuration, or if `folder` is a saved memory."""
+    if config.compressed_vocab is not None and token_map.size != config.compressed_vocab:
+        raise ValueError(
+            f"this configuration's rows are addressed with {config.compressed_vocab:,} compressed ids, the token "
+            f"map has {token_map.size:,}: it comes from another tokenizer, and every row would be the wrong one"
+        )
+    if config.pad_id >= len(token_map.table):
+        raise ValueError(f"pad_id {config.pad_id} is outside the token map's vocabulary of {len(token_map.table):,}")
+    if token_map.table[config.pad_id] < 0:
+        raise ValueError(
+            f"pad_id {config.pad_id} is a dead id of the token map: name one that the tokenizer had at first"
+        )
+    if folder is not None and (Path(folder) / "manifest.json").exists():
+        raise ValueError(
+            f"{folder} is a saved memory, which is not trained in place: EngramMemory.load it, with rows_in= where "
+            f"the rows should stay in files, and save it again"
+        )
+
+
+def make_fusions(
+    config: EngramConfig, hidden_size: int, streams: int, fusions: Mapping[int, nn.Module] | None
+) -> Mapping[int, nn.Module]:
+    """Return the fusion module of each layer: `fusions` if it has one for each, or new ones if it is None.
+
+    Raises:
+        ValueError: fusions of other layers.
+    """
+    if fusions is None:
+        return {layer: EngramFusion(config, hidden_size, streams) for layer in config.layers}
+    if set(fusions) != set(config.layers):
+        raise ValueError(f"the fusions are of layers {sorted(fusions)}, the configuration needs {config.layers}")
+    return fusions
+
+
+def extended_hasher(hasher: Any, layout: HashLayout, grown: Any) -> tuple[Any, int]:
+    """Return a hasher for a tokenizer (or token map) that has grown, and the number of its ids; see TokenMap.extend.
+
+    Raises:
+        ValueError: another tokenizer; new classes with a hasher that is not an NgramHasher.
+    """
+    known, extended = len(hasher.token_map.table), hasher.token_map.extend(grown)
+    if (extended.table[known:] < 0).all():
+        return hasher, len(extended.table)
+    if not isinstance(hasher, NgramHasher):
+        kind = type(hasher).__name__
+        raise ValueError(f"the rows are addressed by a {kind}, which cannot take up new tokens: build a new memory")
+    return NgramHasher(layout, extended), len(extended.table)
 
 
 def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mode: str = "r+") -> HostTable:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from engram.memory.compilation import uncompiled
+
 
 class RowGradients(dict[int, list[tuple[Tensor, Tensor]]]):
     """{layer: [(row ids, gradient)] of each backward pass since the optimiser's last step}."""
@@ -40,6 +42,7 @@ class RowGradients(dict[int, list[tuple[Tensor, Tensor]]]):
         if gone and (weights or not self.has_optimizer):  # frozen weights tell nothing where somebody will use the rows
             pending.clear()
 
+    @uncompiled
     def look_before_backward(self, layer: int, update: Tensor, fusion: nn.Module) -> None:
         """Call drop_stale once per backward pass, before this pass adds gradients: what the caller cleared between a
         forward and a backward pass would look alive again."""

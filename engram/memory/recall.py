@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,53 +13,13 @@ from torch import Tensor
 
 from engram.config import EngramConfig
 from engram.memory.cache import MemoryCache
+from engram.memory.compilation import uncompiled
 from engram.memory.gradients import RowGradients, keep_gradient
 from engram.memory.state import Tables
 from engram.storage.weak import WeakList
 from engram.tables.prefetch import Fetch, Task
 
 _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs more than hashing and fetching them
-
-
-def uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps a method out of the reach of torch.compile (threads, C, host memory): a compiled graph breaks there. The
-    compiler takes seconds to import, so it is asked only where somebody has."""
-    disabled: list[Callable[..., Any]] = []
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return method(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(method))
-        return disabled[0](*args, **kwargs)
-
-    return update_wrapper(call, method)
-
-
-def refuse_recording(value: Any) -> None:
-    """Raises RuntimeError where torch records operations on `value` or transforms them: rows are looked up outside of
-    torch, so that a recorded program would hold the rows of these ids as constants."""
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    how = None
-    if torch.jit.is_tracing():
-        how = "torch.jit.trace"
-    elif torch.compiler.is_exporting():
-        how = "torch.export"
-    elif type(value).__module__.startswith("torch.fx.proxy"):
-        how = "torch.fx.symbolic_trace"
-    elif proxies is not None and proxies.get_proxy_mode() is not None:
-        how = "make_fx"
-    elif isinstance(value, Tensor):
-        try:
-            value.flatten()[:0].clone().data_ptr()
-        except RuntimeError:
-            how = "a transform of torch.func (vmap, grad) or a fake tensor mode"
-    if how is not None:
-        raise RuntimeError(
-            f"{how} records or transforms operations of torch, but the rows of an n-gram memory are looked up outside "
-            f"of torch: the result would read the rows of other ids. Run the model as it is (torch.compile works), or "
-            f"detach the memory first"
-        )
 
 
 class RowSource(Protocol):

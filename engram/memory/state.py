@@ -150,6 +150,15 @@ def load_codebooks(
             target.copy_(saved)
 
 
+def replaces_rows(tables: Tables, state_dict: Mapping[str, Tensor], prefix: str) -> tuple[bool, bool]:
+    """Return (True if a state dict replaces all rows and codebooks by those of other tensors, True if they also have
+    the shapes of the tables). prefix: of the memory's keys."""
+    own = {f"{prefix}tables.{layer}": _rows(table) for layer, table in tables.items()}
+    own |= {f"{prefix}codebooks.{layer}": books for layer, books in codebooks_of(tables).items()}
+    replaced = all(key in state_dict and state_dict[key].data_ptr() != mine.data_ptr() for key, mine in own.items())
+    return replaced, replaced and all(state_dict[key].shape == mine.shape for key, mine in own.items())
+
+
 def row_facts(config: EngramConfig, layout: HashLayout, token_map: TokenMap, codec: str | None) -> dict[str, Any]:
     """What says which rows a memory has: rows with other facts would be read wrongly."""
     facts: dict[str, Any] = {

@@ -27,7 +27,9 @@ from engram.integrations.transformers.architecture import device_of_layer
 from engram.integrations.transformers.decoding import CACHE_NAMES, cache_argument, follow, positions, state_of, suspend
 from engram.integrations.transformers.inputs import documents, padding, placeholder_ids, vocabulary
 from engram.integrations.transformers.model_folder import SavePretrained
-from engram.memory.recall import MemoryCache, Recall, refuse_recording, uncompiled
+from engram.memory.cache import MemoryCache
+from engram.memory.compilation import refuse_recording, uncompiled
+from engram.memory.recall import Recall
 
 _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cu_seq_lens_q")
 _numbers = itertools.count(1)

@@ -48,7 +48,7 @@ def draw_lookup() -> str:
         ("stream", 616, "of the layer"),
     ):
         drawing.stage(y, str(head), *map(str, lines))
-    for x, token, number, small in zip((110, 208, 306), TEXT, ids, compressed, strict=True):
+    for x, token, number, small in zip((110, 211, 312), TEXT, ids, compressed, strict=True):
         drawing.box(x, 4, 96, f"{token} {number}")
         drawing.down(x + 48, 36, x + 48, 68)
         drawing.box(x, 70, 96, str(small))

@@ -16,6 +16,7 @@ import pytest
 from documents import PAGES, ROOT, blocks, examples, literals, quotes_of_no_literal
 
 DOCS = ROOT / "docs"
+COMMAND = re.compile("engram [a-z]|make [a-z]|python -m ")
 CASES = [(page, name) for page in PAGES for name in examples(page)]
 
 
@@ -52,19 +53,15 @@ def test_no_python_of_the_pages_is_without_a_marker():
 
 
 def test_the_saved_things_of_the_attach_page_open_again(tmp_path, monkeypatch):
-    from hf_models import build
-
-    import engram
-
     monkeypatch.chdir(tmp_path)
-    names = prepared("attach")
+    names: dict = {}
     for code in examples(DOCS / "guides" / "attach.md")["attach"]:
         exec(code, names)
-    again = engram.attach(build("llama"), "adapter", names["tokenizer"])
-    whole = engram.from_pretrained("model")
-    digest = names["memory"].layout.digest
-    assert again.layout.digest == digest == whole.model.engram.layout.digest
-    assert names["memory"].attachment is None
+    memory, again, opened = names["memory"], names["again"], names["whole"].model.engram
+    assert memory.layout.digest == again.layout.digest == opened.layout.digest
+    trained = memory.tables[1].tensor
+    assert trained.any() and trained.equal(again.tables[1].tensor) and trained.equal(opened.tables[1].tensor)
+    assert memory.attachment is None and names["model"].model.engram is again
 
 
 def test_the_arm_of_the_pages_builds():
@@ -76,6 +73,42 @@ def test_the_arm_of_the_pages_builds():
     exec(code, names)
     model = names["ARMS"]["narrow"](Setting(), SimpleNamespace(token_map=TokenMap.identity(4096)))
     assert model.config.hidden_size == Setting().model.hidden_size // 2
+    (code,) = examples(DOCS / "guides" / "lab.md")["question"]
+    exec(code, names)
+    runs = names["configs"](names["SIZE"])
+    assert [run.arm for run in runs] == [names["BASELINE"], *names["ARMS"]]
+
+
+def shell_lines() -> list[tuple[str, list[str]]]:
+    """(page, words) of each command on the pages, without comments."""
+    texts = ((page, text) for page in PAGES for _, _, language, text in blocks(page) if language == "console")
+    lines = ((page, line.lstrip("$ ")) for page, text in texts for line in text.splitlines())
+    return [(page.name, shlex.split(line, comments=True)) for page, line in lines if COMMAND.match(line)]
+
+
+def test_every_command_of_the_pages_exists_with_its_options():
+    import typer
+
+    from engram.cli import app
+    from experiments.__main__ import parser
+
+    commands = typer.main.get_command(app).commands
+    questions = next(action for action in parser()._actions if action.dest == "command").choices
+    targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())
+    seen = set()
+    for page, words in shell_lines():
+        seen.add(words[0])
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if words[0] == "engram":
+            options = {name for parameter in commands[words[1]].params for name in parameter.opts}
+            assert set(given) <= options, (page, words)
+        elif words[0] == "make":
+            assert words[1] in targets, (page, words)
+        else:
+            assert words[1:3] == ["-m", "experiments"], (page, words)
+            options = {name for action in questions[words[3]]._actions for name in action.option_strings}
+            assert set(given) <= options, (page, words)
+    assert seen == {"engram", "make", "python"}
 
 
 def test_the_drawings_are_those_that_their_script_draws(docs):

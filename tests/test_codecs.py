@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, build_optimizer
-from engram.tables import EncodedTable, HostTable, HotRows, RowAdam, RowRMS, encode_table, kernels, report
+from engram.tables import EncodedTable, HostTable, RowAdam, RowRMS, encode_table, kernels, report
 from engram.tables.codecs import PQ, Fp8, Int, get_codec
 
 BLOCK_CODECS = ["fp8", "int8", "int4"]
@@ -551,15 +551,3 @@ def test_encoding_that_fails_halfway_leaves_no_file_and_can_be_tried_again(tmp_p
     memory.tables[1].write(torch.tensor([3]), torch.ones(1, 32))
     memory.encode_tables("pq4", tmp_path)
     assert memory.codec == "pq4"
-
-
-@pytest.mark.parametrize("codec", ["fp8", "int8", "pq4"])
-def test_hot_rows_of_an_encoded_table_are_its_rows(codec):
-    table = HostTable(1000, 32)
-    table.write(torch.arange(1000), normal(1000, 32))
-    encoded = encode_table(table, codec)
-    hot, ids = HotRows(encoded, 1 << 15), torch.tensor([1, 5, 7, 5])
-    for _ in range(2):  # from the table, then from the cache
-        assert torch.equal(hot.gather(ids), encoded.gather(ids))
-        assert torch.equal(hot.gather(ids, torch.empty(4, 32)), encoded.gather(ids))
-    assert hot.hits > 0

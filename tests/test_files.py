@@ -21,7 +21,7 @@ from engram import EngramConfig, EngramMemory, HostTable, TokenMap, build_optimi
 from engram.storage import readahead
 from engram.storage.files import BLOCK, write_rows
 from engram.storage.manifest import manifest_digest, verify
-from engram.tables import HotRows, RowAdam, RowRMS
+from engram.tables import RowAdam, RowRMS
 
 VOCAB, HIDDEN = 64, 16
 CONFIG = EngramConfig(layers=(1, 3), heads=2, head_dim=8, rows_per_head=997, table_init="normal", table_std=0.1)
@@ -808,58 +808,6 @@ def test_a_memory_in_files_asks_for_its_cold_pages_before_it_reads_them(tmp_path
     asked.clear()
     assert torch.equal(m.recall(ids).rows(1), cold) and not asked
     m.close()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hot_rows_are_the_tables_rows_bit_for_bit_within_their_memory(dtype):
-    table = HostTable(5000, 16, dtype, init="normal", std=0.1)
-    table.write(torch.arange(0, 5000, 3), torch.randn(1667, 16))
-    hot = HotRows(table, 20_000)
-    assert hot.nbytes <= 20_000 and hot.info()["capacity"] == hot.capacity < 500
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        ids = (torch.rand(7, 31, generator=draw) ** 4 * 5000).long()
-        assert torch.equal(hot.gather(ids), table.gather(ids))
-        out = torch.empty(7, 31, 16)
-        assert torch.equal(hot.gather(ids, out), table.gather(ids).float())
-    assert 0.4 < hot.hit_rate < 1
-    assert hot.gather(torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3, 16)
-
-
-def test_hot_rows_hit_what_was_read_and_make_room_for_the_newer():
-    table = HostTable(10_000, 4)
-    hot = HotRows(table, 32 * (16 + 16))
-    hot.gather(torch.arange(8))
-    assert hot.hits == 0
-    hot.gather(torch.arange(8))
-    assert 0 < hot.hits <= 8
-    hits = hot.hits
-    for start in range(100, 10_000, 100):
-        hot.gather(torch.arange(start, start + 100))
-    hot.gather(torch.arange(8))
-    assert hot.hits == hits
-    with pytest.raises(ValueError, match="at least 256 for rows of 16 bytes"):
-        HotRows(table, 10)
-
-
-def test_rows_written_or_trained_are_forgotten_by_the_cache():
-    table = HostTable(1000, 8)
-    hot, ids = HotRows(table, 100_000), torch.arange(50)
-    hot.gather(ids)
-    table.write(ids[:10], torch.ones(10, 8))
-    assert torch.equal(hot.gather(ids), table.gather(ids))
-    RowRMS(table).step(ids[20:30], torch.ones(10, 8))
-    RowAdam(table).step(ids[25:40], torch.ones(15, 8))
-    assert torch.equal(hot.gather(ids), table.gather(ids)) and hot.hits > 0
-
-
-def test_a_memory_reads_through_hot_rows_with_the_same_outputs(saved):
-    plain, cached = (EngramMemory.load(saved, "shared") for _ in range(2))
-    cached.tables[1] = HotRows(cached.tables[1], 10_000)  # type: ignore[assignment]
-    hidden = torch.randn(2, 9, HIDDEN)
-    for _ in range(3):
-        ids = torch.randint(0, VOCAB, (2, 9))
-        assert torch.equal(plain[1](hidden, plain.recall(ids)), cached[1](hidden, cached.recall(ids)))
 
 
 @pytest.mark.parametrize("sizes", [[1] * 23, [23], [10, 0, 13], [5, 18]])

@@ -17,7 +17,6 @@ from engram import EngramConfig, EngramMemory, HostTable, TokenMap, Transformer,
 from engram.memory.recall import Recall
 from engram.storage.weak import WeakList
 from engram.tables import kernels, prefetch
-from engram.tables.hot_rows import HotRows
 
 SMALL = EngramConfig(layers=(1, 2), orders=(2, 3), heads=2, head_dim=32, rows_per_head=211)
 
@@ -156,17 +155,6 @@ def test_rows_that_had_arrived_before_a_fork_are_those_of_the_child(threaded):
     assert torch.equal(recall.rows(2), before)  # a table in memory is the child's own
 
 
-@forks
-def test_a_fork_while_hot_rows_are_looked_up_hangs_no_child():
-    memory = make()
-    hot = HotRows(memory.tables[1], 1 << 14)
-    ids = torch.arange(20)
-    wanted = hot.gather(ids)
-    with hot._lock:
-        assert child(lambda: torch.equal(hot.gather(ids), wanted) and torch.equal(hot.gather(ids), wanted)) == 0
-    assert torch.equal(hot.gather(ids), wanted)
-
-
 def test_what_the_work_raises_is_raised_in_every_use(threaded):
     def fail():
         raise OSError("no such row")
@@ -275,17 +263,6 @@ def test_a_row_written_while_its_recall_begins_is_renewed(threaded, monkeypatch)
     patcher.join()
     maker.join()
     assert torch.equal(made[0].rows(1).unflatten(2, (4, 32))[0, 3, 2], torch.full((32,), 9.0))
-
-
-def test_watchers_of_a_table_come_and_go_while_rows_are_written(often_switched):
-    table = HostTable(1000, 8)
-
-    many = [HotRows(table, 1 << 12) for _ in range(300)]
-
-    def watch(turn):
-        many[turn % 300] = HotRows(table, 1 << 12)
-
-    together(watch, watch, lambda turn: table.write(torch.arange(4), torch.randn(4, 8)))
 
 
 def test_a_patch_that_was_interrupted_leaves_no_old_row_behind(threaded, monkeypatch):

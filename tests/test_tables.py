@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram.tables import EncodedTable, HotRows, RowAdam, RowRMS, Table, kernels, reference
+from engram.tables import EncodedTable, RowAdam, RowRMS, Table, kernels, reference
 from engram.tables.table import HostTable
 
 
@@ -210,8 +210,6 @@ def test_sizes_that_are_no_whole_numbers_are_refused(arguments, name):
     if name == "rows":
         with pytest.raises(TypeError, match="rows must be an int"):
             EncodedTable(arguments[0], 32, "fp8")
-    with pytest.raises(TypeError, match="nbytes must be an int"):
-        HotRows(HostTable(10, 4), 1e6)
     assert HostTable(np.int64(10), np.int32(4)).tensor.shape == (10, 4)
 
 

@@ -1,5 +1,4 @@
 from engram.tables.encoded import EncodedTable, encode_table, report
-from engram.tables.hot_rows import HotRows
 from engram.tables.optimizers import RowAdagrad, RowAdam, RowRMS, RowSinkhorn
 from engram.tables.protocol import Table
 from engram.tables.table import HostTable
@@ -7,7 +6,6 @@ from engram.tables.table import HostTable
 __all__ = [
     "EncodedTable",
     "HostTable",
-    "HotRows",
     "RowAdagrad",
     "RowAdam",
     "RowRMS",

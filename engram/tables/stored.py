@@ -40,7 +40,6 @@ class StoredRows(ABC):
         self.nbytes = rows * columns * dtype.itemsize
         self.path = None if path is None else Path(path)
         self.writable = mode == "r+"
-        self.watchers: WeakList[Any] = WeakList()  # caches of rows, told of every write
         self.optimizers: WeakList[Any] = WeakList()  # row optimizers, closed with the table
         self.on_meta = torch.get_default_device().type == "meta"
         self._file: int | None = None
@@ -189,13 +188,8 @@ class StoredRows(ABC):
                 f"read here, not written. Open the table after the fork, or train in the process that has opened it"
             )
 
-    def changed(self, row_ids: Tensor) -> None:
-        """Drop rows from the caches in front of the table. Each writer of rows calls this with their checked ids."""
-        for watcher in self.watchers.living():
-            watcher.invalidate(row_ids)
-
     def _begin_write(self, row_ids: Tensor | np.ndarray, rows: Tensor) -> Tensor:
-        """Return the flat, checked row ids of a write, and drop these rows from the caches in front of the table."""
+        """Return the flat row ids of a write, after a check of ids and rows."""
         self.check_writable()
         ids = self.check(row_ids).flatten()
         if not isinstance(rows, Tensor) or rows.is_complex():
@@ -207,7 +201,6 @@ class StoredRows(ABC):
             )
         if torch.unique(ids).numel() != ids.numel():
             raise ValueError("a row id occurs twice in one write")
-        self.changed(ids)
         return ids
 
     def info(self) -> dict[str, Any]:
@@ -256,7 +249,7 @@ class StoredRows(ABC):
             MemoryError: the written rows do not fit. ValueError: a closed table.
         """
         twin = memo[id(self)] = copy.copy(self)
-        twin.watchers, twin.optimizers = WeakList(), WeakList()
+        twin.optimizers = WeakList()
         if self.on_meta:
             return twin
         stored = self.tensor

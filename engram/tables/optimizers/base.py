@@ -79,7 +79,6 @@ class RowOptimizer:
                 stacklevel=3,
             )
             self.resume()
-        self.table.changed(ids)
         for state in self.state.values():
             if state.path is not None:  # the rows' own pages are here since the forward pass, their state's may not be
                 state.prefetch(self.table.check(ids) * (state.rows // self.table.rows))

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found w
 from engram import HashLayout, HostTable, NgramHasher, TokenMap
 from engram.lm.corpus import DEFAULT_CORPUS, corpus_digest, load_corpus, split
 from engram.lm.tokenizer import encode, train_tokenizer
-from engram.tables import HotRows
 from experiments.lab.report import write_tables
 from experiments.lab.results import read_lines
+from experiments.scripts.hot_rows.hot_rows import HotRows
 
 HOME = Path(__file__).parent
 ROWS_PER_HEAD, HEADS, ORDERS, VOCAB = 646_400, 2, (2, 3), 4096

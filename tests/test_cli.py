@@ -66,6 +66,18 @@ def small_report(text_folder, tmp_path, name: str) -> dict:
     return report
 
 
+@pytest.mark.parametrize("command", ["train", "ablate"])
+def test_a_command_that_trains_tunes_the_allocator_first(command, text_folder, tmp_path, monkeypatch, capsys):
+    def tuned():
+        raise ValueError("the allocator is tuned now")
+
+    monkeypatch.setattr("engram.lm.train.tune_allocator", tuned)
+    monkeypatch.setattr(sys, "argv", ["engram", command, "--corpus", str(text_folder), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "the allocator is tuned now" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, tmp_path):
     report = small_report(text_folder, tmp_path, "a")

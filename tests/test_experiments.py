@@ -24,7 +24,7 @@ from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
 from experiments.__main__ import chosen, main, new, runs_of, seeds_of, tune
 from experiments.arms.knn_lm import INDEXES
-from experiments.lab import caches, cell, claims_page, report, results, runner, tuning
+from experiments.lab import caches, cell, claims_page, execute, report, results, runner, tuning
 from experiments.lab.cell import HOME, SETTINGS, Run, Table, cell_of, names
 from experiments.lab.results import append, read_documents, read_results, write_documents
 from experiments.lab.trainings import FILE, training_of
@@ -290,7 +290,7 @@ def test_every_arm_of_a_seed_sees_the_same_batches(setting, monkeypatch):
     def spy(arm):
         asked = seen.setdefault(arm, [])
         call = Batches.__call__
-        monkeypatch.setattr(runner, "train", lambda model, data, how, on_step: asked.extend(
+        monkeypatch.setattr(execute, "train", lambda model, data, how, on_step: asked.extend(
             call(Batches(data, how.context, how.batch_size, how.seed), step)[0].tolist() for step in range(5)
         ))  # fmt: skip
 
@@ -299,6 +299,15 @@ def test_every_arm_of_a_seed_sees_the_same_batches(setting, monkeypatch):
         with pytest.raises(AttributeError):  # there is no log: the spy trained nothing
             runner.execute(Run("toy", arm, setting).seeded(3))
     assert seen["plain"] == seen["engram"] and len(seen["plain"]) == 5
+
+
+def test_a_run_tunes_the_allocator_before_it_trains(setting, monkeypatch):
+    order = []
+    trained = execute.train
+    monkeypatch.setattr(execute, "tune_allocator", lambda: order.append("tuned"))
+    monkeypatch.setattr(execute, "train", lambda *args, **how: order.append("trained") or trained(*args, **how))
+    runner.execute(Run("toy", "plain", setting))
+    assert order == ["tuned", "trained"]
 
 
 def test_a_budget_in_epochs_is_of_the_runs_own_text(setting):

@@ -24,7 +24,7 @@ from experiments.depth.measure import alignment, cka, layer_states
 from experiments.depth.measure import measure as measure_depth
 from experiments.depth.summary import effective_rank, shift
 from experiments.kneser_ney.configs import parts_of
-from experiments.lab import caches, cell, claims, claims_page, report, runner
+from experiments.lab import caches, cell, claims, claims_page, execute, report, runner
 from experiments.lab.cell import SETTINGS, Run, Table, names
 from experiments.lab.claims import RULES, Finding
 from experiments.lab.measures import paired, share_of, shown
@@ -62,7 +62,7 @@ def data():
 @pytest.fixture
 def small_texts(data, monkeypatch):
     """prepare() without making the whole task."""
-    monkeypatch.setattr(runner, "prepare", lambda setting, held_out="validation": data)
+    monkeypatch.setattr(execute, "prepare", lambda setting, held_out="validation": data)
     monkeypatch.setattr(mixture, "prepare", lambda setting, held_out="validation": data)
 
 
@@ -77,10 +77,10 @@ def noisy(model):
 
 
 def test_counts_alone_answer_without_a_model(data, small_texts):
-    record, _ = runner.execute(Run("toy", "kneser-ney", SETTING, (("base", "none"),)))
+    record, _ = execute.execute(Run("toy", "kneser-ney", SETTING, (("base", "none"),)))
     assert record["extra"]["weight"] == 1 and record["flops_per_token"]["forward"] == 0 < record["bytes"]["table"]
     model = arms.build("kneser-ney", SETTING, data, base="none")
-    log = runner.train(model, data.train, SETTING.train)
+    log = execute.train(model, data.train, SETTING.train)
     mixed = arms.finish("kneser-ney", model, SETTING, data, base="none")
     assert log.curve[0][1] == pytest.approx(math.log(VOCABULARY)) and mixed.weight == 1
     ids = torch.from_numpy(data.validation.ids[: TASK.length]).long()[None]
@@ -127,9 +127,9 @@ def test_an_experiment_measures_with_the_model_that_was_evaluated(small_texts, m
         seen.append(model(torch.zeros(1, 2, dtype=torch.int64)).shape)
         return {"share": 0.5, "states": np.ones((2, 3), np.float16)}
 
-    monkeypatch.setattr(runner, "hook", lambda name, what: measure if what == "measure" else None)
+    monkeypatch.setattr(execute, "hook", lambda name, what: measure if what == "measure" else None)
     run = Run("toy", "engram", SETTING)
-    record, documents = runner.execute(run)
+    record, documents = execute.execute(run)
     assert seen == [(1, 2, VOCABULARY)] and record["measures"] == {"share": 0.5} and record["key"] == run.key
     np.testing.assert_array_equal(documents["measured_states"], np.ones((2, 3), np.float16))
     json.dumps(record)
@@ -343,7 +343,7 @@ def test_recall_scores_the_answers_and_nothing_else(data):
 
 
 def test_recall_trains_at_the_answers_alone(data):
-    _, targets, _ = runner.train.__globals__["Batches"](data.train, TASK.length, 8)(0)
+    _, targets, _ = execute.train.__globals__["Batches"](data.train, TASK.length, 8)(0)
     masked = task.only_answers(targets, TASK)
     assert ((masked != -100).sum(1) == TASK.questions).all()
     assert ((masked == -100) | ((masked > KEYS) & (masked <= KEYS + VALUES))).all()

@@ -120,6 +120,13 @@ def test_learning_rate_warms_up_stays_and_falls_to_almost_nothing():
     assert all(a >= b for a, b in pairwise(scales[60:]))
 
 
+def test_training_leaves_the_allocator_of_the_process_to_its_program(monkeypatch):
+    calls = []
+    monkeypatch.setattr("engram.lm.train.tune_allocator", lambda: calls.append("tuned"))
+    train(model(), corpus(), replace(CONFIG, tokens=64))
+    assert calls == []
+
+
 def test_a_text_shorter_than_one_batch_is_refused():
     with pytest.raises(ValueError, match="one batch needs 4 windows of 16"):
         train(model(), corpus(1, 20), CONFIG)

@@ -85,11 +85,7 @@ def ablate(
         ['high', 'low', 'mean']
     """
     setting, torch_device = setting or Setting(), device_of(device)
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown or not arms or len(set(arms)) != len(arms):
-        raise ValueError(f"arms must be distinct names out of {', '.join(ARMS)}, not {', '.join(arms) or 'none'}")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be distinct and at least one, not {list(seeds)}")
+    _check_names(arms, seeds)
     data = prepare(setting, held_out)
     Batches(data.train, setting.train.context, setting.train.batch_size)  # raises before any work on a text too short
     if len(data.validation.starts) < 3:
@@ -99,7 +95,39 @@ def ablate(
         )
     if on_data is not None:
         on_data(data)
-    report: dict[str, Any] = {
+    report = _header(setting, data, held_out, device, command)
+    runs: list[dict[str, Any]] = []
+    results: dict[tuple[str, int], Evaluation] = {}
+    for seed in seeds:
+        seeded = setting.seeded(seed)
+        counts = seen_counts(data, seeded.train)
+        for arm in arms:
+            progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
+            scored = None if on_evaluate is None else partial(on_evaluate, arm, seed)
+            run, result = _run(seeded, arm, data, counts, torch_device, progress, scored)
+            runs.append(run)
+            results[arm, seed] = result
+            arms_run, seeds_run = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
+            summary = [_summary(name, arms_run, seeds_run, results, data.validation) for name in arms_run]
+            date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+            report = report | {"date": date, "runs": runs[: len(seeds_run) * len(arms)], "summary": summary}
+            if on_report is not None:
+                on_report(report)
+    return report
+
+
+def _check_names(arms: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise ValueError for unknown or repeated arms, and for no or repeated seeds."""
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms or len(set(arms)) != len(arms):
+        raise ValueError(f"arms must be distinct names out of {', '.join(ARMS)}, not {', '.join(arms) or 'none'}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be distinct and at least one, not {list(seeds)}")
+
+
+def _header(setting: Setting, data: Data, held_out: str, device: str, command: str) -> dict[str, Any]:
+    """Return the part of the report that is known before the first run."""
+    return {
         "command": command,
         "version": installed_version(),
         "settings": _flat(asdict(setting)),
@@ -122,24 +150,6 @@ def ablate(
             "overlap_13gram": float(data.overlap),
         },
     }
-    runs: list[dict[str, Any]] = []
-    results: dict[tuple[str, int], Evaluation] = {}
-    for seed in seeds:
-        seeded = setting.seeded(seed)
-        counts = seen_counts(data, seeded.train)
-        for arm in arms:
-            progress = None if on_step is None else _step_reporter(on_step, arm, seed, seeded.train.steps)
-            scored = None if on_evaluate is None else partial(on_evaluate, arm, seed)
-            run, result = _run(seeded, arm, data, counts, torch_device, progress, scored)
-            runs.append(run)
-            results[arm, seed] = result
-            arms_run, seeds_run = arms[: len(runs)], seeds[: max(1, len(runs) // len(arms))]
-            summary = [_summary(name, arms_run, seeds_run, results, data.validation) for name in arms_run]
-            date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-            report = report | {"date": date, "runs": runs[: len(seeds_run) * len(arms)], "summary": summary}
-            if on_report is not None:
-                on_report(report)
-    return report
 
 
 def _run(

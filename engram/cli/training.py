@@ -62,6 +62,7 @@ def ablate(
     from engram.ablation.tables import print_report
     from engram.lm.progress import Progress, Task
     from engram.lm.run_folder import StepLog, alone_in
+    from engram.lm.train import tune_allocator
 
     setting = _setting(corpus, budget, lr, table_lr)
     if held_out not in ("validation", "tune"):
@@ -72,6 +73,7 @@ def ablate(
         )
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # raises before the work if the folder cannot be written
+    tune_allocator()
     with ExitStack() as stack:
         stack.enter_context(alone_in(out))
         progress = stack.enter_context(Progress())
@@ -144,9 +146,11 @@ def train(
     from engram.lm.run import build_model, prepare, save_run
     from engram.lm.run_folder import alone_in
     from engram.lm.train import train as run
+    from engram.lm.train import tune_allocator
 
     torch_device = device_of(device)  # before the text is prepared, which takes time
     setting = _setting(corpus, budget, lr, table_lr).seeded(seed)
+    tune_allocator()
     with alone_in(out), Progress() as progress:
         text = progress.task("preparing the text")
         data = prepare(setting)

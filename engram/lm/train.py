@@ -147,7 +147,11 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 
 def tune_allocator() -> None:
-    """Keeps freed memory in the process (glibc): page faults on fresh tensors cost up to half of CPU training time."""
+    """Keep freed memory in the process (glibc): page faults on fresh tensors cost up to half of CPU training time.
+
+    The setting is of the whole process, so train() leaves it to the program: the `engram` command and the lab call this
+    before they train, and a program that trains on a CPU should too. On other systems it does nothing.
+    """
     if sys.platform != "linux":
         return
     try:
@@ -215,7 +219,6 @@ def train(
     """
     if min(checkpoint_every, keep_checkpoints) < 0:
         raise ValueError(f"{checkpoint_every=} and {keep_checkpoints=} count steps and checkpoints: 0 or more")
-    tune_allocator()
     with ExitStack() as stack:
         if folder is not None:
             stack.enter_context(alone_in(folder))

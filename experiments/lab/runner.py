@@ -1,4 +1,4 @@
-"""Runs a list of runs, each in a process of its own, and appends one line to results.jsonl for each that finished.
+"""Make a list of runs, each in a process of its own, and append a line to results.jsonl for each that finished.
 
 A sweep that was stopped goes on where it was: what is in the file is not run again.
 """
@@ -8,33 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource  # peak memory; Unix only
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-from engram.ablation.ngram_counts import seen_counts, seen_losses
-from engram.lm.evaluate import eval_mode, evaluate
-from engram.lm.run import Data, Setting
-from engram.lm.train import train
-from engram.memory import EngramMemory
+from engram.lm.run import Setting
 from engram.storage.files import write_whole
-from experiments import arms
-from experiments.lab.caches import FOLDER, prepare
+from experiments.lab.caches import FOLDER
 from experiments.lab.cell import HOME, Run, hook, names
+from experiments.lab.execute import execute
 from experiments.lab.results import (
     alone,
     append,
@@ -45,132 +34,9 @@ from experiments.lab.results import (
     repair,
     write_documents,
 )
-from experiments.lab.trainings import FILE, train_once, training_of
-from experiments.lab.version import code_version, processor, sources_digest
+from experiments.lab.trainings import FILE, training_of
 
-CURVE_POINTS, LAST_STEPS = 40, 50
 SAME = 1e-6  # nats per token between a run and the same run again
-
-
-def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | None = None) -> tuple[Any, Any]:
-    """Trains and evaluates one run in this process.
-
-    Returns:
-        (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
-        document, and the arrays that the experiment measured besides). Times are in seconds, losses in nats per token.
-        train_loss is the mean of the last 50 steps, training FLOPs are three times the forward ones, peak_memory is of
-        this process and in bytes, seen is what engram.ablation.ngram_counts says.
-    """
-    torch.set_num_threads(threads)
-    began = time.perf_counter()
-    options = dict(run.options)
-    epochs = options.pop("epochs", None)
-    data = prepare(run.setting, run.held_out)
-    setting = run.setting
-    if epochs is not None:
-        setting = replace(setting, train=replace(setting.train, tokens=round(epochs * len(data.train.ids))))
-    model = arms.build(run.arm, setting, data, **options)
-    stored, looked_up = _stored(model), arms.tables(model)
-    flops = forward_flops(model, data, setting.train.context)
-    model.to(run.device)
-    own, shared, used = hook(run.experiment, "train"), False, time.process_time()
-    if own is None:
-        file = Path(os.environ[FILE]) if FILE in os.environ else None
-        log, used, shared = train_once(model, lambda: train(model, data.train, setting.train, on_step=on_step), file)
-    else:
-        log = own(replace(run, setting=setting), model, data, on_step)
-        used = time.process_time() - used
-    weights = [p for p in model.parameters() if p.requires_grad]
-    model = arms.finish(run.arm, model, setting, data, **options)
-    tested = time.perf_counter()
-    score, measure = hook(run.experiment, "evaluate"), hook(run.experiment, "measure")
-    result = evaluate(model, data.validation) if score is None else score(run, model, data)
-    evaluated = time.perf_counter()
-    measured = {} if measure is None else measure(replace(run, setting=setting), model, data)
-    peak = peak_memory()  # before n-grams are counted
-    usual = own is None and score is None  # else it was trained on something else, or something else is scored
-    seen = seen_losses(result, seen_counts(data, setting.train)) if usual else {}
-    arrays = {name: value for name, value in measured.items() if isinstance(value, np.ndarray)}
-    table, losses = arms.tables(model), [loss for _, loss in log.curve]  # tables again: finish() may have added one
-    record = {
-        "key": run.key,
-        "cell": run.kind,
-        "experiment": run.experiment,
-        "variant": run.variant,
-        "size": run.size,
-        "arm": run.arm,
-        "options": dict(run.options),
-        "held_out": run.held_out,
-        "seed": run.seed,
-        "setting": asdict(run.setting),
-        "code": code_version(),
-        "sources": sources_digest(),
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),  # other vector instructions round in another order
-        "processor": processor(),
-        "corpus": data.digest,
-        "vocabulary": len(data.token_map.table),
-        "token_map": data.token_map.digest[:16],  # the same text has given another tokenizer on another machine
-        "overlap_13gram": float(data.overlap),
-        "tokens": log.tokens,
-        "text_tokens": len(data.train.ids),
-        "train_seconds": log.seconds,
-        "train_cpu_seconds": used,  # of all threads; other work on the machine disturbs it less than the clock
-        "evaluation_seconds": evaluated - tested,
-        "total_seconds": time.perf_counter() - began,
-        "training_shared": shared,  # with another run of the sweep: the seconds of training are that one's
-        "threads": threads,
-        "device": run.device,
-        "peak_memory": peak,
-        "parameters": {"dense": stored["parameters"] - looked_up["parameters"], "table": table["parameters"]},
-        "bytes": {
-            "dense": stored["bytes"] - looked_up["bytes"],
-            "table": table["bytes"],
-            "optimizer_dense": 2 * sum(p.nbytes for p in weights),  # AdamW keeps two moments
-            "optimizer_rows": log.row_state_bytes,
-        },
-        "flops_per_token": {"forward": flops, "training": 3 * flops},
-        "train_loss": float(np.mean(losses[-LAST_STEPS:])),
-        "curve": [np.mean(part, axis=0).tolist() for part in np.array_split(log.curve, min(CURVE_POINTS, len(losses)))],
-        "loss": result.loss,
-        "bpb": result.bits_per_byte,
-        "seen": seen,
-        "extra": dict(getattr(model, "extra_facts", None) or {}),
-    }
-    if measure is not None:
-        record["measures"] = {name: value for name, value in measured.items() if name not in arrays}
-    documents = {
-        "nats": result.document_nats.astype(np.float32),
-        "tokens": result.document_tokens.astype(np.int32),
-        "bytes": data.validation.bytes.astype(np.int32),
-    }
-    return record, documents | {f"measured_{name}": array for name, array in arrays.items()}
-
-
-def forward_flops(model: nn.Module, data: Data, context: int) -> float:
-    """FLOPs per token of a forward pass over one window of held-out text, as torch counts them: matrix products and
-    attention (as two dense products: the causal half is not subtracted); lookups and what is elementwise are free."""
-    ids = torch.from_numpy(data.validation.ids[:context]).long()[None]
-    # The fused attention of the CPU is unknown to the counter; the plain one is made of products that it knows.
-    with torch.no_grad(), eval_mode(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(ids)
-    return counter.get_total_flops() / ids.numel()
-
-
-def _stored(model: nn.Module) -> dict[str, int]:
-    """Parameters and bytes of everything a model holds, tables in host memory included."""
-    memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
-    host = sum(table.nbytes for memory in memories for table in memory.tables.values())
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()) + sum(m.table_parameters() for m in memories),
-        "bytes": sum(p.nbytes for p in model.parameters()) + host,
-    }
-
-
-def peak_memory() -> int:
-    """Of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def rekey(home: Path, experiment: str, file: Path) -> int:
@@ -199,7 +65,7 @@ def sweep(
     limit_minutes: float | None = None,
     others: Iterable[str] | None = None,
 ) -> int:
-    """Makes every run that is not in its results file yet. Returns how many failed; they are in failures.log.
+    """Make every run that is not in its results file yet. Return how many failed; they are in failures.log.
 
     Args:
         runs: of any experiments; home/<experiment>/results.jsonl (tune.jsonl for tuning runs) takes the lines.
@@ -238,7 +104,7 @@ def sweep(
 
 
 def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
-    """Makes runs that are in their results files once more, elsewhere, and prints both losses. Nothing is written.
+    """Make runs that are in their results files once more, elsewhere, and print both losses. Nothing is written.
 
     Args:
         how: workers, threads, limit_minutes, as of `sweep`. Other threads than the first time's may change a loss.
@@ -282,14 +148,14 @@ def _is_done(home: Path, run: Run) -> bool:
 
 
 def _is_of(record: dict[str, Any], run: Run, experiment: str) -> bool:
-    """Whether a record in the file of `experiment` is this run's. The key leaves out what is measured besides the loss:
-    an experiment that does so needs runs of its own, and those from before it did are made again."""
+    """Return True if a record in the file of `experiment` is this run's. The key leaves out what is measured besides
+    the loss: an experiment that measures more needs runs of its own, and those from before it did are made again."""
     measured = experiment == run.experiment and "measures" in record
     return record["key"] == run.key and (measured or hook(run.experiment, "measure") is None)
 
 
 def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
-    """Copies a finished run of the same key from another experiment, or from this one under an older name."""
+    """Copy a finished run of the same key from another experiment, or from this one under an older name."""
     for other in (run.experiment, *others):
         for record in read_results(_file(home, other, run)):
             if not _is_of(record, run, other):
@@ -303,8 +169,8 @@ def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
 
 
 def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) -> bool:
-    """One run in its own process: so its peak memory is its own, and its crash too. places: where the sweep keeps what
-    its runs share, as environment variables."""
+    """Make one run in a process of its own, so that its peak memory and a crash are its own. places: environment
+    variables with the files that the runs of a sweep share."""
     size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     python_path = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -334,14 +200,14 @@ def _child_command(home: Path, threads: int) -> list[str]:
 
 
 def _child(home: Path, threads: int, parent: int) -> None:
-    """The other end of _one: run on standard input, side file into the folder, line to standard output."""
+    """Execute the run of standard input for _one: write its documents into the folder, its line to standard output."""
 
     def on_step(step: int, loss: float) -> None:
-        if os.getppid() != parent:  # the sweep was killed: nobody would take the result
+        if os.getppid() != parent:  # the sweep was killed, so the result would be lost
             raise SystemExit("the sweep is gone")
 
     run = Run.from_json(sys.stdin.read())
-    with contextlib.redirect_stdout(sys.stderr):  # whatever an arm prints, the line is the line
+    with contextlib.redirect_stdout(sys.stderr):  # what an arm prints must not mix with the line
         record, documents = execute(run, threads, on_step)
     if run.held_out == "validation":
         write_documents(home / run.experiment, run.key, documents)

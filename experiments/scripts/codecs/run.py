@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found w
 
 from engram.lm.evaluate import evaluate
 from engram.lm.run import Setting, build_model, prepare
-from engram.lm.train import train
+from engram.lm.train import train, tune_allocator
 from engram.tables import HostTable, encode_table, report
 from experiments.lab.cell import change
 from experiments.lab.report import write_tables
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a model is trained with each")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the checkpoints")
     arguments = parser.parse_args()
+    tune_allocator()
     for seed in arguments.seeds:
         if documents_key(arguments.tokens, seed) not in document_keys(HERE):
             run(arguments.tokens, seed, arguments.runs / f"codecs-{arguments.tokens}-{seed}")

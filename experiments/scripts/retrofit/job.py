@@ -16,7 +16,7 @@ import xxhash
 
 from engram import TokenMap, build_optimizer
 from engram.lm.corpus import corpus_digest
-from experiments.lab.runner import peak_memory
+from experiments.lab.execute import peak_memory
 from experiments.lab.version import code_version, sources_digest
 from experiments.scripts.retrofit import arms
 from experiments.scripts.retrofit.data import REPORTED, TUNING, Batches, Text, pack

@@ -26,7 +26,7 @@ STYLE = (
 
 
 class Drawing:
-    """Collects shapes, and writes them as one SVG that a page includes as it is.
+    """Shapes that are written as one SVG, which a page includes as it is.
 
     Args:
         name: of its markers, which share a page with those of other drawings.

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
+    "engram.benchmarks.rows": "engram.benchmarks.gather_update",
     "engram.cache": "engram.memory.cache",
     "engram.inspect.show": "engram.inspect.render",
     "engram.integrations.attach": "engram.integrations.transformers.attach",

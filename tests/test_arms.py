@@ -224,7 +224,7 @@ def test_switched_off_is_trained_as_engram_and_answers_without_memory():
         assert not torch.equal(off(some_ids()), on(some_ids()))
 
 
-def test_shuffled_addresses_say_nothing_about_the_ids():
+def test_shuffled_addresses_do_not_depend_on_the_ids():
     memory = trained("shuffled")[0].memory
     first, second = (memory.recall(some_ids(seed=seed)).row_ids[1] for seed in (5, 6))
     assert torch.equal(first, second)
@@ -266,7 +266,7 @@ def test_with_the_gate_at_1_the_hidden_state_decides_nothing():
     assert torch.equal(first, second) and first.ne(0).any()
 
 
-def test_value_embeddings_speak_through_attention_alone():
+def test_value_embeddings_act_through_attention_alone():
     model, plain = build("value-embeddings"), build("plain")
     for table in model.memory.tables.values():
         table.tensor.normal_()

@@ -451,7 +451,7 @@ def test_a_forward_pass_that_broke_off_leaves_no_ids_behind():
 
 
 def ended_by(module, error, run) -> None:
-    """Calls run() while the forward pass of a module raises."""
+    """Call run() while the forward pass of a module raises."""
 
     def fail(*args):
         raise error

@@ -11,7 +11,7 @@ from engram.benchmarks.codecs import bench_codecs
 from engram.benchmarks.compare import compare
 from engram.benchmarks.decode import bench_decode
 from engram.benchmarks.disk import bench_disk
-from engram.benchmarks.rows import bench_update, lookup
+from engram.benchmarks.gather_update import bench_update, lookup
 
 
 def check(rows, ours):

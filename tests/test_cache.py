@@ -28,7 +28,7 @@ def make(**changes) -> EngramMemory:
 
 
 class Everything:
-    """The slow twin: all ids, run numbers, dead positions and convolution inputs of a text since its start."""
+    """The slow twin: all ids, document numbers, dead positions and convolution inputs of a text since its start."""
 
     def __init__(self, memory: EngramMemory, sequences: int):
         self.memory = memory

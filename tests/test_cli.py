@@ -184,7 +184,7 @@ def test_an_empty_corpus_and_one_too_short_exit_with_2_and_write_nothing(tmp_pat
         assert not list(out.iterdir())
 
 
-def test_help_is_there_for_every_command():
+def test_every_command_has_help():
     for command in ("ablate", "train", "evaluate", "generate", "bench"):
         done = engram(command, "--help")
         assert done.returncode == 0 and "Usage" in done.stdout
@@ -196,7 +196,7 @@ def test_budgets_are_read_with_their_units(text, count):
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "M", "nan", "1e99"])
-def test_budgets_that_are_no_positive_number_are_refused(text):
+def test_budgets_that_are_not_positive_numbers_are_refused(text):
     with pytest.raises(ValueError, match="token budget"):
         parse_count(text)
 

@@ -316,7 +316,7 @@ def test_row_ids_are_checked_as_a_host_tables_are():
 
 @pytest.mark.parametrize("name", BLOCK_CODECS)
 @pytest.mark.parametrize("dim", [0, 1, 31, 33, 80, 16416])
-def test_a_width_that_is_no_multiple_of_32_is_refused(name, dim):
+def test_a_width_that_is_not_a_multiple_of_32_is_refused(name, dim):
     with pytest.raises(ValueError, match=f"one scale per 32 values.*not {dim}"):
         EncodedTable(10, dim, name)
 

@@ -25,12 +25,12 @@ from engram import _command
         ("", [], False),
     ],
 )
-def test_the_command_line_is_told_from_other_programs(program, line, expected):
+def test_the_command_line_is_distinguished_from_other_programs(program, line, expected):
     assert _command.is_command(program, line) == expected
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
-def test_threads_sleep_while_they_wait_unless_the_environment_says_how(monkeypatch, name):
+def test_threads_sleep_while_they_wait_unless_the_environment_decides(monkeypatch, name):
     monkeypatch.setattr(os, "environ", {"PATH": "/bin"})
     _command.sleep_while_waiting()
     assert os.environ == {"PATH": "/bin", "OMP_WAIT_POLICY": "PASSIVE"}

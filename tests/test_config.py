@@ -98,7 +98,7 @@ def test_numbers_that_are_not_whole_are_named_and_never_rounded(wrong):
 
 
 @pytest.mark.parametrize("std", [float("nan"), float("inf"), -1.0])
-def test_a_spread_of_rows_that_is_no_number_is_refused(std):
+def test_a_standard_deviation_of_rows_that_is_not_a_number_is_refused(std):
     with pytest.raises(ValueError, match="table_std"):
         EngramConfig(table_std=std)
 
@@ -123,7 +123,7 @@ def test_values_of_another_kind_than_the_fields_are_named(wrong):
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 10**5, '{"heads": NaN}', '{"table_std": 1e999}', "", '"x"'])
-def test_text_that_is_no_object_of_finite_numbers_is_a_value_error(text):
+def test_text_that_is_not_an_object_of_finite_numbers_is_a_value_error(text):
     with pytest.raises(ValueError):
         EngramConfig.from_json(text)
 

@@ -220,7 +220,7 @@ def test_a_file_of_any_other_name_is_text_if_it_is_given_itself(tmp_path):
     assert [d.text for d in load_corpus(str(tmp_path / "notes.rst"))] == ["one\ntwo\x00 three and more words"]
 
 
-def test_a_file_name_that_is_no_text_does_not_stop_the_digest(tmp_path):
+def test_a_file_name_that_is_not_text_does_not_stop_the_digest(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
         file.write("text")
     found = load_corpus(str(tmp_path))

@@ -22,13 +22,13 @@ CASES = [(page, name) for page in PAGES for name in examples(page)]
 
 @pytest.fixture
 def docs(monkeypatch):
-    """Imports a module of docs/, which is a folder of pages and no package."""
+    """Import modules of docs/, which is a folder of pages and not a package."""
     monkeypatch.syspath_prepend(str(DOCS))
     return importlib.import_module
 
 
 def prepared(name: str) -> dict:
-    """Names that the text of an example asks the reader to have."""
+    """Objects that the text of an example requires."""
     import engram
 
     if name.startswith("attach"):

@@ -539,7 +539,7 @@ def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tm
     assert "torn" in capsys.readouterr().err
 
 
-def test_a_line_that_is_no_result_is_named(tmp_path):
+def test_a_line_that_is_not_a_result_is_named(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text(json.dumps(fake("plain")) + "\nnonsense\n")
     with pytest.raises(ValueError, match="line 2 is not a result"):

@@ -97,7 +97,7 @@ def elsewhere():
 
 
 def alter(folder: Path, change) -> None:
-    """Edits a manifest the way a careful forger would: its own digest fits again."""
+    """Change a manifest and write its digest anew, so that the change is not found by the digest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     manifest["digest"] = manifest_digest(manifest)
@@ -697,7 +697,7 @@ def test_saving_over_a_link_keeps_the_link(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one"]
 
 
-def test_a_checkpoint_without_its_manifest_is_no_whole_run(tmp_path):
+def test_a_checkpoint_without_its_manifest_is_not_a_complete_run(tmp_path):
     for step in ("step-00000001", "step-00000002"):
         memory().save(tmp_path / step)
     (tmp_path / "step-00000002" / "manifest.json").unlink()
@@ -743,7 +743,7 @@ def test_page_ranges_cover_every_row_once_and_merge_neighbours():
 
 
 def drop_pages(table: HostTable) -> None:
-    """Skips the test where the file system cannot forget the table's pages, as one in memory."""
+    """Drop the table's pages from the page cache. If the file system cannot, as one in memory, skip the test."""
     table.drop()
     pages = -(-table.nbytes // mmap.PAGESIZE)
     states = (ctypes.c_ubyte * pages)()
@@ -755,7 +755,7 @@ def drop_pages(table: HostTable) -> None:
 
 @linux
 @pytest.mark.parametrize("batched", [True, False])
-def test_prefetching_changes_no_row_and_asks_for_no_more_than_the_pages(tmp_path, monkeypatch, batched):
+def test_prefetching_changes_no_row_and_reads_no_more_than_the_pages(tmp_path, monkeypatch, batched):
     if not batched:
         monkeypatch.setattr(readahead, "_advise_batches", lambda ranges, address: 0)
     table = HostTable(100_000, 64, path=tmp_path / "rows")
@@ -777,7 +777,7 @@ def test_asking_whether_rows_are_in_memory_reads_none_of_them(tmp_path):
     table = HostTable(100_000, 64, path=tmp_path / "rows")
     drop_pages(table)
     ids = torch.randint(0, 100_000, (500,)).numpy()
-    for _ in range(100):  # each asks for 4 pages or more: reads would fill the sample
+    for _ in range(100):  # each requests 4 pages or more: reads would fill the sample
         assert not readahead.in_memory(table._file, table.tensor.data_ptr(), ids, 256)
 
 
@@ -794,7 +794,7 @@ def test_another_users_file_is_asked_by_reading_without_waiting(tmp_path, monkey
 
 
 @linux
-def test_a_memory_in_files_asks_for_its_cold_pages_before_it_reads_them(tmp_path, monkeypatch):
+def test_a_memory_in_files_prefetches_its_cold_pages_before_it_reads_them(tmp_path, monkeypatch):
     asked, will_need = [], readahead.will_need
     monkeypatch.setattr(readahead, "will_need", lambda *a: asked.append(will_need(*a)) or asked[-1])
     m = EngramMemory(CONFIG.replace(rows_per_head=50_000), TokenMap.identity(VOCAB), HIDDEN, folder=tmp_path)

@@ -118,7 +118,7 @@ def test_a_copy_into_files_begins_again_when_its_source_was_replaced(saved, tmp_
     loaded.close()
 
 
-def test_a_folder_that_is_replaced_each_time_is_an_error_that_says_so(saved, monkeypatch):  # noqa: F811
+def test_a_folder_that_is_replaced_each_time_is_an_error_that_names_the_reason(saved, monkeypatch):  # noqa: F811
     without("no locks", monkeypatch)
     m, tries = memory(), []
 

@@ -111,7 +111,7 @@ def tensors_of(home: Path) -> dict[str, torch.Tensor]:
 
 
 def rewrite(home: Path, name: str, value: torch.Tensor | None) -> None:
-    """Replaces (or removes) one tensor of a checkpoint in place."""
+    """Replace or remove one tensor of a checkpoint in place."""
     for file in home.glob("*.safetensors"):
         tensors = safetensors.torch.load_file(file)
         if name in tensors:
@@ -651,7 +651,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_is_named_with_the_tensor(v41, t
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"text_config": 3}', '{"text_config": [1]}'])
-def test_a_config_that_is_no_object_is_refused(v41, text):
+def test_a_config_that_is_not_an_object_is_refused(v41, text):
     (v41 / "config.json").write_text(text)
     with pytest.raises(ValueError, match="object"):
         open_source(v41)
@@ -701,7 +701,7 @@ def test_inspect_names_the_dialect_rows_and_bytes(v41):
     assert (scale["dtype"], scale["shape"], scale["bytes"]) == ("F8_E8M0", [rows, 2], rows * 2)
 
 
-def test_inspect_says_what_is_wrong_and_what_is_no_memory(v41, tmp_path):
+def test_inspect_reports_what_is_wrong_and_what_is_not_a_memory(v41, tmp_path):
     (v41 / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors, which is missing" in inspect_file(v41)["problem"]
     safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")

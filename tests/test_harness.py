@@ -297,6 +297,6 @@ def test_without_lm_eval_the_command_says_what_to_install(saved, monkeypatch, ca
     assert code == 2 and "pip install -e '.[lm-eval]' in the project's folder" in err
 
 
-def test_a_folder_that_is_no_model_is_named(monkeypatch, capsys, tmp_path, files):
+def test_a_folder_that_is_not_a_model_is_named(monkeypatch, capsys, tmp_path, files):
     code, _, err = cli(monkeypatch, capsys, "evaluate", tmp_path, "--tasks", "read", "--task-files", files)
     assert code == 2 and "neither run.json" in err and str(tmp_path) in err

@@ -174,7 +174,7 @@ def test_sealed_fusion_weights_that_are_others_are_refused_by_name(weights, tmp_
         EngramMemory.load(tmp_path / "m")
 
 
-def test_names_of_tensors_are_no_markup_and_no_commands_and_are_not_cut_when_piped(tmp_path, monkeypatch, capsys):
+def test_names_of_tensors_are_neither_markup_nor_commands_and_are_not_cut_when_piped(tmp_path, monkeypatch, capsys):
     long = "a" * 300
     names = ["[/x]", "[red]x", "\x1b[31mred", "\x1b]0;title\x07", "\u202ecod", "new\nline", long]
     safetensors.torch.save_file({name: torch.zeros(2) for name in names}, tmp_path / "a.safetensors")

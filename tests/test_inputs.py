@@ -209,7 +209,7 @@ def test_the_default_device_of_torch_changes_nothing():
     ],
 )
 @torch.no_grad()
-def test_a_mask_that_says_nothing_about_the_ids_is_refused_by_name(mask, error, match):
+def test_a_mask_that_does_not_fit_the_ids_is_refused_by_name(mask, error, match):
     model, _ = attached("gemma3")
     with pytest.raises(error, match=match):
         model(text(), attention_mask=mask)

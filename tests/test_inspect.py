@@ -117,7 +117,7 @@ def test_the_losses_are_the_models_and_those_without_one_update(kind, monkeypatc
     assert memory.training is False and np.abs(found.loss_off - found.loss)[:-1].max() > 1e-3
 
 
-def test_long_texts_take_several_passes_and_say_the_same(monkeypatch):
+def test_long_texts_take_several_passes_and_give_the_same(monkeypatch):
     model = own()
     whole = explain(model, IDS).loss_off
     monkeypatch.setattr("engram.inspect.explain._TOKENS_AT_ONCE", 2 * len(IDS))
@@ -224,7 +224,7 @@ def test_the_tables_fit_the_terminal_and_show_awkward_tokens(width, bytewise):
     assert sum("⊢" in line for line in lines) == 4  # both n-grams of <|endoftext|>, the trigram of a, the note
 
 
-def test_what_cannot_be_explained_is_said():
+def test_what_cannot_be_explained_is_an_error():
     plain = Transformer(TransformerConfig(VOCAB, 32, layers=2, heads=2))
     with pytest.raises(ValueError, match="has no memory to explain"):
         explain(plain, IDS)

@@ -26,7 +26,7 @@ ROWS, DIM, N = 20_000, 64, 30_000
 
 
 class Interrupter:
-    """Sends SIGINT, up to three times, at random moments of `attempt`; anywhere else it is ignored."""
+    """A thread that sends SIGINT, up to three times, at random moments of `attempt`; elsewhere it is ignored."""
 
     def __init__(self, seed: int):
         self.random, self.armed, self.hits = random.Random(seed), False, 0
@@ -46,7 +46,7 @@ class Interrupter:
             yield attempt
 
     def attempt(self, call, within: float) -> bool:
-        """Calls call() and interrupts it; returns whether it ended as a whole."""
+        """Call call() and interrupt it. Return True if it was not cut short."""
         delays = [self.random.random() * within, *(self.random.choice([0, 2e-5, 3e-4]) for _ in range(2))]
 
         def send() -> None:
@@ -82,7 +82,7 @@ def time_of(call) -> float:
 
 
 def reads(interrupter: Interrupter, wanted: int) -> dict[str, int]:
-    """Gathers from float and encoded tables and hashing, whose buffers are freed by the interrupt and used again."""
+    """Gather from float and encoded tables and hash ids: the interrupt frees their buffers, which are used again."""
     from engram import HashLayout, NgramHasher, TokenMap
 
     table, encoded = HostTable(ROWS, DIM), EncodedTable(ROWS, DIM, "fp8")
@@ -187,7 +187,7 @@ def test_an_interrupt_at_any_moment_leaves_rows_old_or_new_and_the_threads_usabl
 
 
 def after_pieces(monkeypatch, count: int) -> None:
-    """Has the next spread call end by KeyboardInterrupt after `count` pieces."""
+    """Make the next spread call end by KeyboardInterrupt after `count` pieces."""
     real = kernels.spread
 
     def spread(n, smallest, work, *held):

@@ -149,7 +149,7 @@ def test_a_run_without_its_own_measures_is_made_again(other, measures, taken, tm
     assert there == taken
 
 
-def test_a_measured_run_serves_an_experiment_that_asks_for_the_loss_alone(tmp_path):
+def test_a_measured_run_serves_an_experiment_that_needs_the_loss_alone(tmp_path):
     run = Run("toy", "plain", SETTING)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "toy").mkdir()
@@ -277,7 +277,7 @@ def test_a_task_that_is_none_is_refused(name):
 
 
 class Copies(torch.nn.Module):
-    """Says for a token what followed it at its first place in the text."""
+    """A model that predicts for a token what followed its first occurrence in the text."""
 
     memory = None
 
@@ -302,7 +302,7 @@ def test_a_model_that_copies_has_all_answers_right(data):
 
 def test_a_model_that_looks_at_no_key_is_right_as_often_as_it_guesses_a_value_of_the_text(data):
     class First(Copies):
-        """Says the first value of the text, whatever is asked."""
+        """A model that predicts the first value of the text, whatever the key."""
 
         def forward(self, ids):
             logits = torch.zeros(*ids.shape, VOCABULARY)
@@ -427,7 +427,7 @@ def test_a_text_without_a_tokenizer_survives_its_folder(data, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(read.train, data.train, strict=True))
 
 
-def test_windows_that_are_no_documents_are_refused(data):
+def test_windows_that_are_not_documents_are_refused(data):
     setting = cell.change(SETTING, train={"context": 7})
     with pytest.raises(ValueError, match="16 tokens, context is 7"):
         task.train(Run("recall", "plain", setting), None, data)
@@ -501,7 +501,7 @@ def test_a_corpus_without_facts_is_refused():
 
 
 class Knows(torch.nn.Module):
-    """Goes on with any of the texts that begin as what it was given does, and says nothing of others."""
+    """A model that continues the known texts that begin like its input, with no preference after other inputs."""
 
     memory, training = None, False
 
@@ -718,7 +718,7 @@ def test_the_strongest_counter_results_come_first():
     assert places == list(range(1, len(places) + 1))
 
 
-def test_claims_without_runs_say_so(tmp_path):
+def test_claims_without_runs_are_marked_as_such(tmp_path):
     found = claims_page.found_in(tmp_path)
     lines = [line for line in claims_page.document(found).splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(claims.all_claims()) and all("not run yet" in line for line in lines)

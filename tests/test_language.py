@@ -19,43 +19,111 @@ PHRASES = {
     "'a' in place of 'per'": re.compile(rf"\b(?:{UNITS}) an? (?:{PER})\b"),
     "is no ...": re.compile(rf"(?<!there )(?<!There )\b(?:is|are|was|were) no (?!(?:{COMPARED})\b)[a-z]"),
     "whoever, who wants": re.compile(r"\b(?:[Ww]hoever|[Nn]obody|who wants?)\b"),
+    "a thing that asks, wants or forgets": re.compile(
+        r"\b(?:asks|wants|forgets|forgot|speaks|hangs on|falls? silent|ha(?:s|ve) no say|"
+        r"(?:says?|knows?) (?:nothing|so|otherwise))\b"
+    ),
+    "a word that the glossary drops": re.compile(
+        r"\brun numbers?\b|\b[Ss](?:etting|ize)s? [ST]\b|\bhash famil(?:y|ies)\b"
+    ),
 }
-OPENING = re.compile(r"(?:Of|Whether) ")
+OPENING = re.compile(r"(?:Of|Whether|Which|Where|True if|False if) ")
+VERBS = frozenset(
+    """Adds Asks Attaches Builds Chooses Clears Closes Collects Compares Computes Continues Converts Copies
+    Creates Decodes Deletes Describes Divides Drops Encodes Ends Evaluates Expects Fetches Fills Finds Flushes Follows
+    Forgets Freezes Frees Gathers Gets Gives Goes Grows Hands Has Holds Ignores Imports Initialises Inserts Installs Is
+    Joins Keeps Leaves Lets Lists Loads Looks Makes Maps Matches Measures Merges Moves Multiplies
+    Opens Parses Passes Picks Prepares Prints Puts Raises Reads Recomputes Refuses Registers Releases Removes
+    Renames Replaces Rereads Restores Returns Rotates Runs Saves Says Selects Sends Serves Sets Shows
+    Skips Splits Stands Starts Stays Stops Stores Subtracts Syncs Takes Tells Ties Times Trains Truncates Tries
+    Turns Undoes Unmaps Uses Waits Walks Warns Works Wraps Writes Yields""".split()
+)
+NOUNS = frozenset(
+    "Calls Checks Counts Draws Edits Hashes Locks Marks Names Notes Numbers Points Recalls Results Samples Scores "
+    "Shares Tests Updates".split()
+)
+VERB = re.compile(r"\w+ (?:an?|the|all|each|every|its|one|this|what|which|only)\b")  # else these words are nouns
+UNFINISHED = set(  # files whose sentences are being rewritten
+    """engram/fusion.py
+    engram/integrations/formats/conversion.py
+    engram/integrations/formats/dialects.py
+    engram/integrations/formats/readers.py
+    engram/integrations/formats/safetensors_io.py
+    engram/integrations/formats/writers.py
+    engram/integrations/transformers/decoding.py
+    engram/integrations/transformers/inputs.py
+    engram/integrations/transformers/offload.py
+    engram/lm/checkpoint.py
+    engram/lm/corpus.py
+    engram/lm/evaluate.py
+    engram/lm/generate.py
+    engram/lm/lm_eval.py
+    engram/lm/progress.py
+    engram/lm/run.py
+    engram/lm/run_folder.py
+    engram/lm/train.py
+    engram/lm/transformer.py
+    engram/memory/build.py
+    engram/memory/cache.py
+    engram/memory/gradients.py
+    engram/memory/memory.py
+    engram/memory/recall.py
+    engram/optimizer.py
+    engram/storage/readahead.py
+    engram/tables/codecs.py
+    engram/tables/encoded.py
+    engram/tables/kernels.c
+    engram/tables/optimizers/base.py
+    engram/tables/prefetch.py
+    engram/tables/reference.py
+    engram/tables/table.py""".split()
+)
+RECORD = ROOT / "paper_notes" / "log_full.md"  # written as things happened, and not rewritten
 
 
 def hits(path: Path) -> list[str]:
-    """Return "line: what" for each forbidden phrase in the docstrings, comments and strings of a Python file, or in
-    the text of a document."""
+    """Return "line: what" for each forbidden phrase: in the docstrings, comments and strings of a Python file, in the
+    openings of its docstrings and the names of its tests, or in the text of any other file."""
     text = path.read_text()
     parts = python_text(text) if path.suffix == ".py" else list(enumerate(text.splitlines(), 1))
     found = [f"{line}: {name}" for line, part in parts for name, phrase in PHRASES.items() if phrase.search(part)]
-    if path.suffix == ".py":
-        found += [f"{line}: a docstring that begins with Of or Whether" for line in elliptical(text)]
-    return found
+    return found + (openings(text) if path.suffix == ".py" else [])
 
 
 def python_text(source: str) -> list[tuple[int, str]]:
+    """Return (line, text) of the comments and strings, and of the names of tests with blanks for underscores."""
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [(token.start[0], " ".join(token.string.split())) for token in tokens if token.type in kinds]
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    parts = [(token.start[0], " ".join(token.string.split())) for token in tokens if token.type in kinds]
+    names = [token for token in tokens if token.type == tokenize.NAME and token.string.startswith("test_")]
+    return parts + [(token.start[0], token.string.replace("_", " ")) for token in names]
 
 
-def elliptical(source: str) -> list[int]:
+def openings(source: str) -> list[str]:
+    """Return "line: what" for each docstring that does not begin with an imperative or a noun phrase."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
-    return [getattr(node, "lineno", 1) for node in nodes if OPENING.match(ast.get_docstring(node) or "")]
+    result = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, kinds) or not (docstring := ast.get_docstring(node)):
+            continue
+        first = docstring.split()[0].strip(".,:;")
+        third_person = VERB.match(docstring) if first in NOUNS else first in VERBS
+        if third_person or OPENING.match(docstring):
+            result.append(f"{getattr(node, 'lineno', 1)}: a docstring that begins with {first}")
+    return result
 
 
 @cache
 def files() -> tuple[Path, ...]:
-    code = [*(ROOT / "engram").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    rooms = ("engram", "tests", "examples", "docs")
+    code = [path for room in rooms for ending in ("*.py", "*.c") for path in (ROOT / room).rglob(ending)]
     documents = [path for folder in (".", "docs", "paper_notes") for path in (ROOT / folder).glob("*.md")]
     documents += (ROOT / "docs").glob("*/*.md")
-    return tuple(sorted({path for path in [*code, *documents] if path != Path(__file__)}))
+    return tuple(sorted({path for path in [*code, *documents] if path not in (Path(__file__), RECORD)}))
 
 
 def test_no_file_has_a_forbidden_phrase():
-    bad = {str(path.relative_to(ROOT)): hits(path) for path in files()}
+    bad = {name: hits(path) for path in files() if (name := str(path.relative_to(ROOT))) not in UNFINISHED}
     assert {name: where for name, where in bad.items() if where} == {}
 
 
@@ -68,7 +136,18 @@ def test_no_file_has_a_forbidden_phrase():
         ('"""The table is no longer used."""', 0),
         ('def f():\n    """Of the rows."""', 1),
         ('def f():\n    """Whether it fits."""', 1),
-        ("# whoever wants rows\n# who wants them, nobody knows", 2),
+        ("# whoever wants rows\n# who wants them, nobody knows", 4),
+        ('def f():\n    """Reads the rows."""', 1),
+        ('class Kept:\n    """Keeps rows."""', 1),
+        ('def f():\n    """Counts the rows of a table."""', 1),
+        ('def f():\n    """Counts of rows, per table."""', 0),
+        ('def f():\n    """Rows of a table, read once."""', 0),
+        ('def f():\n    """Read the rows. Returns them as they are."""', 0),
+        ('"""True if it fits."""\n# the file says nothing of them\n# a memory that speaks through the values', 3),
+        ("# the layer hangs on the hash family of setting S", 2),
+        ("def test_a_text_that_is_no_memory_is_refused(): ...", 1),
+        ("def test_nobody_asks_for_rows(): ...", 2),
+        ("def text_that_is_no_memory(): ...", 0),
         ("# there is no file of that name\n# there are no rows", 0),
         ("rows = no_memory  # the bytes of a row", 0),
     ],

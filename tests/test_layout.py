@@ -129,7 +129,7 @@ def test_numbers_of_any_integer_type_are_accepted() -> None:
         ({"family": "md5"}, "family (the hash) must be one of multiply_xor, xxh64, one_row, not 'md5'"),
     ],
 )
-def test_argument_that_makes_no_sense_is_refused_with_the_reason(change: dict, reason: str) -> None:
+def test_an_impossible_argument_is_refused_with_the_reason(change: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         HashLayout.build(**{**SMALL, **change})
 
@@ -213,6 +213,6 @@ def test_json_whose_modulus_was_changed_is_refused_with_the_fields_name() -> Non
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "7", "{}", "[" * 100_000, '{"format": "engram-hash-layout-1"}']
 )
-def test_text_that_is_no_layout_is_refused(text: str) -> None:
+def test_text_that_is_not_a_layout_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="hash layout"):
         HashLayout.from_json(text)

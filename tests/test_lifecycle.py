@@ -349,7 +349,7 @@ def test_a_deep_copy_of_a_memory_is_independent():
 
 @pytest.mark.parametrize("codec", [None, "fp8", "pq8"])
 @pytest.mark.parametrize("mode", ["files", "shared"])
-def test_a_copy_of_tables_in_files_keeps_its_rows_in_memory_and_shares_what_nobody_writes(tmp_path, codec, mode):
+def test_a_copy_of_tables_in_files_keeps_its_rows_in_memory_and_shares_what_is_never_written(tmp_path, codec, mode):
     model, _ = trained(folder=tmp_path / "tables", head_dim=32)
     if codec:
         model.memory.encode_tables(codec, tmp_path / "encoded")

@@ -485,7 +485,7 @@ def test_a_part_of_the_rows_is_refused_and_a_folder_that_did_not_come_to_be_can_
         make(config, folder=tmp_path / "new")
 
 
-def test_a_memory_that_nobody_closed_lets_its_files_go(tmp_path):
+def test_a_memory_that_was_not_closed_releases_its_files(tmp_path):
     model = make(folder=tmp_path)
     build_optimizer(model)
     gc.collect()

@@ -240,7 +240,7 @@ def test_the_gains_of_a_model_in_half_precision_learn(dtype):
 
 
 def interrupt(monkeypatch, owner, name: str, call: int) -> None:
-    """Has the `call`-th call of a method (from 0) raise KeyboardInterrupt."""
+    """Make the `call`-th call of a method (from 0) raise KeyboardInterrupt."""
     real, calls = getattr(owner, name), []
 
     def method(*arguments, **named):

@@ -73,7 +73,7 @@ def test_a_short_command_prints_nothing_and_its_thread_ends(monkeypatch):
     assert stream.getvalue() == "" and not shown._printer.is_alive()
 
 
-def test_an_error_ends_the_lines_and_a_closed_pipe_is_no_error(monkeypatch):
+def test_an_error_ends_the_lines_and_a_closed_pipe_is_not_an_error(monkeypatch):
     stream = io.StringIO()
     with pytest.raises(KeyError), Progress(stream=stream) as shown:
         shown.task("reading")

@@ -40,7 +40,7 @@ def threaded(monkeypatch):
 
 @pytest.fixture
 def stuck(monkeypatch, threaded):
-    """Keeps the fetching thread busy, so that what it is given next stays in flight."""
+    """Keep the fetching thread busy, so that later requests stay in flight."""
     monkeypatch.setattr(prefetch, "_thread", kernels.Threads(1, "stuck"))
     go_on = threading.Event()
     busy = prefetch._thread.pool.submit(go_on.wait, 60)
@@ -180,7 +180,7 @@ def often_switched():
 
 
 def together(*works, seconds=1.5):
-    """Runs each work(turn) over and over on a thread of its own; raises what one of them raised."""
+    """Run each work(turn) repeatedly on its own thread, and raise what one of them raised."""
     errors, until = [], time.monotonic() + seconds
 
     def run(work):

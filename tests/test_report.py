@@ -116,7 +116,7 @@ def three_arms(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Links(HTMLParser):
-    """Collects every attribute through which a page can ask for something."""
+    """Attributes of a page that can make a browser load something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_same_report_draws_the_same_figure(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_page_asks_for_nothing_outside_itself(three_arms: str) -> None:
+def test_page_loads_nothing_from_outside_itself(three_arms: str) -> None:
     links = Links()
     links.feed(three_arms)
     assert links.found

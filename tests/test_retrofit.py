@@ -374,7 +374,7 @@ def test_a_missing_side_file_is_named(done):
         summary.document(done)
 
 
-def test_the_steps_of_full_seconds_are_no_part_of_its_key():
+def test_the_steps_of_full_seconds_are_not_part_of_its_key():
     one = job.Job("full-seconds", 0, 1e-4)
     assert replace(one, steps=7).key == one.key != replace(one, lr=2e-4).key
 

@@ -111,7 +111,7 @@ def test_scaled_rows_become_value_times_scale_in_float32_rounded_once(case, tmp_
     assert report["max_error"] == error and report["lossless"] == (error == 0.0)
 
 
-def test_a_config_that_asks_for_float32_gets_the_products_themselves(tmp_path):
+def test_a_config_of_float32_rows_gets_the_products_themselves(tmp_path):
     expected = checkpoint(tmp_path / "q", e4m3, for_table(torch.tensor([0.01], dtype=torch.bfloat16)))
     config = QWEN.replace(table_dtype="float32")
     report = convert(tmp_path / "q", tmp_path / "ours", "engram", config=config)

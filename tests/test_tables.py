@@ -167,7 +167,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path):
     assert not (tmp_path / "rows.bin").exists()
 
 
-def test_a_closed_table_says_so():
+def test_a_closed_table_is_named_in_the_error():
     table = HostTable(10, 4)
     table.close()
     with pytest.raises(ValueError, match="is closed"):
@@ -187,7 +187,7 @@ def test_a_row_id_written_twice_in_one_write_is_refused():
         HostTable(10, 4).write(torch.tensor([3, 3]), torch.ones(2, 4))
 
 
-def test_without_a_compiled_library_a_warning_says_so():
+def test_without_a_compiled_library_there_is_a_warning():
     code = "import warnings; warnings.simplefilter('error'); import engram.tables.kernels as k; print(k.native)"
     run = [sys.executable, "-c", code]
     quiet = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "ENGRAM_KERNELS": "torch"})
@@ -204,7 +204,7 @@ def test_without_a_compiled_library_a_warning_says_so():
         ((torch.tensor(2.5), 4), "rows"),
     ],
 )
-def test_sizes_that_are_no_whole_numbers_are_refused(arguments, name):
+def test_sizes_that_are_not_integers_are_refused(arguments, name):
     with pytest.raises(TypeError, match=f"{name} must be an int"):
         HostTable(*arguments)
     if name == "rows":
@@ -279,7 +279,7 @@ def test_rows_read_and_encoded_do_not_depend_on_flushing_of_denormals():
 
 
 @pytest.mark.parametrize("row_ids", [[1], (1, 2), 1, "1", None, range(2)])
-def test_row_ids_that_are_no_array_are_refused_by_their_type(row_ids):
+def test_row_ids_that_are_not_an_array_are_refused_by_their_type(row_ids):
     table = HostTable(4, 2)
     for call in (table.gather, table.check, lambda ids: table.write(ids, torch.ones(1, 2))):
         with pytest.raises(TypeError, match=f"row ids must be a tensor .* not {type(row_ids).__name__}"):

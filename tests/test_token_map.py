@@ -78,7 +78,7 @@ def test_slow_hugging_face_tokenizer_is_read_through_decode() -> None:
 
 
 @pytest.mark.parametrize("given", [{"a": 0}, "tokenizer.json", Path("tokenizer.json"), None, len])
-def test_something_that_is_no_tokenizer_is_refused(given) -> None:
+def test_an_object_that_is_not_a_tokenizer_is_refused(given) -> None:
     with pytest.raises(TypeError, match=f"cannot read the vocabulary of {type(given).__name__}"):
         TokenMap.from_tokenizer(given)
 
@@ -394,7 +394,7 @@ def test_new_ids_join_their_class_or_are_dead_and_the_old_ones_stay() -> None:
         ([0, 0, 1, 1, 2], "differ in 2 of the 5 ids, first in id 3"),
     ],
 )
-def test_a_removed_or_changed_token_is_no_growth(table, said: str) -> None:
+def test_a_map_with_a_removed_or_changed_token_is_refused(table, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TokenMap(np.array([0, 0, 1, 2, 3])).extend(TokenMap(np.array(table)))
 
@@ -465,7 +465,7 @@ def test_id_outside_the_vocabulary_raises_instead_of_being_clamped(kind) -> None
 
 
 @pytest.mark.parametrize("ids", [np.array([0.0]), np.array([True]), torch.tensor([0.0]), torch.tensor([True]), [0]])
-def test_ids_that_are_no_integers_are_refused(ids) -> None:
+def test_ids_that_are_not_integers_are_refused(ids) -> None:
     with pytest.raises(TypeError, match="token ids must be"):
         TokenMap.identity(4)(ids)
 

@@ -307,7 +307,7 @@ def test_no_flipped_bit_of_a_manifest_resumes_with_another_state(tmp_path):
             assert str(path) in str(error)
 
 
-def test_checkpoints_from_before_manifests_had_digests_still_resume_and_verify_says_so(tmp_path):
+def test_checkpoints_from_before_manifests_had_digests_resume_and_verify_notes_it(tmp_path):
     whole = model()
     train(whole, corpus(), CONFIG)
 
@@ -533,7 +533,7 @@ def test_evaluation_scores_every_token_but_the_first_of_each_document_once():
     assert abs(result.bits_per_byte - total / np.log(2) / (7 * 120)) < 1e-9
 
 
-def test_a_loss_that_is_not_finite_is_no_score():
+def test_a_loss_that_is_not_finite_is_not_a_score():
     m, data = model(), corpus(documents=3)
     with pytest.raises(ValueError, match="context is 1 to"):
         evaluate(m, data, context=-5)

@@ -344,7 +344,7 @@ def test_what_a_chat_template_gives_is_explained() -> None:
         ({"input_ids": []}, ValueError, r"shape \[1, 0\]"),
     ],
 )
-def test_what_are_no_ids_of_one_text_is_refused_by_name(given, error, said: str) -> None:
+def test_what_is_not_ids_of_one_text_is_refused_by_name(given, error, said: str) -> None:
     with pytest.raises(error, match=said):
         engram.explain(own(), given)
     if "one text" not in said and "2, 2" not in said:

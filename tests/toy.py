@@ -1,4 +1,4 @@
-"""A text that small models learn in a moment."""
+"""A text that small models learn in a few steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOCAB = 64
 
 
 def corpus(documents: int = 60, length: int = 40, seed: int = 0) -> Encoded:
-    """Documents in which a token pair mostly decides the next token: food for a bigram memory."""
+    """Make documents in which a token pair mostly decides the next token, which a bigram memory can learn."""
     rng = np.random.default_rng(seed)
     rule = np.random.default_rng(99).integers(1, VOCAB, (VOCAB, VOCAB))
     texts = []

@@ -23,7 +23,7 @@ from engram.ablation.tables import (
 from engram.lm.units import format_count
 from engram.storage.files import write_whole
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; lighter on dark.
+# Okabe and Ito's palette, which colour-blind readers can distinguish too; lighter on dark.
 _LIGHT = {
     "page": "#ffffff",
     "ink": "#1f2328",
@@ -50,18 +50,19 @@ class _Look(NamedTuple):
 
 
 def _looks(arms: Sequence[str], palette: Mapping[str, Any]) -> dict[str, _Look]:
-    """A colour for each arm; where there are more arms than colours, the later ones are dashed, then dotted."""
+    """Return a colour per arm. If there are more arms than colours, the later ones are dashed, then dotted."""
     others = itertools.cycle(_Look(colour, line) for line in ("-", "--", ":") for colour in palette["others"])
     return {arm: _Look(palette[arm], "-") if arm in ("plain", "engram") else next(others) for arm in arms}
 
 
 def draw_curves(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draws curves.png: validation loss while training, and the gain over plain by seen count. Appears whole or not."""
+    """Draw curves.png: validation loss while training, and the gain over plain by seen count. It is written whole or
+    not at all."""
     write_whole(path, figure_png(report))
 
 
 def figure_png(report: Report, dark: bool = False, narrow: bool = False) -> bytes:
-    """The figure as PNG bytes, 1800 pixels wide; narrow: 840, one panel below the other."""
+    """Draw the figure as PNG bytes, 1800 pixels wide; narrow: 840, one panel below the other."""
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -190,7 +191,7 @@ def _draw_gains(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
 
 
 def _by_bucket(runs: Sequence[Report], order: str, plain: Sequence[Report]) -> tuple[Any, Any]:
-    """Numbers of the buckets that hold tokens, and there plain's loss minus the runs'; with no plain, the runs'."""
+    """Return the numbers of the buckets with tokens, and plain's loss minus the runs' there; without plain, theirs."""
     import numpy as np
 
     losses, base = seen_of(runs, order), seen_of(plain, order)
@@ -203,14 +204,14 @@ def _by_bucket(runs: Sequence[Report], order: str, plain: Sequence[Report]) -> t
 
 
 def _points(curve: Sequence[Sequence[float]]) -> Any:
-    """[[tokens, loss], ...] as float64 [2, points]."""
+    """Return [[tokens, loss], ...] as float64 [2, points]."""
     import numpy as np
 
     return np.asarray(curve, dtype=np.float64).reshape(-1, 2).T
 
 
 def _mean_curve(curves: Iterable[Any]) -> Any:
-    """Mean over seeds, float64 [2, points], at the token counts of the first seed."""
+    """Return the mean over seeds, float64 [2, points], at the token counts of the first seed."""
     import numpy as np
 
     curves = [curve for curve in curves if curve.size]
@@ -226,7 +227,7 @@ def _panel_title(axes: Any, title: str, subtitle: str) -> None:
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes each (label, x, y, colour) beside its line's end; where they would touch they move apart."""
+    """Write each (label, x, y, colour) beside its line's end, moved apart if they would touch."""
     low, high = axes.get_ylim()
     height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
     ends = sorted(ends, key=lambda end: end[2])
@@ -239,7 +240,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> Non
 
 
 def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places nearest to ascending values (least squares) that are at least gap apart, inside low to high."""
+    """Return the positions nearest to ascending values (least squares) at least `gap` apart, between low and high."""
     blocks: list[list[float]] = []  # pool adjacent violators on value - index * gap
     for i, value in enumerate(values):
         blocks.append([value - i * gap])

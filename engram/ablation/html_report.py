@@ -1,4 +1,4 @@
-"""report.html of a report: tables and figures in one file that asks the network for nothing."""
+"""report.html of a report: tables and figures in one file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ _READING = (
     "<b>Loss</b> is the mean negative log-likelihood of the held-out tokens in nats. <b>bpb</b> is the same sum in "
     "bits, divided by the bytes of the text, so it compares across vocabularies. Lower is better in both.",
     "<b>Δ</b> is an arm minus <i>plain</i>, the same model without memory; negative is better. Its 95&nbsp;% interval "
-    "comes from a paired bootstrap: whole validation documents{drawn} are drawn again, and both arms are judged on the "
-    "same draw{student}. It is coloured where it excludes zero.",
-    "<b>By seen count</b>: every predicted token is filed under how often the two (bigram) or three (trigram) tokens "
-    "just before it stood together in the text that the run had trained on. A memory of n-grams should help most where "
-    "the n-gram was seen; help under <i>never</i> came some other way.",
-    "<b>In the figure</b> a line is the mean over seeds and a thin line one seed. Lines are judged on the validation "
-    "text or its first part, dots and tables on all of it.",
-    "<b>Dense</b> parameters are all read at every token, <b>table</b> parameters only in the few rows that the last "
+    "comes from a paired bootstrap: validation documents{drawn} are drawn again, and both arms are evaluated on the "
+    "same draw{student}. It is coloured if it excludes zero.",
+    "<b>By seen count</b>: every predicted token is counted under how often the two (bigram) or three (trigram) tokens "
+    "just before it occurred together in the text that the run was trained on. A memory of n-grams should help most "
+    "where the n-gram was seen; a gain under <i>never</i> has another reason.",
+    "<b>In the figure</b> a line is the mean over seeds and a thin line one seed. Lines are measured on the "
+    "validation text or a part of it, dots and tables on all of it.",
+    "<b>Dense</b> parameters are all read for every token, <b>table</b> parameters only in the few rows that the last "
     "tokens address.",
 )
 
 _LIMITS = (
     "<b>Nothing about scale.</b> This is a small model, little text and a short run. Effects of this kind have shrunk "
     "or vanished in larger ones.",
-    "<b>Not equal size.</b> Arms with a table hold more parameters and bytes than plain, and seconds differ between "
-    "arms. What the same bytes or seconds would bring elsewhere is answered only where the table has such an arm.",
-    "<b>Not all uncertainty.</b> {uncertain} Learning rates and other settings are those given below; whether an arm "
+    "<b>Not equal size.</b> Arms with a table have more parameters and bytes than plain, and seconds differ between "
+    "arms. What the same bytes or seconds would bring elsewhere is shown only if the table has such an arm.",
+    "<b>Not all uncertainty.</b> {uncertain} Learning rates and other settings are those listed below; whether an arm "
     "would do better with others is not shown.",
     "<b>Nothing outside this text.</b> Validation documents come from the same sources as the training text. Other "
     "text and downstream tasks were not measured.",
@@ -75,15 +75,18 @@ _LIMITS = (
 
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
-    """Writes report.html: one file with style, figures and tables, no request to anywhere. Appears whole or not."""
+    """Write report.html: one file with style, figures and tables that loads nothing else. It is written whole or not at
+    all."""
     words = {
         "drawn": "",
         "student": "",
-        "uncertain": "With one seed, the interval knows nothing of the spread between seeds.",
+        "uncertain": "With one seed, the interval does not include the spread between seeds.",
     }
     if seeds_of(report) > 1:
-        few = f"{seeds_of(report)} seeds say little about the spread between seeds, and the interval is wide for that."
-        student = ", and widened to Student's interval over seeds where that is wider"
+        few = (
+            f"{seeds_of(report)} seeds show little of the spread between seeds, and the interval is wide because of it."
+        )
+        student = ", and widened to Student's interval over seeds if that is wider"
         words = {"drawn": " and seeds", "student": student, "uncertain": few}
     title, main, *others = _escape(title_of(report)), *(_html_table(table) for table in tables_of(report))
     page = f"""<!doctype html>

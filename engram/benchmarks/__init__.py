@@ -11,8 +11,8 @@ from engram.benchmarks.compare import Row
 from engram.benchmarks.convert import bench_convert
 from engram.benchmarks.decode import bench_decode
 from engram.benchmarks.disk import bench_disk
+from engram.benchmarks.gather_update import bench_lookup, bench_update
 from engram.benchmarks.hashing import bench_hash
-from engram.benchmarks.rows import bench_lookup, bench_update
 from engram.benchmarks.step import bench_prefetch, bench_scale, bench_step
 from engram.lm.train import tune_allocator
 

@@ -1,6 +1,6 @@
 """Kills, Ctrl-C, errors of the operating system, damaged files and races, with counts: `make torture`.
 
-Ends with status 1 if there was a wrong row, a mixed memory, a crash, a hang or an error of an unexpected kind.
+The exit status is 1 if there was a wrong row, a mixed memory, a crash, a hang or an error of an unexpected kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def preload(home: Path) -> str:
-    """Start this program again behind the shim. Returns why that cannot be."""
+    """Start this program again with the shim loaded first. Return the reason if that is not possible."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if sys.platform != "linux" or compiler is None:
         return "no C compiler" if compiler is None else "not Linux"
@@ -53,7 +53,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace, home: Path) -> int:
     import torch
 
-    torch.set_num_threads(1)  # a process without threads may fork
+    torch.set_num_threads(1)  # fork is safe only in a process without threads
     from faults import faults
     from interrupts import interrupts
     from kills import kills

@@ -1,4 +1,4 @@
-"""An error of the operating system at any call by which files are written: an OSError, and nothing half-written."""
+"""An error of the operating system in any call that writes files: an OSError is raised, and nothing is half-written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from campaign_parts import Child, Tally, equal, memory, model, values
 from kills import leftovers
-from things import Child, Tally, equal, memory, model, values
 
 from engram import EngramMemory, TokenMap, build_optimizer
 from engram.integrations.formats import convert
@@ -68,35 +68,35 @@ def faults(count: int, home: Path, draw: random.Random) -> Tally | None:
 
 
 def _after(folder: Path, outcome: str, new: bool, old: bool) -> str | None:
-    """What is wrong with what an error left."""
+    """Return what is wrong with the files after an error, None if nothing is."""
     if not (new if outcome in ("done", "new, not synced") else old):
-        return f"ended as {outcome!r}, and the files say otherwise"
-    return f"{leftovers(folder)} stay" if leftovers(folder) else None
+        return f"ended as {outcome!r}, but the files do not match"
+    return f"{leftovers(folder)} are left" if leftovers(folder) else None
 
 
 def saved(folder: Path, failing: Callable) -> str | None:
     m = memory(0)
     outcome = failing(lambda: m.save(folder / "memory"))
-    there = (folder / "memory").exists()
-    new = there and equal(values(EngramMemory.load(folder / "memory")), values(m))
-    return _after(folder, outcome, new, not there)
+    exists = (folder / "memory").exists()
+    new = exists and equal(values(EngramMemory.load(folder / "memory")), values(m))
+    return _after(folder, outcome, new, not exists)
 
 
 def replaced(folder: Path, failing: Callable) -> str | None:
     one, two = memory(0), memory(1)
     one.save(folder / "memory")
     outcome = failing(lambda: two.save(folder / "memory", overwrite=True))
-    found = values(EngramMemory.load(folder / "memory"))
-    return _after(folder, outcome, equal(found, values(two)), equal(found, values(one)))
+    loaded = values(EngramMemory.load(folder / "memory"))
+    return _after(folder, outcome, equal(loaded, values(two)), equal(loaded, values(one)))
 
 
 def checkpointed(folder: Path, failing: Callable) -> str | None:
     m, other = model(), model()
     m.memory.tables[0].tensor.fill_(3.0)
     outcome = failing(lambda: save_checkpoint(folder, m, build_optimizer(m), 1, {}))
-    if there := bool(checkpoints(folder)):
+    if exists := bool(checkpoints(folder)):
         load_checkpoint(checkpoints(folder)[0], other)
-    return _after(folder, outcome, there and equal(values(other.memory), values(m.memory)), not there)
+    return _after(folder, outcome, exists and equal(values(other.memory), values(m.memory)), not exists)
 
 
 def converted(folder: Path, failing: Callable) -> str | None:
@@ -106,8 +106,8 @@ def converted(folder: Path, failing: Callable) -> str | None:
     outcome = failing(lambda: convert(folder / "source", folder / "target", to))
     from kills import same_content
 
-    there = (folder / "target").exists()
-    return _after(folder, outcome, there and same_content(folder / "expected", folder / "target"), not there)
+    exists = (folder / "target").exists()
+    return _after(folder, outcome, exists and same_content(folder / "expected", folder / "target"), not exists)
 
 
 def encoded(folder: Path, failing: Callable) -> str | None:
@@ -119,10 +119,10 @@ def encoded(folder: Path, failing: Callable) -> str | None:
         if m.codec is not None:
             return "the tables were replaced in spite of the error"
         if left := [path.name for path in (folder / "tables").glob("*")]:
-            return f"{left} stay"
+            return f"{left} are left"
         m.encode_tables(codec, folder / "tables")
-    whole = all(torch.equal(m.tables[i].tensor, expected.tables[i].tensor) for i in m.tables)
-    return _after(folder, "done", whole, True)
+    same = all(torch.equal(m.tables[i].tensor, expected.tables[i].tensor) for i in m.tables)
+    return _after(folder, "done", same, True)
 
 
 def single(folder: Path, failing: Callable) -> str | None:

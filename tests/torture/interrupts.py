@@ -1,4 +1,4 @@
-"""Ctrl-C, once or more often, in gathers, steps, saves and training: no crash, no wrong row."""
+"""Ctrl-C, one or several times, in gathers, steps, saves and training: no crash, no wrong row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from things import Child, Tally, equal, memory, model, trained, values
+from campaign_parts import Child, Tally, equal, memory, model, trained, values
 
 from engram import EngramMemory, HostTable
 from engram.tables import RowRMS, kernels
@@ -47,7 +47,7 @@ def interrupts(count: int, home: Path, draw: random.Random) -> Tally:
         if tally.ended_well(result, kind.__name__) and result[0] == "done" and result[1] is not True:
             tally.fault(f"{kind.__name__}: {result[1]}")
         if kind is training and result[0] == "interrupted":
-            again = Child(lambda f=folder: goes_on(f, expected)).wait()
+            again = Child(lambda f=folder: resumes(f, expected)).wait()
             if tally.ended_well(again, "training again") and again != ["done", True]:
                 tally.fault(f"training after Ctrl-C: {again}")
         shutil.rmtree(folder)
@@ -61,7 +61,7 @@ def wait_for(path: Path, child: Child) -> None:
 
 
 def until_quiet(folder: Path, work: Callable[[], None]) -> int:
-    """work() again and again until no more signals come; the number of times that one ended it."""
+    """Repeat work() until no more signals come, and return how often one interrupted it."""
     (folder / "ready").touch()
     hits = 0
     while not (folder / "quiet").exists():
@@ -80,8 +80,8 @@ def gathers(folder: Path, _: object) -> object:
     ids = torch.randint(0, ROWS, (300_000,), generator=torch.Generator().manual_seed(os.getpid()))
     until_quiet(folder, lambda: table.gather(ids))
     wrong = (table.gather(ids)[:, 0] != ids) | (table.gather(ids)[:, -1] != ids)
-    whole = torch.equal(table.tensor[:, 3], torch.arange(ROWS, dtype=torch.float32))
-    return True if whole and not wrong.any() else f"{int(wrong.sum())} gathered rows are wrong"
+    unchanged = torch.equal(table.tensor[:, 3], torch.arange(ROWS, dtype=torch.float32))
+    return True if unchanged and not wrong.any() else f"{int(wrong.sum())} gathered rows are wrong"
 
 
 def steps(folder: Path, _: object) -> object:
@@ -120,12 +120,12 @@ def saves(folder: Path, _: object) -> object:
         memories[number[0] % 2].save(folder / "memory", overwrite=True)
 
     until_quiet(folder, save)
-    found = values(EngramMemory.load(folder / "memory"))
-    if not any(equal(found, content) for content in contents):
+    loaded = values(EngramMemory.load(folder / "memory"))
+    if not any(equal(loaded, content) for content in contents):
         return "a memory that is neither of the two"
     memories[0].save(folder / "memory", overwrite=True)
     left = [path.name for path in folder.iterdir() if ".partial-" in path.name]
-    return True if not left else f"{left} stay"
+    return True if not left else f"{left} are left"
 
 
 def training(folder: Path, expected: list[torch.Tensor]) -> object:
@@ -134,7 +134,7 @@ def training(folder: Path, expected: list[torch.Tensor]) -> object:
     return equal(trained(m, folder / "run"), expected)
 
 
-def goes_on(folder: Path, expected: list[torch.Tensor]) -> bool:
+def resumes(folder: Path, expected: list[torch.Tensor]) -> bool:
     try:
         m = model(folder / "rows")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment of training, saving, converting and encoding: old, new or absent, never anything else."""
+"""SIGKILL at a random moment of training, saving, converting, encoding: files are old, new or absent, never mixed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from things import Child, Tally, equal, killed, memory, model, trained, values
+from campaign_parts import Child, Tally, equal, killed, memory, model, trained, values
 
 from engram import EngramMemory
 from engram.integrations.formats import convert
@@ -37,7 +37,7 @@ def training(count: int, home: Path, draw: random.Random, tally: Tally) -> None:
     while done < count:
         shutil.rmtree(home, ignore_errors=True)
         for attempt in range(1000):
-            if attempt % 5 == 4 or done >= count:  # let it end, so that every run is compared
+            if attempt % 5 == 4 or done >= count:  # not killed, so that every run is compared
                 result = Child(lambda: equal(trained(model(home / "rows"), home / "run"), expected)).wait()
             else:
                 work = lambda: equal(trained(model(home / "rows"), home / "run"), expected)  # noqa: E731
@@ -49,7 +49,7 @@ def training(count: int, home: Path, draw: random.Random, tally: Tally) -> None:
                 if "cut short" not in result[2]:
                     tally.fault(f"training after a kill: {result}")
                     break
-                shutil.rmtree(home / "rows")  # as the message says
+                shutil.rmtree(home / "rows")  # the remedy in the message
             elif result[0] == "done":
                 if not result[1]:
                     tally.fault("training ended with other weights or rows after kills")
@@ -68,14 +68,14 @@ def saving(count: int, home: Path, draw: random.Random, tally: Tally) -> None:
         work, after = lambda n=number: str(memories[n % 2].save(target, overwrite=True)), draw.random() * 1.5 * whole
         tally.ended_well(killed(work, after), "saving")
         if target.exists():
-            found = values(EngramMemory.load(target))
-            if not any(equal(found, content) for content in contents):
-                tally.fault(f"saving: kill {number} left a memory that is neither")
+            loaded = values(EngramMemory.load(target))
+            if not any(equal(loaded, content) for content in contents):
+                tally.fault(f"saving: kill {number} left a memory that is neither of the two")
             if any(result["problem"] for result in verify(target)):
-                tally.fault(f"saving: kill {number} left a memory that verify refuses")
+                tally.fault(f"saving: kill {number} left a memory in which verify reports errors")
     memories[0].save(target, overwrite=True)
     if leftovers(home):
-        tally.fault(f"saving: {leftovers(home)} stay")
+        tally.fault(f"saving: {leftovers(home)} are left")
 
 
 def converting(count: int, home: Path, draw: random.Random, tally: Tally) -> None:
@@ -92,16 +92,16 @@ def converting(count: int, home: Path, draw: random.Random, tally: Tally) -> Non
         work, after = lambda to=to, target=target: len(convert(source, target, to)), draw.random() * 1.5 * whole[to]
         tally.ended_well(killed(work, after), "converting")
         if target.exists() and not same_content(home / to, target):
-            tally.fault(f"converting to {to}: kill {number} left something else than the whole")
+            tally.fault(f"converting to {to}: kill {number} left incomplete or other files")
         if target.is_dir():
             shutil.rmtree(target)
         target.unlink(missing_ok=True)
-        if number + 3 >= count:  # the next one clears up
+        if number + 3 >= count:  # a conversion after the kills removes what they left
             convert(source, target, to)
             if not same_content(home / to, target):
-                tally.fault(f"converting to {to}: the convert after kills wrote something else")
+                tally.fault(f"converting to {to}: the conversion after kills wrote other files")
     if leftovers(home):
-        tally.fault(f"converting: {leftovers(home)} stay")
+        tally.fault(f"converting: {leftovers(home)} are left")
 
 
 def same_content(one: Path, two: Path) -> bool:
@@ -140,4 +140,4 @@ def encoding(count: int, home: Path, draw: random.Random, tally: Tally) -> None:
         if number + 3 >= count:
             tally.ended_well(Child(lambda c=codec, f=folder: m.encode_tables(c, f)).wait(), "encoding after kills")
     if leftovers(home):
-        tally.fault(f"encoding: {leftovers(home)} stay")
+        tally.fault(f"encoding: {leftovers(home)} are left")

@@ -1,4 +1,4 @@
-"""Files with a flipped bit, a cut end or a foreign piece: refused by name, or read with the values they had."""
+"""Files with a flipped bit, a cut end or a foreign piece: an error names the file, or its values are read unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import toy
-from things import DEADLINE, Child, Tally, equal, memory, model, trained, values
+from campaign_parts import DEADLINE, Child, Tally, equal, memory, model, trained, values
 
 from engram import EngramMemory, TokenMap, build_optimizer
 from engram.integrations.formats import convert, inspect_file
@@ -83,7 +83,7 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 def _subjects(home: Path) -> dict[str, tuple[Path, Callable[[Path], str | None]]]:
-    """name: (folder of whole files, check(copy of it) -> what is wrong with having accepted it)."""
+    """Return {name: (folder of undamaged files, check(copy of it) -> what is wrong if the copy was accepted)}."""
     m, t = memory(0), model()
     trained(t)
     content, rows = values(m), values(t.memory)
@@ -170,7 +170,7 @@ def run(home: Path) -> None:
 
 
 def _alike(one: Path, two: Path) -> bool:
-    """Return True if two files hold the same, or the same JSON in other words."""
+    """Return True if two files have the same bytes or the same JSON values."""
     a, b = one.read_bytes(), two.read_bytes() if two.exists() else b""
     if a == b or one.name == "progress":
         return True

@@ -1,4 +1,4 @@
-"""Readers beside an overwriting writer: every load is one memory, the old or the new."""
+"""Readers beside a writer that overwrites: every load is one complete memory, the old or the new."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import signal
 from pathlib import Path
 
-from things import Child, Tally, equal, memory, model, values
+from campaign_parts import Child, Tally, equal, memory, model, values
 
 from engram import EngramMemory, build_optimizer
 from engram.lm.checkpoint import load_checkpoint, save_checkpoint
@@ -65,6 +65,6 @@ def races(count: int, home: Path, draw: random.Random) -> Tally:
             tally.fault(f"the writer beside {name}: {ended}")
     memories[0].save(home / "memory", overwrite=True)
     if left := [name for name in os.listdir(home) if name.startswith(".")]:
-        tally.fault(f"{left} stay")
+        tally.fault(f"{left} are left")
     del draw
     return tally

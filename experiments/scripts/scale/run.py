@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
 
 from engram.benchmarks.compare import compare
-from engram.benchmarks.rows import lookup
+from engram.benchmarks.gather_update import lookup
 from engram.benchmarks.step import TIME, Trainer, main_job
 from engram.lm.train import tune_allocator
 from experiments.lab.report import write_tables

@@ -1,4 +1,4 @@
-"""What is saved, trained, converted and damaged, how it is compared, and children whose end is told apart."""
+"""Memories and models that the campaigns save, train and damage, their comparison, and child processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engram.lm.train import TrainConfig, train
 
 MEMORY = EngramConfig(
     layers=(1, 3), heads=2, head_dim=64, rows_per_head=997, pad_id=2, conv_kernel=0, boundary="dead"
-)  # one that every format can hold
+)  # a memory that every format can store
 ROWS = EngramConfig(layers=(0, 1), orders=(2,), heads=2, head_dim=8, rows_per_head=499, table_init="normal")
 TRAIN = TrainConfig(tokens=24 * 64, batch_size=4, context=16, warmup_steps=3)
 REFUSED = (OSError, ValueError, TypeError, IndexError)
@@ -39,7 +39,7 @@ def memory(seed: int) -> EngramMemory:
 
 
 def values(m: EngramMemory) -> list[torch.Tensor]:
-    """Everything that a memory says."""
+    """Return all rows and fusion weights of a memory."""
     rows = [table.gather(torch.arange(table.rows)) for table in m.tables.values()]
     return [*rows, *m.fusions.state_dict().values()]
 
@@ -56,13 +56,13 @@ def model(folder: Path | None = None) -> Transformer:
 
 
 def trained(m: Transformer, run: Path | None = None) -> list[torch.Tensor]:
-    """The model's values at the end of the run, which goes on from where it was cut."""
+    """Train from the newest checkpoint of the run, and return the model's values at the end."""
     train(m, toy.corpus(), TRAIN, folder=run, checkpoint_every=5, keep_checkpoints=2)
     return [*m.state_dict().values(), *values(m.memory)]
 
 
 class Child:
-    """A forked process that runs `work` and reports its answer, or the error that ended it, through a pipe."""
+    """A forked process that runs `work` and sends its result, or the error that ended it, through a pipe."""
 
     def __init__(self, work: Callable[[], object]):
         reading, writing = os.pipe()
@@ -89,7 +89,7 @@ class Child:
         os.kill(self.pid, number)
 
     def wait(self) -> list:
-        """["done", answer], ["refused" or "raised", type, text], ["killed"], ["crash", signal] or ["hang"]."""
+        """Return ["done", result], ["refused" or "raised", type, text], ["killed"], ["crash", signal] or ["hang"]."""
         text, hangs = b"", False
         while True:
             left = self.began + DEADLINE - time.monotonic()
@@ -118,7 +118,7 @@ def killed(work: Callable[[], object], after: float) -> list:
 
 
 class Tally:
-    """Counts of what happened, and what must not have."""
+    """Counts of the outcomes, with those that are wrong."""
 
     def __init__(self, name: str):
         self.name, self.counts, self.wrong, self.began = name, Counter[str](), list[str](), time.monotonic()

@@ -1,9 +1,13 @@
-"""What each room may import: nothing above its floor, and no modules import each other in a circle."""
+"""What each room may import, and how long modules and functions are: nothing is imported from above a room's floor, and
+no modules import each other in a circle.
+"""
 
 from __future__ import annotations
 
+import ast
 import graphlib
 from functools import cache
+from pathlib import Path
 
 import grimp
 import pytest
@@ -24,6 +28,18 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
+
+ROOT = Path(__file__).parent.parent
+MODULE_LINES, FUNCTION_LINES = 350, 60  # docstrings of functions are not counted
+LONG_MODULES = {
+    "engram/integrations/formats/gguf.py",  # to be cut
+}
+LONG_FUNCTIONS = {
+    "engram/cli/training.py ablate",  # a list of arguments
+    "engram/lm/train.py train",  # a training loop
+    "engram/integrations/formats/conversion.py _convert",  # to be cut
+    "engram/integrations/formats/writers.py write_safetensors",  # to be cut
+}
 
 
 @cache
@@ -88,3 +104,44 @@ def test_a_circle_is_found(pair):
     first, second = (f"engram.{name}" for name in pair)
     edges = imports() | {first: imports()[first] | {second}, second: imports()[second] | {first}}
     assert {first, second} <= set(circle(edges))
+
+
+def long_parts(root: Path) -> tuple[set[str], set[str]]:
+    """Return (modules, functions) below a folder that are longer than the limits."""
+    modules, functions = set(), set()
+    for path in [*(root / "engram").rglob("*.py"), *(root / "experiments").rglob("*.py")]:
+        name, source = path.relative_to(root).as_posix(), path.read_text()
+        if len(source.splitlines()) > MODULE_LINES:
+            modules.add(name)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of(node) > FUNCTION_LINES:
+                functions.add(f"{name} {node.name}")
+    return modules, functions
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the lines of a function, its signature included and its docstring not."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is not None:
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
+def test_modules_and_functions_are_short_but_for_those_with_a_reason():
+    assert long_parts(ROOT) == (LONG_MODULES, LONG_FUNCTIONS)
+
+
+@pytest.mark.parametrize("docstring", [0, 30])
+@pytest.mark.parametrize("body", [FUNCTION_LINES - 1, FUNCTION_LINES])
+def test_a_long_function_is_found_whatever_its_docstring(body, docstring, tmp_path):
+    (tmp_path / "engram").mkdir()
+    text = f'    """{"x" + chr(10) * docstring}"""\n' * bool(docstring)
+    (tmp_path / "engram" / "x.py").write_text("async def f():\n" + text + "    pass\n" * body)
+    assert long_parts(tmp_path) == (set(), {"engram/x.py f"} if body == FUNCTION_LINES else set())
+
+
+@pytest.mark.parametrize("lines", [MODULE_LINES, MODULE_LINES + 1])
+def test_a_long_module_is_found(lines, tmp_path):
+    (tmp_path / "experiments" / "one").mkdir(parents=True)
+    (tmp_path / "experiments" / "one" / "x.py").write_text("x = 1\n" * lines)
+    assert long_parts(tmp_path) == ({"experiments/one/x.py"} if lines > MODULE_LINES else set(), set())

@@ -155,9 +155,9 @@ def steps(interrupter: Interrupter, wanted: int, kind: str) -> dict[str, int]:
     return {"cut": cut, "wrong": wrong, "partly": partly}
 
 
-def campaign(wanted: int) -> None:
-    torch.set_num_threads(1)
-    kernels.set_threads(3)
+def campaign(wanted: int, torchs: int, ours: int) -> None:
+    torch.set_num_threads(torchs)
+    kernels.set_threads(ours)
     interrupter, counts = Interrupter(seed=5), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -171,11 +171,12 @@ def campaign(wanted: int) -> None:
     print(json.dumps(counts))
 
 
-@pytest.fixture(scope="module")
-def counts():
+@pytest.fixture(scope="module", params=["6 1 3", "3 2 2"], ids=["on the pool", "on torch's threads"])
+def counts(request):
     if kernels.native is None:
         pytest.skip("without kernels, threads are torch's")
-    run = subprocess.run([sys.executable, __file__, "6"], capture_output=True, text=True, timeout=300)
+    line = [sys.executable, __file__, *request.param.split()]
+    run = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, f"ended with {run.returncode}: {run.stderr[-2000:]}"
     return json.loads(run.stdout)
 
@@ -258,4 +259,4 @@ def test_spread_drops_the_rest_after_an_error_and_waits_for_pieces_that_were_beg
 
 
 if __name__ == "__main__":
-    campaign(int(sys.argv[1]))
+    campaign(*map(int, sys.argv[1:]))

@@ -135,20 +135,29 @@ INLINE int fill_window(const struct engram_hash_plan *plan, const struct text *t
     return 0;
 }
 
-// ids [batch, time] and documents [batch, time] or NULL; lookback [batch, back] or NULL; out [layers, batch*time, C].
-// Fills the flat positions [first, last) of out. Returns 0, or 1 at an id outside the vocabulary (the caller says which).
+struct hash {
+    const struct engram_hash_plan *plan;
+    const int64_t *ids, *documents; // [batch, time]; documents may be NULL
+    const int64_t *lookback;        // [batch, back] or NULL
+    int64_t back, batch, time;
+    int64_t *out; // [layers, batch*time, C]
+};
+
+// Fills the flat positions [first, last) of out. Returns -1, or a position at or before an id outside the vocabulary
+// (the caller says which). The form of a kernel is described in tables/kernels.c.
 CLONES
-int64_t engram_hash(const struct engram_hash_plan *plan, const int64_t *ids, const int64_t *documents,
-                    const int64_t *lookback, int64_t back, int64_t batch, int64_t time, int64_t first, int64_t last,
-                    int64_t *out) {
-    const int64_t heads = plan->heads, columns = plan->orders * heads;
+int64_t engram_hash(const struct hash *a, int64_t first, int64_t last) {
+    const struct engram_hash_plan *plan = a->plan;
+    const int64_t heads = plan->heads, columns = plan->orders * heads, back = a->back, batch = a->batch, time = a->time;
+    int64_t *out = a->out;
     uint64_t window[LONGEST][BLOCK], mix[BLOCK], digest[BLOCK];
     for (int64_t count; first < last; first += count) { // blocks of one text, small enough for the nearest cache
         const int64_t row = first / time, start = first % time;
-        const struct text text = {ids + row * time, documents ? documents + row * time : NULL, lookback + row * back, back, time};
+        const int64_t *documents = a->documents ? a->documents + row * time : NULL;
+        const struct text text = {a->ids + row * time, documents, a->lookback + row * back, back, time};
         count = time - start < last - first ? time - start : last - first;
         if (count > BLOCK) count = BLOCK;
-        if (fill_window(plan, &text, start, count, window)) return 1;
+        if (fill_window(plan, &text, start, count, window)) return first;
 
         for (int64_t layer = 0; layer < plan->layers; layer++) {
             const uint64_t *multiplier = plan->multipliers + layer * plan->longest;
@@ -172,5 +181,5 @@ int64_t engram_hash(const struct engram_hash_plan *plan, const int64_t *ids, con
             }
         }
     }
-    return 0;
+    return -1;
 }

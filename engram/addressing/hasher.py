@@ -206,17 +206,11 @@ class NgramHasher:
         if n == 0:
             return out
         arrays = [a if a is None else np.ascontiguousarray(a, np.int64) for a in (ids, documents, lookback)]
-        addresses = [None if a is None else a.ctypes.data for a in arrays]
+        addresses = [0 if a is None else a.ctypes.data for a in arrays]
         back = 0 if lookback is None else lookback.shape[1]
-        plan, target = ctypes.addressof(self._plan), out.ctypes.data
-        refused = []
-
-        def piece(first: int, last: int) -> None:
-            if _kernel(plan, *addresses, back, batch, time, first, last, target):
-                refused.append(first)
-
-        kernels.spread(n, self._smallest, piece, arrays, out, self)
-        if refused:
+        plan = ctypes.addressof(self._plan)
+        call = kernels.Call("hash", plan, *addresses, back, batch, time, out.ctypes.data)
+        if kernels.spread(n, self._smallest, call, arrays, out, self) >= 0:
             self._refuse(ids, lookback)
         return out
 

@@ -67,20 +67,15 @@ def lookup(nbytes: int, width: int, rounds: int = 21) -> list[Row]:
 
 def _copy_rows(table: HostTable, ids: Tensor, out: Tensor) -> None:
     """Copy rows as fast as this machine can: one call per thread, without checks, only prefetch and copy."""
-    assert kernels.native is not None
-    copy = kernels.native.engram_copy_rows
-    data, source, target = table.tensor.data_ptr(), ids.data_ptr(), out.data_ptr()
-    width = table.dim * 4
-    _halves(len(ids), lambda lo, hi: copy(data, source, lo, hi, target, width))
+    addresses = table.tensor.data_ptr(), ids.data_ptr(), out.data_ptr()
+    _halves(len(ids), kernels.Call("copy_rows", *addresses, table.dim * 4))
 
 
 def _read(table: HostTable, words: int) -> None:
-    assert kernels.native is not None
-    read, data = kernels.native.engram_read_words, table.tensor.data_ptr()
-    _halves(words, lambda lo, hi: read(data, lo, hi))
+    _halves(words, kernels.Call("read_words", table.tensor.data_ptr()))
 
 
-def _halves(n: int, work: Callable[[int, int], None]) -> None:
+def _halves(n: int, work: kernels.Call) -> None:
     """Run `work` on one piece per core, on the kernels' own threads."""
     kernels.spread(n, -(-n // kernels.threads()), work)
 
@@ -105,10 +100,8 @@ def _fbgemm(table: HostTable) -> Callable[[Tensor, Tensor], Tensor] | None:
 def _read_and_write(table: HostTable, state: HostTable, ids: Tensor, grad: Tensor) -> None:
     """Read every byte that a row-wise update must touch, and write those of rows and state, with prefetches and nothing
     else: the ceiling of an update. `ids` are distinct and read in their order."""
-    assert kernels.native is not None
-    touch, rows, moments = kernels.native.engram_touch_rows, table.tensor.data_ptr(), state.tensor.data_ptr()
-    source, gradient = ids.data_ptr(), grad.data_ptr()
-    _halves(len(ids), lambda lo, hi: touch(rows, moments, source, lo, hi, gradient, table.dim))
+    addresses = table.tensor.data_ptr(), state.tensor.data_ptr(), ids.data_ptr(), grad.data_ptr()
+    _halves(len(ids), kernels.Call("touch_rows", *addresses, table.dim))
 
 
 def bench_update(nbytes: int = 4 << 30) -> list[Row]:

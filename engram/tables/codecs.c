@@ -1,5 +1,5 @@
 /* Decoding of stored rows, fused into the gather, and encoding. The layouts are described in codecs.py, whose torch code
- * gives the same bits. Called through ctypes like kernels.c; every function works on a piece [lo, hi) of its items. */
+ * gives the same bits. The form of a kernel is described in kernels.c. */
 #include <stdint.h>
 #include <string.h>
 
@@ -91,11 +91,19 @@ static inline void decode_pq(const Encoded *t, const uint8_t *row, float *out) {
         for (int64_t m = 0; m < parts; m++, book += 256 * 8) memcpy(out + m * 8, book + row[m] * 8, 32);
 }
 
+typedef struct {
+    const Encoded *table;
+    const int64_t *ids;
+    float *out;
+} Decode;
+
 /* out[i] = row ids[i] as float32 [dim]. Ids were checked. */
 CLONES
-void engram_decode(const Encoded *t, const int64_t *ids, int64_t lo, int64_t hi, float *out) {
+int64_t engram_decode(const Decode *a, int64_t lo, int64_t hi) {
     EXACT
-    const int64_t d = t->dim, size = t->row_bytes;
+    const Encoded *t = a->table;
+    const int64_t *ids = a->ids, d = t->dim, size = t->row_bytes;
+    float *out = a->out;
     const uint8_t *data = t->data;
     for (int64_t i = lo; i < hi; i++) {
         if (i + AHEAD < hi) prefetch_bytes(data + ids[i + AHEAD] * size, size);
@@ -107,16 +115,23 @@ void engram_decode(const Encoded *t, const int64_t *ids, int64_t lo, int64_t hi,
         default: decode_pq(t, row, out + i * d);
         }
     }
+    return -1;
 }
 
-/* First row of [lo, hi) that holds what no encoder writes, or -1. fp8: a NaN scale (255) or value (0x7F, 0xFF);
+typedef struct {
+    const Encoded *table;
+    int64_t first;
+} Check;
+
+/* Refuses the first i of [lo, hi) whose row first + i holds what no encoder writes. fp8: a NaN scale (255) or value (0x7F, 0xFF);
  * int8, int4: a scale that is negative, infinite or NaN. */
 CLONES
-int64_t engram_decode_check(const Encoded *t, int64_t lo, int64_t hi) {
+int64_t engram_decode_check(const Check *a, int64_t lo, int64_t hi) {
+    const Encoded *t = a->table;
     const int64_t values = t->codec == INT4 ? t->dim / 2 : t->dim, scales = t->dim / BLOCK;
     if (t->codec == PQ) return -1;
     for (int64_t i = lo; i < hi; i++) {
-        const uint8_t *row = t->data + i * t->row_bytes;
+        const uint8_t *row = t->data + (a->first + i) * t->row_bytes;
         uint32_t bad = 0;
         if (t->codec == FP8) {
             for (int64_t j = 0; j < values; j++) bad |= (row[j] & 0x7F) == 0x7F;
@@ -197,18 +212,28 @@ static inline void encode_int(const float *in, int64_t dim, uint8_t *row, int bi
     }
 }
 
+typedef struct {
+    const Encoded *table;
+    const float *in;
+    const int64_t *ids;
+    int64_t first;
+} Encode;
+
 /* Stores in[i] as row ids[i], or as row first + i where ids is NULL, for i in [lo, hi). Values were checked to be finite;
  * product quantisers are encoded by the caller. */
 CLONES
-void engram_encode(const Encoded *t, const float *in, const int64_t *ids, int64_t first, int64_t lo, int64_t hi) {
+int64_t engram_encode(const Encode *a, int64_t lo, int64_t hi) {
     EXACT
+    const Encoded *t = a->table;
+    const float *in = a->in;
     const int64_t d = t->dim;
     for (int64_t i = lo; i < hi; i++) {
-        uint8_t *row = t->data + (ids ? ids[i] : first + i) * t->row_bytes;
+        uint8_t *row = t->data + (a->ids ? a->ids[i] : a->first + i) * t->row_bytes;
         switch (t->codec) {
         case FP8: encode_fp8(in + i * d, d, row); break;
         case INT8: encode_int(in + i * d, d, row, 8); break;
         default: encode_int(in + i * d, d, row, 4);
         }
     }
+    return -1;
 }

@@ -117,11 +117,10 @@ class EncodedTable(StoredRows):
         if isinstance(self.codec, PQ):
             PQ(self.codec.codebooks)  # checks them
         if kernels.native is not None:
-            check, table = kernels.native.engram_decode_check, self.struct
-            kernels.spread(
-                stop - first, _SMALLEST, lambda lo, hi: bad.append(check(table, first + lo, first + hi)), stored
-            )
-            bad = [row for row in bad if row >= 0]
+            table = self.struct
+            call = kernels.Call("decode_check", ctypes.addressof(table), first)
+            wrong_row = kernels.spread(stop - first, _SMALLEST, call, table, stored)
+            bad = [first + wrong_row] if wrong_row >= 0 else []
         else:
             for lo in range(first, stop, 65536):
                 wrong = self.codec.wrong(stored[lo : min(lo + 65536, stop)], self.dim)
@@ -149,11 +148,9 @@ class EncodedTable(StoredRows):
         if ids.numel() == 0:
             return out
         if kernels.native is not None:
-            decode, table = kernels.native.engram_decode, self.struct
-            source, target = ids.data_ptr(), out.data_ptr()
-            kernels.spread(
-                ids.numel(), _SMALLEST, lambda lo, hi: decode(table, source, lo, hi, target), stored, ids, out
-            )
+            table = self.struct
+            call = kernels.Call("decode", ctypes.addressof(table), ids.data_ptr(), out.data_ptr())
+            kernels.spread(ids.numel(), _SMALLEST, call, table, stored, ids, out)
         else:
             out.copy_(self.codec.decode(stored.index_select(0, ids.flatten()), self.dim).view(shape))
         return out
@@ -179,11 +176,9 @@ class EncodedTable(StoredRows):
             return
         values = rows.detach().to("cpu", torch.float32).contiguous()
         check_finite(values, self.codec)  # before anything is stored
-        encode, table, source = kernels.native.engram_encode, self.struct, values.data_ptr()
-        where = None if ids is None else ids.data_ptr()
-        kernels.spread(
-            len(values), _SMALLEST, lambda lo, hi: encode(table, source, where, first, lo, hi), stored, values, ids
-        )
+        table, where = self.struct, 0 if ids is None else ids.data_ptr()
+        call = kernels.Call("encode", ctypes.addressof(table), values.data_ptr(), where, first)
+        kernels.spread(len(values), _SMALLEST, call, table, stored, values, ids)
 
     def info(self) -> dict[str, Any]:
         """HostTable.info, with the codec, the bytes of a row and the bytes of the codebooks."""

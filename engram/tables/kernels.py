@@ -1,8 +1,13 @@
 """The hot loops: loads the compiled kernels and spreads their work over the cores.
 
-kernels.c and codecs.c (rows) and ../addressing/hash.c (addresses) are plain C behind ctypes, which drops the GIL for
-the length of a call. Threads come from one Python pool instead of OpenMP, because torch already brings an OpenMP
-runtime and two of them spin against each other on a small machine.
+The C files here (rows) and ../addressing/hash.c (addresses) are called through ctypes, which drops the GIL for the
+length of a call. The main thread spreads a call over torch's own OpenMP threads: these still spin on the cores after
+the operation before, so that threads of another pool would have to wait for them. The runtime is found in the running
+process, and the library is built without it.
+
+A pool of Python threads does the work, with the same bits, where torch's threads cannot: in other threads than the main
+one (rows that are fetched ahead must not hold up the model), inside a parallel region, in a forked process, where
+set_threads asks for another number of threads than torch has, and where torch was built without OpenMP.
 
 Set ENGRAM_KERNELS=torch to run without the compiled library; every result stays the same bit for bit. Set
 ENGRAM_THREADS, or call set_threads, to use another number of threads than the cores that this process may use.
@@ -13,6 +18,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import struct
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,6 +30,24 @@ import torch
 
 from engram.config import whole
 from engram.storage import limits
+
+# The arguments of a kernel as `struct` packs them: P address, i int32, q int64, Q uint64, d double. The structs in C
+# have the same fields; they are named in the order of the names here.
+_ARGUMENTS = {
+    "gather": "PPPi",
+    "copy_rows": "PPPq",
+    "read_words": "P",
+    "touch_rows": "PPPPq",
+    "rms": "PPPPddddQi",
+    "adam": "PPPPddddddQi",
+    "sinkhorn_look": "PPPPdqPP",
+    "sinkhorn_sweep": "PPPdqqP",
+    "sinkhorn_update": "PPPPPdqPPPPddQi",
+    "decode": "PPP",
+    "decode_check": "Pq",
+    "encode": "PPPq",
+    "hash": "PPPPqqqP",
+}
 
 
 def _load() -> Any:
@@ -36,26 +62,15 @@ def _load() -> Any:
         )
         return None
     library: Any = ctypes.CDLL(spec.origin)
-    p, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
-    f32, f64 = ctypes.c_float, ctypes.c_double
+    p, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     for name, result, arguments in (
+        *((kernel, i64, (p, i64, i64)) for kernel in _ARGUMENTS),
         ("check", i64, (p, i64, i64)),
-        ("gather", i64, (p, p, i64, i64, p, i32)),
-        ("copy_rows", None, (p, p, i64, i64, p, i64)),
-        ("touch_rows", None, (p, p, p, i64, i64, p, i64)),
-        ("read_words", u64, (p, i64, i64)),
         ("scatter", None, (p, p, i64, i64, p)),
         ("group", i64, (p, i64, i64, p, i64, p, p, p, p)),
-        ("rms", None, (p, p, p, i64, i64, p, *[f32] * 4, i32, u64)),
-        ("adam", None, (p, p, p, i64, i64, p, *[f32] * 6, i32, u64)),
         ("find", i64, (p, i64, p, i64, p, i64, p)),
-        ("decode", None, (p, p, i64, i64, p)),
-        ("decode_check", i64, (p, i64, i64)),
-        ("encode", None, (p, p, p, i64, i64, i64)),
-        ("sinkhorn_look", None, (p, p, p, p, i64, i64, f64, i64, p, p)),
-        ("sinkhorn_sweep", None, (p, p, f32, p, i64, i64, i64, i64, p)),
-        ("sinkhorn_update", None, (*[p] * 4, i64, i64, p, f64, i64, p, p, f32, p, p, f32, i32, u64)),
-        ("hash", i64, (*[p] * 4, *[i64] * 5, p)),
+        ("use_openmp", None, (p, p, p)),
+        ("parallel", i32, (p, p, p, i64, i64)),
         ("finish", None, (p,)),
     ):
         function = getattr(library, f"engram_{name}")
@@ -69,10 +84,32 @@ def _load() -> Any:
 
 
 native: Any = _load()  # a ctypes.CDLL, or None
+_KERNELS: dict[str, tuple[Any, int | None, Any]] = {}  # (function, its address, what packs its arguments)
+for _name, _fields in _ARGUMENTS.items() if native is not None else ():
+    _function = getattr(native, f"engram_{_name}")
+    _KERNELS[_name] = _function, ctypes.cast(_function, ctypes.c_void_p).value, struct.Struct(_fields).pack
+
+
+class Call:
+    """A kernel with its arguments. call(lo, hi) works on a piece of its items and returns -1, or the first item that it
+    refuses.
+
+    Args:
+        name: of the kernel. arguments: numbers, and addresses of memory that the caller keeps alive.
+    """
+
+    __slots__ = ("address", "arguments", "function")
+
+    def __init__(self, name: str, *arguments: Any):
+        self.function, self.address, pack = _KERNELS[name]
+        self.arguments = pack(*arguments)
+
+    def __call__(self, lo: int, hi: int) -> int:
+        return self.function(self.arguments, lo, hi)
 
 
 class Threads:
-    """A pool of `count` threads, which a forked process makes anew: none of its parent's lives on there."""
+    """A pool of `count` threads. A forked process makes it anew, because no thread of its parent lives on there."""
 
     def __init__(self, count: int, name: str):
         self.count, self.name = count, name
@@ -107,11 +144,49 @@ _SHARE = 4  # pieces per core: a core that others keep busy takes fewer of them
 _LARGEST = 64  # pieces are at most so many times as large as the smallest: an interrupt ends the call after one piece
 
 
+def _openmp() -> list[int] | None:
+    """Return the addresses of GOMP_parallel, omp_in_parallel and omp_get_max_threads in the OpenMP runtime that torch
+    uses; None if torch has none, or one without these names (GNU's and LLVM's have them)."""
+    if sys.platform == "win32" or not torch.backends.openmp.is_available():
+        return None
+    everywhere, of_torch = None, torch._C.__file__  # symbols of the process, and of torch and what it is linked with
+    for scope in (of_torch, everywhere) if sys.platform == "darwin" else (everywhere, of_torch):  # as the linker looks
+        try:
+            library = ctypes.CDLL(scope)
+            names = "GOMP_parallel", "omp_in_parallel", "omp_get_max_threads"
+            return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names]
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _join_torch() -> bool:
+    """Give the kernels torch's OpenMP runtime; return False if there is none that they can use."""
+    found = None if native is None else _openmp()
+    if found is not None:
+        native.engram_use_openmp(*found)
+    return found is not None
+
+
+_joined = _join_torch()
+_MAIN = threading.main_thread().ident
+
+
+def _part() -> None:
+    global _joined
+    _joined = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_part)  # the runtime counts on threads that ended with the fork, and would wait
+
+
 def set_threads(count: int) -> None:
     """Use `count` threads for hashing, gathering, row updates and codecs; torch has torch.set_num_threads.
 
     The default is ENGRAM_THREADS if it is set, else the number of cores that affinity and control groups leave to this
-    process, or fewer if OMP_NUM_THREADS or torch.set_num_threads is lower.
+    process, or fewer if OMP_NUM_THREADS or torch.set_num_threads is lower. If the number is torch's, the kernels run on
+    torch's own threads, which is faster inside a model.
 
     Raises:
         ValueError: count below 1.
@@ -125,8 +200,17 @@ def set_threads(count: int) -> None:
 
 def threads() -> int:
     """Number of threads that a call spreads its work over."""
-    now = torch.get_num_threads()
-    return CORES if _fixed or now == _torch_began_with else min(CORES, now)
+    return _team()[0]
+
+
+def _team() -> tuple[int, bool]:
+    """(threads of a call, True if they are as many as torch has and may be torch's own)."""
+    torchs = torch.get_num_threads()
+    if _fixed:
+        return CORES, _joined and CORES == torchs > 1
+    if _joined and 1 < torchs <= CORES:
+        return torchs, True
+    return CORES if torchs == _torch_began_with else min(CORES, torchs), False
 
 
 def shielded(work: Callable[[], None]) -> None:
@@ -144,15 +228,7 @@ def shielded(work: Callable[[], None]) -> None:
     done.result()
 
 
-def _ask(count: int, work: Callable[..., None], *arguments: Any) -> None:
-    try:
-        for _ in range(count):
-            _threads.pool.submit(work, *arguments)
-    except RuntimeError:  # no thread can be started, or the interpreter is ending: the calling thread does it all
-        pass
-
-
-def spread(n: int, smallest: int, work: Callable[[int, int], Any], *held: Any) -> None:
+def spread(n: int, smallest: int, work: Callable[[int, int], Any], *held: Any) -> int:
     """Call work(lo, hi) over pieces of range(n) on all cores; return when all are done, raise what a piece raised.
 
     The calling thread starts at once and each thread that is free takes the next piece, so neither a slow wake-up nor a
@@ -164,21 +240,50 @@ def spread(n: int, smallest: int, work: Callable[[int, int], Any], *held: Any) -
     that is over.
 
     Args:
+        work: a Call, which can run on torch's threads, or a Python function, which runs on the pool.
         held: what owns the memory that `work` has addresses of; kept alive until its last piece has ended.
+
+    Returns:
+        The smallest item that a piece has returned; -1 if none returned one of 0 or more.
     """
-    most, cores = n // smallest, threads()
-    pieces = min(most, max(cores * _SHARE if cores > 1 else 1, most // _LARGEST))
-    if pieces <= 1 or native is None:
-        work(0, n)
-        return
-    quick, finish = native.quick, native.engram_finish
-    job = (ctypes.c_int64 * 3)(0, pieces, 0)  # struct Job of spread.c
-    here, errors, box = ctypes.addressof(job), list[BaseException](), [(work, held)]
+    most = n // smallest
+    if most <= 1 or native is None:
+        return _item(work(0, n))
+    count, with_torch = _team()
+    pieces = min(most, max(count * _SHARE if count > 1 else 1, most // _LARGEST))
+    if pieces <= 1:
+        return _item(work(0, n))
+    job = (ctypes.c_int64 * 4)(0, pieces, 0, _NONE)  # struct Job of spread.c
+    if with_torch and isinstance(work, Call) and threading.get_ident() == _MAIN:
+        while (state := native.engram_parallel(job, work.address, work.arguments, n, count)) > 0:
+            pass  # an interrupt is raised here
+        if state == 0:
+            return -1 if job[3] == _NONE else job[3]
+    return min(_on_pool(n, job, min(count, pieces) - 1, work, held), default=-1)
+
+
+_NONE = 2**63 - 1
+
+
+def _item(result: Any) -> int:
+    return -1 if result is None else result
+
+
+def _on_pool(n: int, job: Any, helpers: int, work: Callable[[int, int], Any], held: tuple[Any, ...]) -> list[int]:
+    """`spread` on the calling thread and threads of the pool; returns the items of 0 or more that pieces returned."""
+    quick, finish, pieces = native.quick, native.engram_finish, job[1]
+    here, errors, items = ctypes.addressof(job), list[BaseException](), list[int]()
+    box = [(work, held)]
+
+    def run(piece: int) -> None:
+        item = _item(box[0][0](n * piece // pieces, n * (piece + 1) // pieces))
+        if item >= 0:
+            items.append(item)
 
     def helper(_: Any) -> None:
         while (piece := quick.engram_take(here)) >= 0:
             try:
-                box[0][0](n * piece // pieces, n * (piece + 1) // pieces)
+                run(piece)
             except BaseException as error:
                 errors.append(error)
                 quick.engram_drop(here)
@@ -186,11 +291,20 @@ def spread(n: int, smallest: int, work: Callable[[int, int], Any], *held: Any) -
                 quick.engram_leave(here)
 
     try:
-        _ask(min(cores, pieces) - 1, helper, job)
+        _ask(helpers, helper, job)
         while (piece := quick.engram_take_own(here)) >= 0:
-            work(n * piece // pieces, n * (piece + 1) // pieces)
+            run(piece)
     finally:
         finish(here)  # one C call, straight after the jump here: no interrupt falls between
         box.clear()  # a helper that wakes up later finds no piece, and keeps no buffer alive
     if errors:
         raise errors[0]
+    return items
+
+
+def _ask(count: int, work: Callable[..., None], *arguments: Any) -> None:
+    try:
+        for _ in range(count):
+            _threads.pool.submit(work, *arguments)
+    except RuntimeError:  # no thread can be started, or the interpreter is ending: the calling thread does it all
+        pass

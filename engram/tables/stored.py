@@ -104,8 +104,8 @@ class StoredRows(ABC):
 
     @property
     def struct(self) -> Any:
-        """ctypes reference to the table for the kernels."""
-        return ctypes.byref(self._struct) if self._struct is not None else self.tensor
+        """The table for the kernels, a ctypes structure; the caller keeps it while a kernel has its address."""
+        return self._struct if self._struct is not None else self.tensor
 
     def check(self, row_ids: Tensor | np.ndarray) -> Tensor:
         """Return row ids as a contiguous int64 CPU tensor, after a check that each is a row of the table.

@@ -126,20 +126,10 @@ class HostTable(StoredRows):
         if ids.numel() == 0:
             return out
         if kernels.native is not None:
-            gather, table, n = kernels.native.engram_gather, self.struct, ids.numel()
-            source, target, as_float = ids.data_ptr(), out.data_ptr(), out.dtype == torch.float32
+            table, as_float = self.struct, out.dtype == torch.float32
+            call = kernels.Call("gather", ctypes.addressof(table), ids.data_ptr(), out.data_ptr(), as_float)
             smallest = _SMALLEST // (self.dim * out.element_size()) + 1
-            if n < 2 * smallest:  # a decode step: spare it the thread pool
-                bad = gather(table, source, 0, n, target, as_float)
-            else:
-                firsts: list[int] = []
-                kernels.spread(
-                    n,
-                    smallest,
-                    lambda lo, hi: firsts.append(gather(table, source, lo, hi, target, as_float)),
-                    *(stored, ids, out),
-                )
-                bad = min((first for first in firsts if first >= 0), default=-1)
+            bad = kernels.spread(ids.numel(), smallest, call, table, stored, ids, out)
             if bad >= 0:
                 raise self.outside(ids, bad)
         else:
@@ -158,7 +148,7 @@ class HostTable(StoredRows):
         stored, ids = self.tensor, self._begin_write(row_ids, rows)
         values = rows.detach().to("cpu", torch.float32).reshape(-1, self.dim).contiguous()
         if kernels.native is not None:
-            kernels.native.engram_scatter(self.struct, ids.data_ptr(), 0, ids.numel(), values.data_ptr())
+            kernels.native.engram_scatter(ctypes.byref(self.struct), ids.data_ptr(), 0, ids.numel(), values.data_ptr())
         else:
             reference.write(stored, ids, values, self.init == "normal")
 

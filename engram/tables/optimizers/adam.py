@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -47,11 +48,11 @@ class RowAdam(RowOptimizer):
         entries = Entries(self.table, ids, grad)
         self.steps += 1
         b1, b2 = self.betas
-        update, table, address = kernels.native.engram_adam, self.table.struct, entries.address
+        table = self.table.struct
+        addresses = (ctypes.addressof(table), moments.data_ptr(), entries.address, entries.done.data_ptr())
         rates = (self._step_size(), b1, 1 - b1, b2, 1 - b2, self.eps)
-        fixed = (entries.done.data_ptr(), *rates, salt is not None, salt or 0)
-        state = moments.data_ptr()
-        return self._update(entries, lambda lo, hi: update(table, state, address, lo, hi, *fixed), moments)
+        call = kernels.Call("adam", *addresses, *rates, salt or 0, salt is not None)
+        return self._update(entries, call, table, moments)
 
     def _step_size(self) -> float:
         b1, b2 = self.betas

@@ -15,7 +15,7 @@ SMALLEST = 512  # distinct rows below which one core is faster than two
 
 
 class Gradient(ctypes.Structure):
-    """Mirror of `Gradient` in kernels.c."""
+    """Mirror of `Gradient` in updates.h."""
 
     _fields_ = [
         ("unique", ctypes.c_void_p),
@@ -65,7 +65,7 @@ class Entries:
             raise table.outside(ids, -1 - distinct)
         self.unique, self.done = unique[:distinct], torch.zeros(distinct, dtype=torch.uint8, device="cpu")
         self._struct = Gradient(*(a.data_ptr() for a in (unique, start, order, grad)))
-        self.address = ctypes.byref(self._struct)
+        self.address = ctypes.addressof(self._struct)
         self.held = (table.tensor, ids, grad, self)
 
     def give_back(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 from torch import Tensor
 
 from engram.tables import kernels, reference
@@ -31,10 +33,11 @@ class _RowMoment(RowOptimizer):
             return self._step_torch(ids, grad, moment, salt)
         entries = Entries(self.table, ids, grad)
         self.steps += 1
-        update, table, address = kernels.native.engram_rms, self.table.struct, entries.address
-        fixed = (entries.done.data_ptr(), self.lr, *self._factors(), self.eps, salt is not None, salt or 0)
-        state = moment.data_ptr()
-        return self._update(entries, lambda lo, hi: update(table, state, address, lo, hi, *fixed), moment)
+        table = self.table.struct
+        addresses = (ctypes.addressof(table), moment.data_ptr(), entries.address, entries.done.data_ptr())
+        rates = (self.lr, *self._factors(), self.eps)
+        call = kernels.Call("rms", *addresses, *rates, salt or 0, salt is not None)
+        return self._update(entries, call, table, moment)
 
     def _step_torch(self, ids: Tensor, grad: Tensor, moment: Tensor, salt: int | None) -> int:
         f32, t = reference.f32, self.table

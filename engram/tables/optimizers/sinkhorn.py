@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from engram.tables.protocol import Table
 
 _SWEEPS = 5  # K = 11 normalisations: rows, then five times (columns, rows)
 _RATE = 0.18  # the root mean square of a step's elements, in units of lr
-_STRIP = 64  # as STRIP in kernels.c
+_STRIP = 64  # as STRIP in sinkhorn.c
 
 
 class RowSinkhorn(RowOptimizer):
@@ -60,7 +60,7 @@ class RowSinkhorn(RowOptimizer):
         salt, rate = self._salt(), _RATE * self.lr * math.sqrt(self.table.dim)
         if kernels.native is None:
             return self._step_torch(ids, grad, rate, salt)
-        m, last, dim, native = self.state["m"].tensor, self.state["last"].tensor, self.table.dim, kernels.native
+        m, last, dim = self.state["m"].tensor, self.state["last"].tensor, self.table.dim
         entries = Entries(self.table, ids, grad)
         n = len(entries.unique)
         self.steps += 1
@@ -69,26 +69,20 @@ class RowSinkhorn(RowOptimizer):
             self._buffer = torch.empty(n * (dim + 1), device="cpu")  # kept from step to step: no page of it is fresh
         norm, look = self._buffer[:n], self._buffer[n : n * (dim + 1)]
         sums, weight = torch.empty(strips, dim, device="cpu"), torch.ones(dim, device="cpu")
-        table, state = self.table.struct, (m.data_ptr(), last.data_ptr(), entries.address)
-        held = (m, last, norm, look, sums, weight, *entries.held)
-        moved = (self.beta, self.steps)
-        prepared = (*moved, look.data_ptr(), norm.data_ptr())
-        kernels.spread(n, SMALLEST, lambda lo, hi: native.engram_sinkhorn_look(table, *state, lo, hi, *prepared), *held)
-        limit = _limit(norm, self.tau)
-        seen: tuple[Any, ...] = (look.data_ptr(), norm.data_ptr(), limit, weight.data_ptr())
+        table = self.table.struct
+        held = (table, m, last, norm, look, sums, weight, *entries.held)
+        rows = (ctypes.addressof(table), m.data_ptr(), last.data_ptr(), entries.address)
+        moved = (self.beta, self.steps, look.data_ptr())
+        kernels.spread(n, SMALLEST, kernels.Call("sinkhorn_look", *rows, *moved, norm.data_ptr()), *held)
+        limit, seen = _limit(norm, self.tau), (norm.data_ptr(), weight.data_ptr())
+        sweep = kernels.Call("sinkhorn_sweep", look.data_ptr(), *seen, limit, n, dim, sums.data_ptr())
         for _ in range(_SWEEPS):
-            kernels.spread(
-                strips,
-                SMALLEST // _STRIP,
-                lambda lo, hi: native.engram_sinkhorn_sweep(*seen, n, dim, lo, hi, sums.data_ptr()),
-                *held,
-            )
+            kernels.spread(strips, SMALLEST // _STRIP, sweep, *held)
             weight.copy_(_column_weight(sums))
-        root = reference.sqrt(weight)
-        fixed = (entries.done.data_ptr(), *moved, *seen, root.data_ptr(), rate, salt is not None, salt or 0)
-        return self._update(
-            entries, lambda lo, hi: native.engram_sinkhorn_update(table, *state, lo, hi, *fixed), root, *held
-        )
+        root, done = reference.sqrt(weight), entries.done.data_ptr()
+        balanced = (*seen, root.data_ptr(), limit, rate, salt or 0, salt is not None)
+        update = kernels.Call("sinkhorn_update", *rows, done, *moved, *balanced)
+        return self._update(entries, update, table, m, last, norm, look, weight, root)
 
     def _step_torch(self, ids: Tensor, grad: Tensor, rate: float, salt: int | None) -> int:
         f32, t = reference.f32, self.table

@@ -1,6 +1,6 @@
 """The row operations once more, in plain torch: the reference of the tests and the path of machines without a compiler.
 
-Each function equals its twin in kernels.c bit for bit, which is why sums are spelled out in the kernels' order.
+Each function equals its twin in C bit for bit, which is why sums are spelled out in the kernels' order.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _SMALLEST = 1 << 17  # bytes of rows below which one core is faster than two
 
 
 class _Table(ctypes.Structure):
-    """Mirror of `Table` in kernels.c."""
+    """Mirror of `Table` in rows.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),

@@ -95,7 +95,7 @@ def works() -> dict[str, Callable[[], str]]:
 
 
 class Regions:
-    """Counts the parallel regions of torch's runtime that the kernels run in while the context lasts."""
+    """Count the parallel regions of torch's runtime that the kernels run in while the context lasts."""
 
     def __enter__(self) -> Regions:
         self.count, self.real = 0, kernels.native.engram_parallel

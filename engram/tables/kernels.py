@@ -6,8 +6,8 @@ the operation before, so that threads of another pool would have to wait for the
 process, and the library is built without it.
 
 A pool of Python threads does the work, with the same bits, where torch's threads cannot: in other threads than the main
-one (rows that are fetched ahead must not hold up the model), inside a parallel region, in a forked process, where
-set_threads asks for another number of threads than torch has, and where torch was built without OpenMP.
+one (rows that are fetched ahead must not hold up the model), inside a parallel region, in a forked process, with
+another number of threads than torch's, and where torch was built without OpenMP.
 
 Set ENGRAM_KERNELS=torch to run without the compiled library; every result stays the same bit for bit. Set
 ENGRAM_THREADS, or call set_threads, to use another number of threads than the cores that this process may use.

@@ -56,7 +56,7 @@ int64_t engram_sinkhorn_look(const Look *a, int64_t lo, int64_t hi) {
     return -1;
 }
 
-#define STRIP 64 /* rows whose column sums are added up together; strips add up in order, whoever computes them */
+#define STRIP 64 /* rows whose column sums are added up together; strips add up in order, on any threads */
 
 /* weight[j] = columns[j] of the balanced matrix squared. 1 / sum_j x[j]^2 weight[j], in the order of mean_square. */
 static inline float row_factor(const float *x, const float *weight, int64_t d) {

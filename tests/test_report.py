@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import html
 import io
 import math
 import random
@@ -193,20 +193,55 @@ def test_same_report_draws_the_same_figure(tmp_path: Path) -> None:
     draw_curves(fake_report(), tmp_path / "a.png")
     draw_curves(fake_report(), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert page(fake_report(), tmp_path) == page(fake_report(), tmp_path)
 
 
 def test_page_loads_nothing_from_outside_itself(three_arms: str) -> None:
     links = Links()
     links.feed(three_arms)
-    assert links.found
-    assert all(link.startswith("data:image/png;base64,") for link in links.found)
-    assert not re.search(r"url\(|@import|<script|<link", three_arms)
+    assert links.found and all(link.startswith("#") for link in links.found)
+    assert not re.search(r"url\((?!#)|@import|<script|<link|<img", three_arms)
 
 
-def test_page_holds_the_figures_as_png(three_arms: str) -> None:
-    images = re.findall(r'(?:src|srcset)="data:image/png;base64,([^"]+)"', three_arms)
-    assert len(images) == 4
-    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+def test_page_holds_one_drawing_of_two_panels_in_the_colours_of_the_page(three_arms: str) -> None:
+    panels = re.findall(r"<svg .*?</svg>", three_arms, re.S)
+    assert len(panels) == 2 and all('aria-label="' in panel and 'viewBox="' in panel for panel in panels)
+    style = three_arms[three_arms.index("<style>") : three_arms.index("</style>")]
+    for panel in panels:
+        colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", panel))
+        assert {"var(--plain)", "var(--engram)", "var(--arm-0)", "var(--soft)"} <= colours
+        assert all(colour == "none" or re.fullmatch(r"var\(--[a-z0-9-]+\)", colour) for colour in colours), colours
+        assert all(style.count(f"{name}: #") == 2 for name in re.findall(r"--[a-z]+(?:-\d)?", panel))  # light and dark
+    assert len(three_arms) < 100_000
+
+
+def test_the_drawing_names_its_arms_and_losses_as_text(three_arms: str) -> None:
+    losses, gains = re.findall(r"<svg .*?</svg>", three_arms, re.S)
+    for text in (
+        "plain  4.187",
+        "one-row  4.188",
+        "engram  3.817",
+        "Validation loss while training",
+        "training tokens",
+    ):
+        assert re.search(rf"<text[^>]*>{re.escape(text)}</text>", losses)
+    for text in ("one-row", "engram", "last bigram", "never", "63 %"):
+        assert f">{text}<" in gains
+
+
+def test_the_names_inside_the_drawing_are_unique_and_all_that_it_refers_to_is_there(three_arms: str) -> None:
+    names = re.findall(r'\bid="([^"]*)"', three_arms)
+    assert names and len(set(names)) == len(names)
+    assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', three_arms)) <= {(n, "") for n in names} | {
+        ("", n) for n in names
+    }
+
+
+@pytest.mark.parametrize("arm", ["a --> <b>", "#0072b2 1.23456", 'x"; fill: #ffffff', "${}$ & \\frac"])
+def test_awkward_names_of_arms_are_shown_as_they_are(arm: str, tmp_path: Path) -> None:
+    text = page(fake_report(("plain", arm)), tmp_path)
+    shown = [html.unescape(part) for part in re.findall(r"<text[^>]*>([^<]*)</text>", text)]
+    assert arm in shown and any(part.startswith(f"{arm}  4.1") for part in shown)
 
 
 def test_page_holds_each_number_of_the_report(three_arms: str) -> None:

@@ -61,16 +61,18 @@ def draw_curves(report: Report, path: str | os.PathLike[str]) -> None:
     write_whole(path, figure_png(report))
 
 
-def figure_png(report: Report, dark: bool = False, narrow: bool = False) -> bytes:
-    """Draw the figure as PNG bytes, 1800 pixels wide; narrow: 840, one panel below the other."""
-    import matplotlib
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
+def css_colours(dark: bool) -> str:
+    """Return the declarations of the CSS variables that the figure's SVG panels refer to."""
+    return " ".join(f"{name}: {value};" for name, value in _variables(_DARK if dark else _LIGHT))
 
-    palette = _DARK if dark else _LIGHT
-    style: dict[Any, Any] = {
+
+def _variables(palette: Mapping[str, Any]) -> list[tuple[str, str]]:
+    named = [(f"--{name}", palette[name]) for name in ("page", "ink", "soft", "rule", "plain", "engram")]
+    return named + [(f"--arm-{i}", colour) for i, colour in enumerate(palette["others"])]
+
+
+def _style(palette: Mapping[str, Any]) -> dict[Any, Any]:
+    return {
         "font.size": 9.5,
         "font.family": "DejaVu Sans",
         "text.parse_math": False,  # a dollar sign in a path is a dollar sign
@@ -91,36 +93,96 @@ def figure_png(report: Report, dark: bool = False, narrow: bool = False) -> byte
         "ytick.color": palette["soft"],
         "ytick.major.size": 0,
     }
-    looks = _looks(arms_of(report), palette)
-    # In inches: room for tick labels on the left of a panel and for the arms' names on its right.
-    ticks, letters, more = 0.5, max(len(arm) for arm in looks), 0.17 * max(0, len(looks) - 14)
+
+
+class _Room(NamedTuple):
+    """Inches around the axes of a panel: ticks at the left and below, titles above, names of arms at the right."""
+
+    left: float
+    right: tuple[float, float]  # of the first and the second panel
+    axes: float  # height of the axes
+    below: float = 0.9
+    above: float = 0.55
+
+
+def _room(looks: Mapping[str, _Look]) -> _Room:
+    letters = max(len(arm) for arm in looks)
     names = (0.35 + 0.075 * (letters + 7), 0.3 + (0.08 * letters if len(looks) <= 5 else 0))
-    tall = 2.5 + more
-    if narrow:
-        width, height = 4.2, 2 * tall + 3.2
-        places = [(ticks, tall + 2.1, width - ticks - names[0]), (ticks, 0.9, width - ticks - names[1])]
-    else:
-        width, height = 9.0, tall + 1.85
-        panel = (width - 2 * ticks - sum(names)) / 2
-        places = [(ticks, 0.9, panel), (2 * ticks + panel + names[0], 0.9, panel)]
-    with matplotlib.rc_context(style):
+    return _Room(0.5, names, 2.5 + 0.17 * max(0, len(looks) - 14))
+
+
+def figure_png(report: Report) -> bytes:
+    """Draw both panels side by side as PNG bytes, 1800 pixels wide, with a title and the command that made them."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    looks = _looks(arms_of(report), _LIGHT)
+    room = _room(looks)
+    width, height = 9.0, room.below + room.axes + room.above + 0.4
+    panel = (width - 2 * room.left - sum(room.right)) / 2
+    with matplotlib.rc_context(_style(_LIGHT)):
         figure = Figure(figsize=(width, height), dpi=200)
         canvas = FigureCanvasAgg(figure)
-        left, right = (figure.add_axes((x / width, y / height, w / width, tall / height)) for x, y, w in places)
+        left, right = (
+            figure.add_axes((x / width, room.below / height, panel / width, room.axes / height))
+            for x in (room.left, 2 * room.left + panel + room.right[0])
+        )
         _draw_losses(left, report, looks)
         _draw_gains(right, report, looks)
-        title, made = title_of(report), f"{report['command']}  ·  engram {report['version']}  ·  {report['date']}"
-        if narrow:  # a line for the corpus and one for the arms; one for the command and one for the version
-            title, made = title.replace(": ", ":\n"), made.replace("  ·  ", "\n", 1)
-        title, made = _wrap(title, 48 if narrow else 110), _wrap(made, 68 if narrow else 145)
-        figure.text(0.12 / width, 1 - 0.12 / height, title, fontsize=10 if narrow else 11.5, weight="bold", va="top")
-        figure.text(0.12 / width, 0.1 / height, made, fontsize=7, color=palette["soft"], va="bottom")
+        made = f"{report['command']}  ·  engram {report['version']}  ·  {report['date']}"
+        title, made = _wrap(title_of(report), 110), _wrap(made, 145)
+        figure.text(0.12 / width, 1 - 0.12 / height, title, fontsize=11.5, weight="bold", va="top")
+        figure.text(0.12 / width, 0.1 / height, made, fontsize=7, color=_LIGHT["soft"], va="bottom")
         canvas.draw()
     # 256 colours are enough for lines and text and make a third of the bytes.
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True, dpi=(200, 200))
     return buffer.getvalue()
+
+
+def figure_svg(report: Report) -> list[str]:
+    """Draw each panel as an `<svg>` element for an HTML page, with text as text and colours as the variables of
+    css_colours(), so that one drawing fits a light and a dark page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    looks = _looks(arms_of(report), _LIGHT)
+    room, width = _room(looks), 4.2
+    height = room.below + room.axes + room.above
+    panels = []
+    for draw, names, label in zip((_draw_losses, _draw_gains), room.right, _LABELS, strict=True):
+        with matplotlib.rc_context(_style(_LIGHT) | {"svg.fonttype": "none", "svg.hashsalt": label}):
+            figure, buffer = Figure(figsize=(width, height)), io.StringIO()
+            box = room.left / width, room.below / height, 1 - (room.left + names) / width, room.axes / height
+            draw(figure.add_axes(box), report, looks)
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        panels.append(_for_page(buffer.getvalue(), label))
+    return panels
+
+
+_LABELS = (
+    "Validation loss against training tokens for each arm. The tables hold the same numbers.",
+    "Gain over plain by how often training saw the last n-gram. The tables hold the same numbers.",
+)
+
+
+def _for_page(svg: str, label: str) -> str:
+    """Turn a file of matplotlib into an element of a page, with the page's font and colours, and no names of groups."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', svg, count=1)
+    return re.sub(r"<[^>]*>", lambda tag: _tag_for_page(tag[0]), svg)  # tags alone: text may hold anything
+
+
+def _tag_for_page(tag: str) -> str:
+    tag = re.sub(r'<g id="[^"]*"', "<g", tag)  # both panels use the same names, and nothing refers to them
+    tag = re.sub(r"(font: [^;]*?px )[^;]*?(?=[;\"])", r"\1system-ui, sans-serif", tag).replace("xlink:href", "href")
+    for name, colour in _variables(_LIGHT):
+        tag = tag.replace(colour, f"var({name})")
+    return re.sub(r"(?<=\d\.\d\d)\d+", "", tag)  # hundredths of a point are enough
 
 
 def _wrap(text: str, letters: int) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import os
 from collections.abc import Iterable, Mapping
 
-from engram.ablation.figure import figure_png
+from engram.ablation.figure import css_colours, figure_svg
 from engram.ablation.tables import Cell, Report, Table, seeds_of, tables_of, title_of
 from engram.storage.files import write_whole
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --soft: #59636e; --rule: #d5d9de; --block: #f4f6f8;
-  --better: #00734f; --worse: #b3400a; }
-@media (prefers-color-scheme: dark) { :root { --page: #14181d; --ink: #e6e9ed; --soft: #9aa4af; --rule: #343b44;
-  --block: #1d232a; --better: #2fc79a; --worse: #f28a4a; } }
-* { box-sizing: border-box; }
+_STYLE = f"""
+:root {{ color-scheme: light dark; {css_colours(dark=False)}
+  --block: #f4f6f8; --better: #00734f; --worse: #b3400a; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {css_colours(dark=True)}
+  --block: #1d232a; --better: #2fc79a; --worse: #f28a4a; }} }}
+"""
+_STYLE += """* { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
@@ -26,7 +26,8 @@ ul { padding-left: 1.2rem; }
 li { margin: .4rem 0; }
 .soft, small { color: var(--soft); font-size: .85rem; }
 figure { margin: 2rem 0; }
-img { display: block; width: 100%; height: auto; }
+.panels { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+.panels svg { flex: 1 1 22rem; min-width: 0; max-width: 40rem; height: auto; }
 pre { background: var(--block); border-radius: 6px; padding: .75rem 1rem; overflow-x: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
@@ -149,21 +150,7 @@ def _html_table(table: Table) -> str:
 
 
 def _html_figure(report: Report) -> str:
-    """One picture for each of light, dark, wide and narrow: the browser takes the one that fits."""
-    image = {
-        (dark, narrow): f"data:image/png;base64,{base64.b64encode(figure_png(report, dark, narrow)).decode()}"
-        for dark in (False, True)
-        for narrow in (False, True)
-    }
-    dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 40rem)"
-    return f"""<figure><picture>
-<source media="{dark} and {narrow}" srcset="{image[True, True]}">
-<source media="{dark}" srcset="{image[True, False]}">
-<source media="{narrow}" srcset="{image[False, True]}">
-<img src="{image[False, False]}" alt="Validation loss against training tokens for each arm, and the gain over plain
-by how often training saw the last n-gram. The tables hold the same numbers.">
-</picture></figure>
-"""
+    return f'<figure class="panels">{"".join(figure_svg(report))}</figure>'
 
 
 def _html_list(items: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from engram.storage.manifest import verify
 from engram.tables import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUN = [sys.executable, "-c", "from engram.cli import main; main()"]
+RUN = "from engram.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,20 @@ def text_folder(tmp_path_factory):
     return folder
 
 
-def engram(*arguments, **env):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=280)
+@pytest.fixture
+def engram(forked):
+    """The command, in a process of its own."""
+    return lambda *arguments, **env: forked(RUN, *arguments, env={**os.environ, "HF_HUB_OFFLINE": "1", **env})
 
 
-def small_report(text_folder, tmp_path, name: str) -> dict:
+def anew(*arguments, **env):
+    """The command, in a process that imports the library itself."""
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def small_report(engram, text_folder, tmp_path, name: str) -> dict:
     done = engram(
         "ablate", "--corpus", text_folder, "--budget", "6k", "--out", tmp_path / name, ENGRAM_CACHE=str(tmp_path)
     )
@@ -79,8 +87,8 @@ def test_a_command_that_trains_tunes_the_allocator_first(command, text_folder, t
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, tmp_path):
-    report = small_report(text_folder, tmp_path, "a")
+def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(engram, text_folder, tmp_path):
+    report = small_report(engram, text_folder, tmp_path, "a")
     assert [run["arm"] for run in report["runs"]] == ["plain", "one-row", "engram"]
     assert report["corpus"]["validation_documents"] > 0 and report["summary"][0]["difference"] is None
     for row in report["summary"][1:]:
@@ -92,12 +100,12 @@ def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(text_folder, t
         buckets = [bucket for bucket in full["seen"][order].values() if bucket[0]]
         assert 0 < sum(tokens for tokens, _ in buckets) < report["corpus"]["validation_tokens"]
         assert all(0 < loss < 20 for _, loss in buckets)  # a position that predicts nothing would make this NaN
-    again = small_report(text_folder, tmp_path, "b")
+    again = small_report(anew, text_folder, tmp_path, "b")  # with another order of hashes
     assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in report["runs"]]
     assert again["summary"] == report["summary"]
 
 
-def test_ablate_leaves_the_log_of_a_trained_run_alone(tmp_path):
+def test_ablate_leaves_the_log_of_a_trained_run_alone(engram, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text("a line\n")
     done = engram("ablate", "--out", tmp_path)
@@ -134,7 +142,7 @@ def test_each_run_is_reported_as_soon_as_it_can_be_compared(text_folder, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trained_run_is_resumed_evaluated_and_continued(text_folder, tmp_path):
+def test_a_trained_run_is_resumed_evaluated_and_continued(engram, text_folder, tmp_path):
     arguments = ("train", "--corpus", text_folder, "--budget", "8k", "--out", tmp_path / "run", "--device", DEVICE)
     cache = {"ENGRAM_CACHE": str(tmp_path)}
     assert engram(*arguments, **cache).returncode == 0
@@ -164,7 +172,7 @@ def test_a_trained_run_is_resumed_evaluated_and_continued(text_folder, tmp_path)
         (("ablate", "--no-such-option"), "No such option"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, text_folder, tmp_path):
+def test_bad_input_is_one_clear_line_and_exit_code_2(engram, arguments, message, text_folder, tmp_path):
     if arguments[0] == "train":
         arguments = ("train", "--arm", "engrm", "--out", tmp_path / "x", "--corpus", text_folder)
     done = engram(*arguments, ENGRAM_CACHE=str(tmp_path))
@@ -172,7 +180,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, text_fo
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_empty_corpus_and_one_too_short_exit_with_2_and_write_nothing(tmp_path):
+def test_an_empty_corpus_and_one_too_short_exit_with_2_and_write_nothing(engram, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").mkdir()
     for i in range(60):
@@ -186,7 +194,7 @@ def test_an_empty_corpus_and_one_too_short_exit_with_2_and_write_nothing(tmp_pat
 
 def test_every_command_has_help():
     for command in ("ablate", "train", "evaluate", "generate", "bench"):
-        done = engram(command, "--help")
+        done = anew(command, "--help")
         assert done.returncode == 0 and "Usage" in done.stdout
 
 
@@ -214,7 +222,7 @@ def test_a_rate_of_zero_is_a_rate():
     assert usual.lr > 0 and usual.table_lr > 0
 
 
-def test_a_folder_with_another_run_is_left_as_it_is(text_folder, tmp_path):
+def test_a_folder_with_another_run_is_left_as_it_is(engram, text_folder, tmp_path):
     out, env = tmp_path / "run", {"ENGRAM_CACHE": str(tmp_path)}
     arguments = ["train", "--out", out, "--corpus", text_folder, "--budget", "6k", "--arm", "plain"]
     assert engram(*arguments, **env).returncode == 0

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -66,6 +67,24 @@ def finished(setting, tmp_path_factory):
         append(home / "toy" / "results.jsonl", record)
         write_documents(home / "toy", run.key, documents)
     return home, runs
+
+
+@pytest.fixture
+def children(forked, monkeypatch):
+    """Fork the runs of a sweep and the processes that make its texts, instead of starting them anew."""
+
+    def run(command, input, env=None, **_):
+        _, _, module, *arguments = command
+        if module == "experiments.lab.runner":
+            asked = Run.from_json(input)
+            folder = caches.Path(env[caches.FOLDER]) / caches.key_of(asked.setting, asked.held_out)
+            if not folder.exists():  # else the run has it made by one more process
+                caches.save(folder, prepare(asked.setting, asked.held_out))
+            arguments[-1] = str(forked.pid)  # the parent that it watches
+        text = input if isinstance(input, str) else input.decode()
+        return forked(forks.MODULE.format(module), *arguments, input=text, env=env)
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 def fake(label, seed=0, lr=3e-3, table_lr=0.03, loss=1.0, **other):
@@ -317,7 +336,7 @@ def test_a_budget_in_epochs_is_of_the_runs_own_text(setting):
     assert record["setting"]["train"]["tokens"] == 600  # what was asked for stays what it was
 
 
-def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(setting, tmp_path, capsys):
+def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(children, setting, tmp_path, capsys):
     runs = [Run("toy", "plain", setting)]
     assert runner.sweep(runs, tmp_path, others=()) == 0
     first = (tmp_path / "toy" / "results.jsonl").read_text()
@@ -327,7 +346,7 @@ def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(setting, tmp_path
     assert "1 of 1 runs are there" in capsys.readouterr().out
 
 
-def test_a_run_made_again_is_compared_and_nothing_is_written(setting, finished, tmp_path, capsys):
+def test_a_run_made_again_is_compared_and_nothing_is_written(children, setting, finished, tmp_path, capsys):
     home, runs = finished
     shutil.copytree(home, tmp_path / "home")
     file = tmp_path / "home" / "toy" / "results.jsonl"
@@ -391,7 +410,7 @@ def test_runs_of_a_sweep_that_train_alike_train_once_with_the_same_result(alone,
     assert np.array_equal(losses["nats"], others["nats"])
 
 
-def test_a_sweep_shares_the_training_of_runs_that_are_not_alone_with_it(setting, tmp_path):
+def test_a_sweep_shares_the_training_of_runs_that_are_not_alone_with_it(children, setting, tmp_path):
     runs = [Run("toy", arm, setting) for arm in ("engram", "switched-off", "plain")]
     assert runner.sweep(runs, tmp_path, others=()) == 0
     lines = read_results(tmp_path / "toy" / "results.jsonl")
@@ -465,7 +484,7 @@ def test_a_text_that_two_runs_need_at_once_is_made_once(setting, tmp_path, monke
     assert len(made) == 1 and len({text.digest for text in texts}) == 1
 
 
-def test_a_text_that_cannot_be_made_fails_with_its_own_reason(setting, tmp_path, monkeypatch):
+def test_a_text_that_cannot_be_made_fails_with_its_own_reason(children, setting, tmp_path, monkeypatch):
     monkeypatch.setenv(caches.FOLDER, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no-such-text"):
         caches.prepare(replace(setting, corpus="no-such-text"))
@@ -499,13 +518,13 @@ def test_a_run_on_another_device_is_another_run_in_another_table(setting, monkey
     assert training_of(there) != training_of(run)
 
 
-def test_a_run_whose_sweep_is_gone_before_it_began_ends_at_its_first_step(setting, tmp_path):
-    command = [*runner._child_command(tmp_path, 1)[:-1], str(2**22 + 1)]  # the number of no process
-    done = subprocess.run(command, input=Run("toy", "plain", setting).to_json(), capture_output=True, text=True)
+def test_a_run_whose_sweep_is_gone_before_it_began_ends_at_its_first_step(forked, setting, tmp_path):
+    _, _, module, *arguments = [*runner._child_command(tmp_path, 1)[:-1], str(2**22 + 1)]  # the number of no process
+    done = forked(forks.MODULE.format(module), *arguments, input=Run("toy", "plain", setting).to_json())
     assert done.returncode != 0 and not done.stdout and "the sweep is gone" in done.stderr
 
 
-def test_a_child_reports_its_own_traceback(setting, tmp_path):
+def test_a_child_reports_its_own_traceback(children, setting, tmp_path):
     assert runner.sweep([Run("toy", "no-such-arm", setting)], tmp_path, others=()) == 1
     assert "unknown arm 'no-such-arm'" in (tmp_path / "toy" / "failures.log").read_text()
 
@@ -701,6 +720,13 @@ def test_every_question_has_the_tables_of_its_results_and_says_what_they_do_not_
     assert (HOME / name / "tables.md").read_text().endswith(f"\n\n{made}\n"), f"python -m experiments report {name}"
 
 
+def test_the_claims_are_those_of_the_committed_results():
+    found = claims_page.found_in()  # here, because it compares what those tables compare
+    assert claims_page.document(found) == claims_page.FILE.read_text(), "python -m experiments report"
+    short = f"<!-- table -->\n{claims_page.in_short(found)}\n<!-- end -->"
+    assert short in claims_page.SHORT.read_text(), "python -m experiments report"
+
+
 def test_the_log_fit_finds_the_slope_that_is_there(tmp_path):
     rng, tokens = np.random.default_rng(0), np.full(40, 100.0)
 
@@ -846,25 +872,33 @@ def test_every_committed_result_has_its_documents_and_a_cell_with_a_caption(name
 # A question and an arm in a file of their own
 
 
+FORGET = (
+    "import sys\nfor name in [name for name in sys.modules if name.startswith('experiments')]: del sys.modules[name]\n"
+)
+
+
 @pytest.fixture
-def lab(tmp_path):
-    """A copy of the lab without its results, and how to call it."""
+def lab(forked, tmp_path):
+    """A copy of the lab without its results, and how to run code with it in a process of its own."""
     ignored = shutil.ignore_patterns("*.npz", "*.jsonl", "*.png", "*.md", "__pycache__", "scripts")
     shutil.copytree(HOME, tmp_path / "experiments", ignore=ignored)
     home = tmp_path / "experiments"
     shutil.copy(HOME / "sceptic" / "tune.jsonl", home / "sceptic")
     path = os.pathsep.join((str(tmp_path), str(HOME.parent)))
 
-    def call(*arguments):
-        command = [sys.executable, "-m", "experiments", *arguments]
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    def call(code, *arguments):
+        env = {**os.environ, "PYTHONPATH": path, "MPLBACKEND": "agg"}
+        return forked(FORGET + code, *arguments, cwd=tmp_path, env=env, timeout=120)
 
     return home, call
 
 
 def test_a_new_question_runs_reports_and_plots_from_its_configs_alone(lab, setting):
-    home, call = lab
+    home, run = lab
+
+    def call(*arguments):
+        return run(forks.MODULE.format("experiments"), *arguments)
+
     assert "edit configs.py" in call("new", "short_texts").stdout
     configs = home / "short_texts" / "configs.py"
     small = f"Setting.from_json({setting.to_json()!r})"  # so that it takes a moment and not a minute
@@ -936,7 +970,7 @@ def test_a_new_question_needs_a_free_name(name, tmp_path):
 
 
 def test_an_arm_is_a_file_that_is_found(lab):
-    home, _ = lab
+    home, run = lab
     (home / "arms" / "aaa_twice.py").write_text(
         '"""twice: plain with its head doubled."""\n\nfrom experiments.arms.host import plain\n\n\n'
         "def build(setting, data, *, factor=2.0):\n    model = plain(setting, data)\n"
@@ -945,9 +979,7 @@ def test_an_arm_is_a_file_that_is_found(lab):
     )
     code = "from experiments import arms; print(arms.NAMES); print(arms.trained_as('longer', {}))\n"
     code += "print(arms.trained_as('plain-again', {}), arms.trained_as('twice', {'factor': 3.0}))\n"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(home.parent), str(HOME.parent)))}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=home.parent)
-    names_found, longer, others = done.stdout.splitlines()
+    names_found, longer, others = run(code).stdout.splitlines()
     assert "'twice'" in names_found and "'knn-lm'" in names_found and longer == "('plain', {})"
     assert others == "('plain', {}) ('twice', {'factor': 3.0})"
 

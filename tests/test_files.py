@@ -48,52 +48,16 @@ def same(a: EngramMemory, b: EngramMemory) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-SERVER = """
-import json, os, random, signal, sys, tempfile, time, traceback
-from test_files import *
-for line in sys.stdin:
-    code, arguments = json.loads(line)
-    out = tempfile.TemporaryFile()
-    if (child := os.fork()) == 0:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-        sys.argv[1:], status = arguments, 0
-        try:
-            exec(code, globals())
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    out.seek(0)
-    print(json.dumps([status, out.read().decode()]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
-def elsewhere():
+def elsewhere(forked):
     """elsewhere(code, *arguments) -> (exit status, output) of another process, with this file's names at hand."""
-    place = os.pathsep.join(
-        [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    with subprocess.Popen(  # one that imports and forks: importing torch takes seconds
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": place},
-    ) as server:
+    names = "import json, os, random, signal, sys, tempfile, time\nfrom test_files import *\n"
 
-        def run(code: str, *arguments: object) -> tuple[int, str]:
-            assert server.stdin is not None and server.stdout is not None
-            server.stdin.write(json.dumps([code, [str(a) for a in arguments]]) + "\n")
-            server.stdin.flush()
-            status, text = json.loads(server.stdout.readline())
-            return status, text
+    def run(code: str, *arguments: object) -> tuple[int, str]:
+        done = forked(names + code, *arguments)
+        return done.returncode, done.stdout + done.stderr
 
-        yield run
-        server.stdin.close()  # type: ignore[union-attr]
+    return run
 
 
 def alter(folder: Path, change) -> None:

@@ -744,13 +744,6 @@ def test_claims_are_filled_from_the_results(tmp_path):
     assert "| tiny: facts:wiki, 3 seeds | below 0 | **supported** |" in short
 
 
-def test_the_claims_are_those_of_the_committed_results():
-    found = claims_page.found_in()
-    assert claims_page.document(found) == claims_page.FILE.read_text(), "python -m experiments report"
-    short = f"<!-- table -->\n{claims_page.in_short(found)}\n<!-- end -->"
-    assert short in claims_page.SHORT.read_text(), "python -m experiments report"
-
-
 def test_the_readme_shows_the_largest_size_with_the_most_seeds():
     everything = claims.all_claims()
     claim = next(claim for claim in everything if claim.words == "The memory lowers the loss of a dense model")

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -158,34 +157,31 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights_and_rows(tmp_path):
 
 
 KILLED = """
-import sys, torch
-sys.path.insert(0, {root!r})
+import os, signal, sys, threading
 from tests.test_train import *
-torch.set_num_threads(1)
+folder, kill_at, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+def on_step(step, loss):
+    if step >= kill_at:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 m = model()
-train(m, corpus(), replace(CONFIG, tokens=60 * 64), folder={folder!r}, checkpoint_every=4,
-      on_step=lambda step, loss: print(step, flush=True))
-torch.save(m.state_dict(), {folder!r} + "/final.pt")
+train(m, corpus(), replace(CONFIG, tokens=60 * 64), folder=folder, checkpoint_every=4, on_step=on_step)
+torch.save(m.state_dict(), folder + "/final.pt")
 """
 
 
-def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_rows(tmp_path):
-    def run(folder, kill_at: int | None) -> int:
-        code = KILLED.format(root=str(Path(__file__).parents[1]), folder=str(folder))
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if kill_at is not None and int(line) >= kill_at:
-                time.sleep(random.random() * 0.02)  # in the middle of a step or of a save
-                process.send_signal(signal.SIGKILL)
-                break
-        return process.wait()
+def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_rows(forked, tmp_path):
+    def run(folder, kill_at: int = 99) -> int:  # of 60 steps
+        delay = random.random() * 0.02  # in the middle of a step or of a save
+        done = forked(KILLED, folder, kill_at, delay)
+        assert done.returncode <= 0, done.stderr
+        return done.returncode
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    assert run(tmp_path / "whole", None) == 0
+    assert run(tmp_path / "whole") == 0
     for kill_at in sorted(random.sample(range(6, 55), 2)):
         assert run(tmp_path / "killed", kill_at) == -signal.SIGKILL
-    assert run(tmp_path / "killed", None) == 0
+    assert run(tmp_path / "killed") == 0
     whole, killed = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "killed"))
     assert_same(whole, killed)
 

@@ -52,14 +52,22 @@ def paired_bootstrap(
         raise ValueError(f"{documents} documents, {seeds} seeds, {samples} samples: an interval needs two documents")
     if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(w).all() and (w > 0).all()):
         raise ValueError("losses and weights must be finite and every weight positive")
-    difference, means = a - b, []
-    draws = _kept_draws if samples * documents <= _MOST_KEPT else _draws
-    for drawn, picked in draws(documents, seeds, samples, seed):
+    difference = a - b
+    low, high = _ends(difference.tobytes(), w.tobytes(), seeds, samples, seed)
+    return Interval(float(difference.sum() / (seeds * w.sum())), low, high)
+
+
+@lru_cache(maxsize=1024)  # the tables of a question and the claims about it compare the same runs
+def _ends(difference: bytes, weights: bytes, seeds: int, samples: int, seed: int) -> tuple[float, float]:
+    """The ends of the bootstrap interval of float64 [seeds, documents] differences."""
+    d, w, means = np.frombuffer(difference).reshape(seeds, -1), np.frombuffer(weights), []
+    draws = _kept_draws if samples * len(w) <= _MOST_KEPT else _draws
+    for drawn, picked in draws(len(w), seeds, samples, seed):
         times = drawn.astype(np.float64)
-        per_seed = np.take_along_axis(times @ difference.T, picked, axis=1)  # [n, seeds]
+        per_seed = np.take_along_axis(times @ d.T, picked, axis=1)  # [n, seeds]
         means.append(per_seed.mean(axis=1) / (times @ w))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return Interval(float(difference.sum() / (seeds * w.sum())), float(low), float(high))
+    return float(low), float(high)
 
 
 def paired_interval(a_loss: np.ndarray, b_loss: np.ndarray, weights: np.ndarray) -> Interval:

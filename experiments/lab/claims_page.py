@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from engram.ablation.statistics import Interval
@@ -95,9 +96,15 @@ def command(claim: Claim, finding: Finding) -> str:
         return claim.command
     module = questions(claim.question)
     options = "" if where.size == module.SIZE else f" --size {where.size}"
-    if where.text not in {run.setting.corpus for run in module.configs(where.size)}:
+    if where.text not in _texts(claim.question, where.size):
         options += f" --corpus {where.text}"
     return claim.command + options + ("" if where.device == "cpu" else f" --device {where.device}")
+
+
+@lru_cache  # every finding needs it, and configs() reads the rates that were tuned
+def _texts(question: str, size: str) -> frozenset[str]:
+    """The texts that a question runs on."""
+    return frozenset(run.setting.corpus for run in questions(question).configs(size))
 
 
 def _line(claim: Claim, cells: list[str], how: str) -> str:

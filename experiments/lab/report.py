@@ -86,8 +86,9 @@ def _row(home: Path, variant: str, runs: list[Record], base: dict[int, Record], 
         raise ValueError(
             f"{home.name}: {variant!r} was trained on another text than its baseline: run one of them again"
         )
-    ours, theirs = (np.stack([documents_of(home, pair[side])["nats"] for pair in pairs]) for side in (0, 1))
-    sizes, base_sizes = (documents_of(home, run) for run in pairs[0])
+    documents = [[documents_of(home, run) for run in side] for side in zip(*pairs, strict=True)]
+    ours, theirs = (np.stack([one["nats"] for one in side]) for side in documents)
+    sizes, base_sizes = (side[0] for side in documents)
     nats = None
     if np.array_equal(sizes["tokens"], base_sizes["tokens"]):  # the same tokenizer
         nats = paired_interval(ours, theirs, sizes["tokens"])

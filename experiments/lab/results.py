@@ -15,6 +15,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,24 @@ def read_documents(home: Path, key: str, names: Iterable[str] | None = None) -> 
         raise FileNotFoundError(
             f"{file} is missing, the per-document losses of all runs: restore it, or run them again"
         )
-    with np.load(file) as arrays:
-        found = [name for name in arrays.files if name.startswith(f"{key}/")]
-        wanted = found if names is None else [f"{key}/{name}" for name in names]
-        missing = [name for name in wanted if name not in found]
-        if missing or not found:
-            raise FileNotFoundError(
-                f"{file} has no array {', '.join(missing) or key + '/...'}: delete the line of run {key} from "
-                f"{home / 'results.jsonl'} and run it again"
-            )
-        return {name.removeprefix(f"{key}/"): arrays[name] for name in wanted}
+    version = file.stat()
+    arrays = _opened(file, version.st_ino, version.st_mtime_ns, version.st_size)
+    found = [name for name in arrays.files if name.startswith(f"{key}/")]
+    wanted = found if names is None else [f"{key}/{name}" for name in names]
+    missing = [name for name in wanted if name not in found]
+    if missing or not found:
+        raise FileNotFoundError(
+            f"{file} has no array {', '.join(missing) or key + '/...'}: delete the line of run {key} from "
+            f"{home / 'results.jsonl'} and run it again"
+        )
+    return {name.removeprefix(f"{key}/"): arrays[name] for name in wanted}
+
+
+@lru_cache(maxsize=16)  # of all questions: claims go from one to another
+def _opened(file: Path, *version: int) -> np.lib.npyio.NpzFile:
+    """The open archive of one version of the file: to read its list of members takes longer than the arrays of a run.
+    A file that was replaced is opened anew."""
+    return np.load(file)
 
 
 def document_keys(home: Path) -> set[str]:

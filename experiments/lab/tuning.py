@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,22 @@ def tuned(arm: str, setting: Setting, file: Path | None = None, tokens: float = 
         tokens: about how many the training takes, where passes over a text decide; default: the setting's.
     """
     tokens = tokens or setting.train.tokens
-    results = [r for r in read_results(file or HOME / "sceptic" / "tune.jsonl") if r["variant"] == arm]
+    results = [r for r in _runs_of(file or HOME / "sceptic" / "tune.jsonl") if r["variant"] == arm]
     if not results:
         return {}
     budget = min((budget_of(r) for r in results), key=lambda count: abs(math.log(count / tokens)))
     best = min((r for r in results if budget_of(r) == budget), key=lambda r: (r["loss"], r["key"]))["setting"]["train"]
     return {"lr": best["lr"], "table_lr": best["table_lr"]}
+
+
+def _runs_of(file: Path) -> list[dict[str, Any]]:
+    version = file.stat() if file.exists() else None
+    return _read(file, version and (version.st_ino, version.st_mtime_ns, version.st_size))
+
+
+@lru_cache(maxsize=2)  # each variant of each question is given its rates from one file
+def _read(file: Path, version: tuple[int, ...] | None) -> list[dict[str, Any]]:
+    return read_results(file)
 
 
 def budget_of(result: dict[str, Any]) -> int:

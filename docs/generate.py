@@ -16,6 +16,29 @@ LAB = ROOT / "experiments"
 MADE = ("results", "notes", "project", "api")  # folders of generated pages, which git ignores
 CLAIMS = "claims"  # the heading of a question's table of claims has this word
 NOTES = ("claims_in_short", "claims", "equations", "dialects", "sinkhorn", "decisions", "log", "log_full")
+ANSWERS = {  # question -> how the sentence of its reading begins that answers it
+    "allocation": "A quarter in the table beats experts alone",
+    "codecs": "fp8 and int8 rows",
+    "components": "Gate and convolution can",
+    "depth": "At the small size both are",
+    "hot_rows": "Both caches of rows",
+    "kneser_ney": "So at this size",
+    "lookup_or_module": "None of them explains",
+    "recall": "The memory learns each task",
+    "retrofit": "On text of the taught kind",
+    "scale": "In memory the step",
+    "sceptic": "It is not ahead of counts",
+    "sensitivity": "A model with the memory knows",
+    "slots": "Loss falls with every doubling",
+    "tokens": "Several passes over a text",
+    "vocabulary": "The gain is about",
+}
+CLEARER = {  # such a beginning, where its words point to the sentence before it
+    "So at this size": "At this size",
+    "None of them explains": "None of the controls explains",
+    "It is not ahead of counts": "The memory is not ahead of counts",
+    "At the small size both are": "At the small size, nearer predictions and deeper layers are both",
+}
 # Every public name has one place in the reference; test_docs.py fails if one is missing.
 API = {
     "addresses": ("Addresses", ["TokenMap", "HashLayout", "NgramHasher"]),
@@ -37,6 +60,11 @@ def questions() -> list[Path]:
     return sorted(file.parent for file in LAB.glob("*/configs.py") if (file.parent / "README.md").is_file())
 
 
+def scripts() -> list[Path]:
+    """Folders of the lab with a runner of their own and results."""
+    return sorted(file.parent for file in LAB.glob("scripts/*/tables.md"))
+
+
 def sections(text: str) -> list[tuple[str, str]]:
     """[(heading, body)] of a Markdown text at its headings of any level; the first has the heading ""."""
     parts = re.split(r"(?m)^(#{1,6} .+)$", text)
@@ -55,7 +83,7 @@ def linked(text: str, source: Path, page: Path) -> str:
         if picture:
             return f"![{words}]({os.path.relpath(file, page.parent)})"
         question = file.parent if file.name in ("README.md", "tables.md") else file
-        if question in questions():
+        if question in [*questions(), *scripts()]:
             return f"[{words}]({os.path.relpath(DOCS / 'results' / f'{question.name}.md', page.parent)})"
         if file.parent == ROOT / "paper_notes" and file.stem in NOTES and file.is_file():
             return f"[{words}]({os.path.relpath(DOCS / 'notes' / file.name, page.parent)})"
@@ -65,17 +93,18 @@ def linked(text: str, source: Path, page: Path) -> str:
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
-def answer(table: str) -> str:
-    """One sentence: the first claim of a question's table, its figure and its verdict."""
-    rows = [
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line.startswith("|")
-    ]
-    if len(rows) < 3:
-        return ""
-    line = dict(zip(rows[0], rows[2], strict=False))
-    claim = line["claim"][:1].upper() + line["claim"][1:]
-    measure, figure = line["what we measure"], line["figure with interval"]
-    return f"“{claim}”: **{line['verdict']}** ({measure}: {figure}; {line['table']})."
+def answer(name: str, reading: str) -> str:
+    """The sentence of a question's reading that answers it.
+
+    Raises:
+        ValueError: ANSWERS does not name the question, or the reading has no sentence that begins so.
+    """
+    start = ANSWERS.get(name)
+    words = " ".join(reading.split())
+    match = start and re.search(rf"(?:^|(?<=[.:?] )){re.escape(start)}.*?\.(?= |$)", words)
+    if not match:
+        raise ValueError(f"experiments/{name}: no sentence of its README begins with {start!r}: mend ANSWERS")
+    return CLEARER.get(start, start) + match[0].removeprefix(start)
 
 
 def _without_marks(text: str) -> str:
@@ -103,16 +132,12 @@ def question_page(home: Path, page: Path) -> str:
     reading = re.sub(r"(?m)^    python .+\n?", "", reading)
     claims = next((body for heading, body in sections(generated) if CLAIMS in heading), "")
     rest = "\n".join(f"## {heading}\n{body}" for heading, body in parts[2:])
-    first = answer(claims)
-    made = [f"# {title}", ""]
-    if first:
-        made += ["**The first claim and its verdict.** " + first, ""]
-    made += [reading.strip(), ""]
+    made = [f"# {title}", "", f"**Answer.** {answer(home.name, reading)}", "", reading.strip(), ""]
     if claims:
         made += ["## What the runs say about the claims", "", claims.strip(), ""]
     made += [rest.strip(), ""]
-    others = re.sub(r"(?s)^# .*?\n", "", generated).replace(claims, "") if claims else generated
-    others = re.sub(rf"(?m)^#+ .*{CLAIMS}.*$", "", others)
+    others = re.sub(r"\A# .*\n", "", generated).replace(claims, "")
+    others = re.sub(rf"(?m)^#+ .*{CLAIMS}.*$|^Written by `python.*$", "", others)
     if others.strip():
         made += ["## All tables", "", "<details><summary>Show the tables</summary>", "", _flat(others).strip(), ""]
         made += ["</details>", ""]
@@ -122,24 +147,24 @@ def question_page(home: Path, page: Path) -> str:
 
 
 def results_index() -> str:
-    """Markdown: every question with its first claim and verdict."""
+    """Markdown: every question with its answer."""
     lines = [
         "# Results",
         "",
-        "Each page is made from the runs of one question when this site is built: no figure on it is typed.",
-        "A verdict is of small models on a few megabytes of text, and of no other size. All claims with their",
-        "sources and commands are on the page of [claims](../notes/claims.md), and those that matter most are in",
-        "[one table](../notes/claims_in_short.md).",
+        "Each page is made from the runs of one question when this site is built: no figure on it is typed. An answer",
+        "is about small models and a few megabytes of text, and about no other size. Each page says what it does not",
+        "show. [All claims](../notes/claims.md) are listed with their sources and commands, and those that matter",
+        "most in [one table](../notes/claims_in_short.md).",
         "",
-        "| question | the first claim of its table and its verdict |",
+        "| question | answer |",
         "|---|---|",
     ]
-    for home in questions():
+    for home in [*questions(), *scripts()]:
         page = (DOCS / "results" / f"{home.name}.md").read_text()
         title = page.partition("\n")[0].lstrip("# ")
-        first = re.search(r"\*\*The first claim and its verdict\.\*\* (.+)", page)
-        lines.append(f"| [{title}]({home.name}.md) | {first[1] if first else ''} |")
-    contents = "\n".join(home.name for home in questions())
+        (first,) = re.findall(r"(?m)^\*\*Answer\.\*\* (.+)$", page)
+        lines.append(f"| [{title}]({home.name}.md) | {first} |")
+    contents = "\n".join(home.name for home in [*questions(), *scripts()])
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", contents, "```", ""])
 
 
@@ -162,7 +187,7 @@ def api_page(title: str, names: list[str]) -> str:
 def write_all() -> None:
     """Write all generated pages. A page that did not change keeps its date, so that it is not built again."""
     pages: dict[Path, str] = {}
-    for home in questions():
+    for home in [*questions(), *scripts()]:
         page = DOCS / "results" / f"{home.name}.md"
         pages[page] = question_page(home, page)
     for name in NOTES:

@@ -228,18 +228,35 @@ def test_every_public_name_is_in_the_reference(docs):
 
 def test_each_question_gets_a_page_with_its_verdicts_and_limits(docs):
     generate = docs("generate")
-    homes = generate.questions()
-    assert len(homes) >= 11
+    homes = [*generate.questions(), *generate.scripts()]
+    assert len(generate.questions()) >= 11 and len(generate.scripts()) >= 4
+    assert {home.name for home in homes} == set(generate.ANSWERS)
     for home in homes:
+        question = home not in generate.scripts()
         page = generate.question_page(home, DOCS / "results" / f"{home.name}.md")
         assert page.startswith("# ") and page.count("\n# ") == 0, home
-        assert "<!--" not in page and "figure.png)" in page, home
+        assert "<!--" not in page and ("figure.png)" in page or not question), home
         reading = page.partition("\n## ")[0]
         assert "`report` writes" not in reading and not re.search(r"\n\n[a-z]", reading), home
-        assert "The first claim and its verdict" in page and "## What this does not show" in page, home
+        assert "\n**Answer.** " in page and "\n## What this does not show" in page, home
+        assert "\n## What the runs say about the claims" in page or not question, home
         for target in re.findall(r"\]\(([^)#:]+)\)", page):
             if not target.startswith("../notes/") and not target.endswith(".md"):
                 assert Path(os.path.normpath(DOCS / "results" / target)).exists(), target
+
+
+def test_an_answer_is_a_whole_sentence_of_the_reading(docs):
+    answer = docs("generate").answer
+    reading = "Rows are compared. Loss falls with every\ndoubling (0.2 of it, say): it is a curve. More follows."
+    assert answer("slots", reading) == "Loss falls with every doubling (0.2 of it, say): it is a curve."
+    assert answer("kneser_ney", "So at this size counts win.") == "At this size counts win."
+    for name, text in (
+        ("slots", "Rows are compared."),
+        ("slots", "A Loss falls with every doubling."),
+        ("new", reading),
+    ):
+        with pytest.raises(ValueError, match=f"experiments/{name}: no sentence"):
+            answer(name, text)
 
 
 def test_links_of_the_repository_become_links_of_the_site(docs):

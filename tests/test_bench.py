@@ -8,10 +8,11 @@ import pytest
 
 from engram.benchmarks.attach import MEMORY, SHAPE, bench_attach
 from engram.benchmarks.codecs import bench_codecs
-from engram.benchmarks.compare import compare
+from engram.benchmarks.compare import SITUATIONS, as_bandwidth, compare
 from engram.benchmarks.decode import bench_decode
 from engram.benchmarks.disk import bench_disk
 from engram.benchmarks.gather_update import bench_update, lookup
+from engram.benchmarks.hashing import bench_hash
 
 
 def check(rows, ours):
@@ -24,10 +25,16 @@ def test_lookup_measures_every_arm():
     check(lookup(1 << 20, 64, rounds=1), "engram gather(out=)")
 
 
+def test_hashing_measures_every_arm_in_each_situation():
+    rows = bench_hash(rounds=1, rows_per_head=50)
+    check(rows, "engram, into a kept buffer")
+    assert [row["situation"] for row in rows] == [s for s in SITUATIONS for _ in range(len(rows) // 3)]
+
+
 def test_update_measures_every_arm():
-    rows = bench_update(1 << 20)
+    rows = bench_update(1 << 20, rounds=1)
     check(rows, "engram RowRMS")
-    assert next(row for row in rows if row["what"] == "torch SparseAdam")["of_sparse_adam"] == 1
+    assert [row["of_sparse_adam"] for row in rows if row["what"].endswith("torch SparseAdam")] == [1, 1, 1]
 
 
 def test_codecs_measure_every_arm():
@@ -59,6 +66,26 @@ def test_decode_measures_a_step_and_what_is_held_at_every_position():
 def test_arms_take_turns_and_what_they_need_is_made_off_the_clock():
     called, made = [], []
     arms = {"a": lambda: called.append("a"), "b": (lambda: made.append("x") or "x", lambda given: called.append(given))}
-    rows = compare(arms, 1.0, "1/s", rounds=2, calls=3)
-    assert called == (["a"] * 3 + ["x"] * 3) * 4 and made == ["x"] * 4
+    rows = compare(arms, 1.0, "1/s", rounds=2)
+    assert called == ["a", "x"] * 4 and made == ["x"] * 4
     assert [row["what"] for row in rows] == ["a", "b"]
+
+
+def test_each_round_times_every_arm_in_each_situation(monkeypatch):
+    called = []
+    monkeypatch.setattr("time.sleep", lambda seconds: called.append("rest"))
+    arms = {name: lambda name=name: called.append(name) for name in ("a", "b")}
+    rows = compare(arms, 1.0, "s", rounds=1, times=True, situations=SITUATIONS)
+    assert called == ["a", "a", "b", "b", "a", "b", "rest", "a", "rest", "b"] * 3
+    assert [row["what"] for row in rows] == [f"{situation}: {name}" for situation in SITUATIONS for name in arms]
+    assert [row["of_back_to_back"] for row in rows[:2]] == [1, 1]
+
+
+def test_reading_in_order_becomes_the_speed_of_memory_and_the_first_arms_share_of_it():
+    rows = [
+        {"what": f"{situation}: {name}", "situation": situation, "seconds": seconds, "ratio": 1.0}
+        for situation, times in (("x", (2.0, 1.0)), ("y", (4.0, 0.5)))
+        for name, seconds in zip(("ours", "read"), times, strict=True)
+    ]
+    as_bandwidth(rows, "read", nbytes=10**9, moved=10**9)
+    assert [(row["value"], row["unit"], row["ratio"]) for row in rows[1::2]] == [(1, "GB/s", 0.5), (2, "GB/s", 0.125)]

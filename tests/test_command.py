@@ -39,7 +39,8 @@ def test_threads_sleep_while_they_wait_unless_the_environment_decides(monkeypatc
     assert os.environ == {name: "7"}
 
 
-def test_it_is_set_before_torch_is_imported():
+@pytest.mark.parametrize(("command", "policy"), [("train", "PASSIVE"), ("bench", "None")])
+def test_it_is_set_before_torch_is_imported_but_for_benchmarks(command, policy):
     code = """
 import builtins, os, sys
 sys.argv[0], real = "/x/engram", builtins.__import__
@@ -53,5 +54,6 @@ import engram
 engram.HostTable
 """
     clean = {k: v for k, v in os.environ.items() if k not in _command._SETTINGS}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=60)
-    assert run.stdout == "PASSIVE\n", run.stderr
+    line = [sys.executable, "-c", code, command]
+    run = subprocess.run(line, capture_output=True, text=True, env=clean, timeout=60)
+    assert run.stdout == f"{policy}\n", run.stderr

@@ -1,4 +1,10 @@
-"""Timings on this machine beside alternatives: every figure is a median, every ratio comes from one interleaved run."""
+"""Timings on this machine beside alternatives: every figure is a median, every ratio comes from one interleaved run.
+
+The figures of "hash", "lookup" and "update" name their situation: back to back, right after matrix products (as inside
+a model), or after 10 ms of rest; compare.py describes them. All others are taken after rest, but for those of "decode",
+whose steps follow each other. `engram bench` leaves the waiting threads of OpenMP as a program that imports engram has
+them; the other commands let them sleep (OMP_WAIT_POLICY=PASSIVE).
+"""
 
 from __future__ import annotations
 
@@ -46,8 +52,9 @@ def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = N
     Returns:
         {name: rows}. A row is {"what", "value", "unit", "ratio"}; the first one is engram's, each further one an
         alternative measured in turn with it. "value" is a median, "ratio" the median over the rounds of (time of this
-        row / time of the first): above 1, engram is faster. If the machine's ceiling was measured in the same rounds,
-        "of_ceiling" is the share of it that the row reaches.
+        row / time of the first in the same situation): above 1, engram is faster. If the machine's ceiling was measured
+        in the same rounds, "of_ceiling" is the share of it that the row reaches; "of_back_to_back" is the share of the
+        row's own speed back to back.
 
     Raises:
         ValueError: an unknown name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engram.benchmarks.compare import Row, compare
+from engram.benchmarks.compare import AFTER_REST, SITUATIONS, Row, as_bandwidth, compare
 from engram.storage import limits
 from engram.tables import HostTable, RowAdagrad, RowAdam, RowRMS, RowSinkhorn, kernels
+
+SEQUENTIAL = "sequential read"
 
 
 def _affordable(nbytes: int, copies: int) -> int:
@@ -31,18 +33,18 @@ def _in_turn(items: list[Any]) -> Iterator[Any]:
 
 
 def bench_lookup() -> list[Row]:
-    """Time gathers of 131,072 random rows of 64, 256 and 1,024 B from 2 GiB into a reused buffer."""
+    """Time gathers of 131,072 random rows of 64, 256 and 1,024 B from 2 GiB into a reused buffer, in each situation."""
     nbytes = _affordable(2 << 30, 1)
-    return [row for width in (64, 256, 1024) for row in lookup(nbytes, width)]
+    return [row for width in (64, 256, 1024) for row in lookup(nbytes, width, situations=SITUATIONS)]
 
 
-def lookup(nbytes: int, width: int, rounds: int = 21) -> list[Row]:
+def lookup(nbytes: int, width: int, rounds: int = 21, situations: Sequence[str] = (AFTER_REST,)) -> list[Row]:
     """Time gathers of 131,072 random rows of `width` bytes out of a table of `nbytes`, beside torch's operations."""
     n, rows, dim = 131_072, nbytes // width, width // 4
     table, rng = HostTable(rows, dim), np.random.default_rng(0)
     table.tensor.fill_(1.0)  # touches every page, so that no page faults are measured
     draws = _in_turn([torch.from_numpy(rng.integers(0, rows, n)) for _ in range(8)])
-    out, bags, words = torch.zeros(n, dim), torch.arange(n), nbytes // 8 // 8  # an eighth of the table
+    out, bags, part = torch.zeros(n, dim), torch.arange(n), table.tensor[: rows // 8]
     ceiling = "ceiling: C loop, prefetch and copy"
     arms: dict[str, Callable[[], Any]] = {
         "engram gather(out=)": lambda: table.gather(next(draws), out),
@@ -53,16 +55,13 @@ def lookup(nbytes: int, width: int, rounds: int = 21) -> list[Row]:
     }
     if kernels.native is not None:
         arms[ceiling] = lambda: _copy_rows(table, next(draws), out)
-        arms["sequential read"] = lambda: _read(table, words)
-    measured = compare(arms, n / 1e6, "Mrows/s", rounds, ceiling=ceiling if ceiling in arms else None)
-    if kernels.native is not None:
-        sequential = measured[-1]
-        rate = words * 8 * sequential["value"] / n / 1e3  # its value counts n rows per call
-        share = measured[0]["value"] * width / 1e3 / rate
-        measured[-1] = {"what": sequential["what"], "value": rate, "unit": "GB/s", "ratio": share}
+        arms[SEQUENTIAL] = lambda: read_words(part)
+    measured = compare(arms, n / 1e6, "Mrows/s", rounds, False, ceiling if ceiling in arms else None, situations)
+    as_bandwidth(measured, SEQUENTIAL, part.nbytes, n * width)
     huge = "" if table.info()["huge_pages"] else " (no huge pages)"
+    separator = ", " if len(situations) > 1 else ": "
     table.close()
-    return [{**row, "what": f"{width} B{huge}: {row['what']}"} for row in measured]
+    return [{**row, "what": f"{width} B{huge}{separator}{row['what']}"} for row in measured]
 
 
 def _copy_rows(table: HostTable, ids: Tensor, out: Tensor) -> None:
@@ -71,8 +70,9 @@ def _copy_rows(table: HostTable, ids: Tensor, out: Tensor) -> None:
     _halves(len(ids), kernels.Call("copy_rows", *addresses, table.dim * 4))
 
 
-def _read(table: HostTable, words: int) -> None:
-    _halves(words, kernels.Call("read_words", table.tensor.data_ptr()))
+def read_words(memory: Tensor) -> None:
+    """Read a contiguous tensor once, in order."""
+    _halves(memory.nbytes // 8, kernels.Call("read_words", memory.data_ptr()))
 
 
 def _halves(n: int, work: kernels.Call) -> None:
@@ -104,8 +104,9 @@ def _read_and_write(table: HostTable, state: HostTable, ids: Tensor, grad: Tenso
     _halves(len(ids), kernels.Call("touch_rows", *addresses, table.dim))
 
 
-def bench_update(nbytes: int = 4 << 30) -> list[Row]:
-    """Time updates of 32,768 distinct random rows of 256 bytes in a table of `nbytes`, less if memory is short.
+def bench_update(nbytes: int = 4 << 30, rounds: int = 15) -> list[Row]:
+    """Time updates of 32,768 distinct random rows of 256 bytes in a table of `nbytes`, less if memory is short, in each
+    situation.
 
     All optimizers train the same table and share their moments, so that three times the table is enough.
     """
@@ -136,6 +137,7 @@ def bench_update(nbytes: int = 4 << 30) -> list[Row]:
         "engram RowAdagrad": lambda: adagrad.step(next(draws), grad),
         "engram RowAdam": lambda: adam.step(next(draws), grad),
         "engram RowSinkhorn": lambda: sinkhorn.step(next(draws), grad),
+        "torch index_add_, without state": lambda: table.tensor.index_add_(0, next(draws), grad, alpha=-1e-3),
         "torch SparseAdam": lambda: stock(sparse),
         "torch SGD, sparse gradient": lambda: stock(sgd),
         f"torch Adam, dense, a table of {len(small):,} rows": dense.step,
@@ -144,12 +146,15 @@ def bench_update(nbytes: int = 4 << 30) -> list[Row]:
         bags = torch.arange(n + 1)
         arms["fbgemm row-wise Adagrad"] = (lambda: lookup(next(draws), bags), lambda out: out.backward(grad))
     ceiling = "ceiling: C loop over rows, state and gradient"
+    part = table.tensor[: rows // 16]
     if kernels.native is not None:
         state = rms.state["v"]
         arms[ceiling] = lambda: _read_and_write(table, state, next(draws), grad)
-    measured = compare(arms, n / 1e6, "Mrows/s", rounds=9, ceiling=ceiling if ceiling in arms else None)
-    sparse_adam = next(row for row in measured if row["what"] == "torch SparseAdam")["value"]
+        arms[SEQUENTIAL] = lambda: read_words(part)
+    measured = compare(arms, n / 1e6, "Mrows/s", rounds, False, ceiling if ceiling in arms else None, SITUATIONS)
+    as_bandwidth(measured, SEQUENTIAL, part.nbytes, n * (3 * 4 * dim + 8))  # gradient, row and state read, two written
     for row in measured:
-        row["of_sparse_adam"] = row["value"] / sparse_adam
+        of_adam = next(r for r in measured if r["situation"] == row["situation"] and r["what"].endswith("SparseAdam"))
+        row["of_sparse_adam"] = of_adam["seconds"] / row["seconds"]
         row["table_bytes"] = table.nbytes
     return measured

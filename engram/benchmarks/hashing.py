@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from engram.addressing import HashLayout, NgramHasher, TokenMap
-from engram.benchmarks.compare import Row, compare
+from engram.benchmarks.compare import SITUATIONS, Row, as_bandwidth, compare
+from engram.benchmarks.gather_update import SEQUENTIAL, read_words
+from engram.tables import kernels
 
 
 def transcription(ids: np.ndarray, layout: HashLayout, table: np.ndarray) -> dict[int, np.ndarray]:
@@ -45,15 +47,15 @@ def _torch_hash(ids: torch.Tensor, layout: HashLayout, table: torch.Tensor) -> d
     return out
 
 
-def bench_hash() -> list[Row]:
-    """Time the hashing of 32 x 512 tokens for two layers of 16 columns."""
+def bench_hash(rounds: int = 25, rows_per_head: int = 646_400) -> list[Row]:
+    """Time the hashing of 32 x 512 tokens for two layers of 16 columns, in each situation."""
     B, T = 32, 512
-    layout = HashLayout.build(98_627, (1, 15), (2, 3), 8, 646_400, pad_id=2)
+    layout = HashLayout.build(98_627, (1, 15), (2, 3), 8, rows_per_head, pad_id=2)
     hasher = NgramHasher(layout, TokenMap.identity(98_627))
     ids = np.random.default_rng(0).integers(0, 98_627, (B, T))
     out = np.empty((len(layout.layers), B, T, layout.columns), np.int64)
     tensor, table = torch.from_numpy(ids), np.arange(98_627)
-    torch_table = torch.from_numpy(table)
+    torch_table, memory = torch.from_numpy(table), torch.ones(2**24)
     ours, theirs = hasher(ids), transcription(ids, layout, table)
     for layer in layout.layers:
         assert np.array_equal(ours[layer], theirs[layer]), "the benchmark compares two different functions"
@@ -63,8 +65,8 @@ def bench_hash() -> list[Row]:
         "NumPy transcription": lambda: transcription(ids, layout, table),
         "torch operations": lambda: _torch_hash(tensor, layout, torch_table),
     }
-    rows = []
-    for what, calls in (("five calls in a row", 5), ("one call, cold caches", 1)):
-        for row in compare(arms, B * T / 1e6, "us/token", rounds=25, times=True, calls=calls):
-            rows.append({**row, "what": f"{what}: {row['what']}"})
+    if kernels.native is not None:
+        arms[SEQUENTIAL] = lambda: read_words(memory)
+    rows = compare(arms, B * T / 1e6, "us/token", rounds, times=True, situations=SITUATIONS)
+    as_bandwidth(rows, SEQUENTIAL, memory.nbytes, out.nbytes)
     return rows

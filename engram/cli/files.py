@@ -71,7 +71,10 @@ def bench(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure hashing, lookup, row updates and a training step, each beside the usual alternatives."""
+    """Measure hashing, lookup, row updates and a training step, each beside the usual alternatives.
+
+    Hashing, lookup and updates are measured back to back, right after matrix products (as in a model) and after rest.
+    """
     from rich.console import Console
     from rich.table import Table
 

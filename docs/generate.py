@@ -5,10 +5,13 @@ Nothing on them is typed: questions, readings, figures, tables and verdicts are 
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
 from pathlib import Path
+
+from docstrings import escaped
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -40,18 +43,21 @@ CLEARER = {  # such a beginning, where its words point to the sentence before it
     "At the small size both are": "At the small size, nearer predictions and deeper layers are both",
 }
 # Every public name has one place in the reference; test_docs.py fails if one is missing.
-API = {
-    "addresses": ("Addresses", ["TokenMap", "HashLayout", "NgramHasher"]),
-    "memory": ("Memory and tables", ["EngramConfig", "EngramMemory", "HostTable", "build_optimizer"]),
+API = {  # page -> what one does with its names, and the names in the order in which they are used
+    "memory": ("Build a memory and train it", ["EngramConfig", "EngramMemory", "build_optimizer", "HostTable"]),
     "transformers": (
-        "Models of transformers",
-        ["attach", "detach", "from_pretrained", "load_pretrained", "MemoryCallback", "offload", "convert"],
+        "Attach it to a model of transformers",
+        ["attach", "detach", "from_pretrained", "load_pretrained", "MemoryCallback", "offload"],
     ),
     "language_models": (
-        "The small transformer",
+        "Train and run the small transformer",
         ["TransformerConfig", "Transformer", "train", "load_run", "evaluate", "generate", "ablate"],
     ),
-    "tools": ("Look inside, plan, measure", ["explain", "plan", "inspect_file", "verify", "bench"]),
+    "tools": (
+        "Look inside, check, convert, measure",
+        ["explain", "plan", "verify", "inspect_file", "convert", "bench"],
+    ),
+    "addresses": ("Addresses alone", ["TokenMap", "HashLayout", "NgramHasher"]),
 }
 
 
@@ -184,6 +190,32 @@ def api_page(title: str, names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def api_index() -> str:
+    """reStructuredText: every public name by task, with the first sentence of its docstring."""
+    import engram
+
+    lines = [
+        "API reference",
+        "=============",
+        "",
+        ".. toctree::",
+        "   :hidden:",
+        "",
+        *(f"   {page}" for page in API),
+        "",
+    ]
+    for page, (title, names) in API.items():
+        lines += [f":doc:`{title} <{page}>`", "", ".. list-table::", "   :widths: 25 75", "   :width: 100%", ""]
+        for name in filter(engram.__all__.__contains__, names):
+            known = getattr(engram, name)
+            words = " ".join((inspect.getdoc(known) or "").partition("\n\n")[0].split())
+            first = re.split(r"(?<=[.:]) (?=[A-Z])", words)[0]
+            kind = "class" if isinstance(known, type) else "func"
+            lines += [f"   * - :py:{kind}:`~engram.{name}`", f"     - {escaped(first)}"]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def write_all() -> None:
     """Write all generated pages. A page that did not change keeps its date, so that it is not built again."""
     pages: dict[Path, str] = {}
@@ -204,9 +236,7 @@ def write_all() -> None:
     )
     for name, (title, names) in API.items():
         pages[DOCS / "api" / f"{name}.rst"] = api_page(title, names)
-    listed = "\n   ".join(API)
-    title = "API reference"
-    pages[DOCS / "api" / "index.rst"] = f"{title}\n{'=' * len(title)}\n\n.. toctree::\n\n   {listed}\n"
+    pages[DOCS / "api" / "index.rst"] = api_index()
     for folder in MADE:
         for old in (DOCS / folder).glob("*"):
             if old not in pages and old.name != "index.md":

@@ -124,12 +124,9 @@ def _load(name: str) -> Any:
     try:
         return getattr(import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise ModuleNotFoundError(
-            f"engram.{name} needs transformers, which is not installed: pip install -e '.[hf]' in the project's folder",
-            name="transformers",
-        ) from None
+        from engram._extras import not_installed
+
+        raise not_installed(f"engram.{name}", error) from None
 
 
 if not TYPE_CHECKING:  # with it, a type checker would accept any name

@@ -14,7 +14,7 @@ import pytest
 
 # From the ground up. Rooms that share a floor do not import each other.
 FLOORS = (
-    {"_command", "_moved", "_version"},
+    {"_command", "_extras", "_moved", "_version"},
     {"storage"},
     {"config", "device"},
     {"tables"},

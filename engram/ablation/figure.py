@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from engram._extras import require
 from engram.ablation.tables import (
     BUCKETS,
     Report,
@@ -113,6 +114,7 @@ def _room(looks: Mapping[str, _Look]) -> _Room:
 
 def figure_png(report: Report) -> bytes:
     """Draw both panels side by side as PNG bytes, 1800 pixels wide, with a title and the command that made them."""
+    require("the figure of an ablation", "matplotlib", "PIL")
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -147,6 +149,7 @@ def figure_png(report: Report) -> bytes:
 def figure_svg(report: Report) -> list[str]:
     """Draw each panel as an `<svg>` element for an HTML page, with text as text and colours as the variables of
     css_colours(), so that one drawing fits a light and a dark page."""
+    require("the figure of an ablation", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from engram.cli import training, models, files  # isort: skip  # the order of the commands in --help
+from engram._extras import EXTRAS
 from engram.cli.options import app
 from engram.storage.untrusted import printable
 
@@ -21,6 +22,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, IndexError, FloatingPointError) as error:
+    except (ValueError, OSError, IndexError, FloatingPointError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name not in EXTRAS:
+            raise
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -58,12 +58,14 @@ def ablate(
 
     OUT/log.jsonl gets one JSON line per step of each model: arm, seed, step, loss (nats per token).
     """
+    from engram._extras import require
     from engram.ablation import ablate as job
     from engram.ablation.tables import print_report
     from engram.lm.progress import Progress, Task
     from engram.lm.run_folder import StepLog, alone_in
     from engram.lm.train import tune_allocator
 
+    require("the figure of `engram ablate`", "matplotlib", "PIL")  # before the work that it shows
     setting = _setting(corpus, budget, lr, table_lr)
     if held_out not in ("validation", "tune"):
         raise ValueError(f"--held-out must be validation or tune, not {held_out!r}")

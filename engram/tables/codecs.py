@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engram._extras import require
+
 BLOCK = 32  # values per scale
 LARGEST = 3e38
 
@@ -193,7 +195,8 @@ class PQ:
         """Codebooks from a sample of rows float32 [n, dim], by k-means (faiss). 30,000 rows are plenty.
 
         Raises:
-            ValueError: width not 4 or 8, dim not a multiple of it, values that are not finite. ImportError: no faiss.
+            ValueError: width not 4 or 8, dim not a multiple of it, values that are not finite.
+            ModuleNotFoundError: faiss is not installed (extra `pq`).
         """
         if width not in (4, 8) or rows.dim() != 2 or rows.shape[1] % width:
             raise ValueError(f"pq takes width 4 or 8 and rows [n, multiple of it], not {width} and {list(rows.shape)}")
@@ -207,6 +210,7 @@ class PQ:
             if len(distinct) <= 255:
                 codebooks[m, 1 : 1 + len(distinct)] = distinct
                 continue
+            require("the training of pq codebooks", "faiss")
             import faiss  # not needed to read or write rows, only here
 
             exponent = torch.frexp(points.abs().max())[1]

@@ -1,1 +1,1 @@
-"""Experiments: what the library's claims are tested with. Not part of the installed package."""
+"""Experiments that test the library's claims. Not part of the installed package."""

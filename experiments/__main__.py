@@ -42,7 +42,7 @@ def runs_of(
     corpus: str | None = None,
     groups: list[str] | None = None,
 ) -> list[Run]:
-    """The runs of a question, all of a seed before the next seed's.
+    """Return the runs of a question, all of a seed before the next seed's.
 
     Args:
         only: variants or arms to keep. groups: texts, one of which must be in the caption of a run's table.
@@ -68,15 +68,15 @@ def runs_of(
 
 
 def _is_in(part: str, run: Run) -> bool:
-    """Return True if a caption has a text in it, with the size by its name or by its letter ("S:", "T:")."""
+    """Return True if a caption contains a text, with the size by its name or by its letter ("S:", "T:")."""
     caption = str(run.table)
     letters = {size: letter for letter, size in LETTERS.items()}
     return part in caption or part in caption.replace(run.size, letters.get(run.size, ""), 1)
 
 
 def _keep(runs: list[Run], only: list[str] | None, groups: list[str] | None = None) -> list[Run]:
-    """The runs of these variants, or of these arms if no variant has that name, in tables with one of these texts in
-    their caption; None keeps all."""
+    """Return the runs of these variants, or of these arms if no variant has that name, in tables with one of these
+    texts in their caption; None keeps all."""
     variants = {run.variant for run in runs}
     if only is not None:
         runs = [run for run in runs if run.variant in only or run.arm in set(only) - variants]
@@ -90,22 +90,21 @@ def tune(
     limit_minutes: float | None = None,
     **how: Any,
 ) -> int:
-    """Makes the tuning runs of an experiment, seed 0; the later part of a grid hangs on the earlier.
-
-    Returns how many failed."""
+    """Make the tuning runs of a question, seed 0; the later part of a grid depends on the earlier. Return how many
+    failed."""
     module, began, failed = questions(name), time.monotonic(), 0
     if not hasattr(module, "tune"):
-        raise ValueError(f"{name} has nothing to tune: its runs take the rates of sceptic")
-    asked: set[str] = set()
+        raise ValueError(f"{name} has no grid of its own: its runs take the rates of sceptic")
+    tried: set[str] = set()
     while True:
         runs = _keep(module.tune(), only, groups)
         if not runs:
-            raise ValueError(f"{name} tunes nothing that --only and --group leave")
-        new = [run for run in runs if run.key not in asked]  # what failed is not tried again and again
+            raise ValueError(f"{name} has no tuning run left after --only and --group")
+        new = [run for run in runs if run.key not in tried]  # a run that failed is tried once
         left = None if limit_minutes is None else limit_minutes - (time.monotonic() - began) / 60
         if not new or (left is not None and left < 0):
             return failed
-        asked |= {run.key for run in new}
+        tried |= {run.key for run in new}
         failed += sweep(new, limit_minutes=left, **how)
 
 
@@ -115,9 +114,9 @@ def list_experiments() -> None:
         done = {result["key"] for result in read_results(HOME / name / "results.jsonl")}
         cells = module.configs(module.SIZE)
         runs = [cell.seeded(seed) for cell in cells for seed in (0, 1, 2)]
-        there = sum(run.key in done for run in runs)
-        print(f"{name:18} {module.SIZE:5}  {len(cells):3} cells, {there:3} of {len(runs):3} runs", end="")
-        other = f" and {len(done) - there} at other sizes or texts" if len(done) > there else ""
+        made = sum(run.key in done for run in runs)
+        print(f"{name:18} {module.SIZE:5}  {len(cells):3} cells, {made:3} of {len(runs):3} runs", end="")
+        other = f" and {len(done) - made} at other sizes or texts" if len(done) > made else ""
         print(f"{other}  {_question(module)}")
 
 
@@ -133,14 +132,14 @@ def plot(name: str) -> Path:
     """Draw home/figure.png with the question's own plot.py, or as dots with intervals if it has none."""
     if (HOME / name / "plot.py").exists():
         return importlib.import_module(f"experiments.{name}.plot").draw(HOME / name)
-    plots = importlib.import_module("experiments.lab.plots")  # not above: it brings matplotlib along
+    plots = importlib.import_module("experiments.lab.plots")  # not above: it imports matplotlib
     return plots.dot_plots(HOME / name, questions(name).BASELINE)
 
 
 def report(name: str | None) -> None:
     """Write tables.md of a question; without a name of all, with claims.md and claims_in_short.md."""
     page = importlib.import_module("experiments.lab.claims_page")
-    results = page.found_in(name=name or "")
+    results = page.all_findings(name=name or "")
     for one in [name] if name else names():
         module, home = questions(one), HOME / one
         text = document(home, module.BASELINE, hook(one, "summary"), page.answers(results, one))
@@ -150,7 +149,7 @@ def report(name: str | None) -> None:
 
 
 def new(name: str, home: Path = HOME) -> Path:
-    """Write the skeleton of a question: a folder with configs.py and README.md. Returns the folder.
+    """Write the skeleton of a question: a folder with configs.py and README.md. Return the folder.
 
     Raises:
         ValueError: a name that is not a Python identifier, or one that is taken.
@@ -199,27 +198,31 @@ Tables: [tables.md](tables.md).
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the experiments and how many of their runs are there")
-    run = commands.add_parser("run", help="make the runs that are not there yet")
+    commands.add_parser("list", help="the questions, and how many of their runs are made")
+    run = commands.add_parser("run", help="make the runs that are missing")
     run.add_argument("name", choices=names(), metavar="NAME", help=", ".join(names()))
     run.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="default 0,1,2")
-    only = "variants or arms, with commas between them; a variant that has commas itself in an --only of its own"
+    only = "variants or arms, with commas between them; repeat --only for a variant with commas in its name"
     run.add_argument("--only", action="append", help=only)
     run.add_argument("--group", action="append", help="only tables with this in their caption; may be repeated")
     sizes = "small (4 layers, 3.3M tokens) or tiny (2 layers, 0.56M tokens); default: the question's own"
     run.add_argument("--size", "--setting", type=_size, metavar="SIZE", help=sizes)
     run.add_argument("--corpus", help="another text, as engram.lm.corpus.load_corpus takes it")
     run.add_argument("--tune", action="store_true", help="make the learning-rate grid instead, of seed 0")
-    run.add_argument("--workers", type=int, default=1, help="runs side by side (default 1)")
-    run.add_argument("--threads", type=int, default=1, help="of each run (default 1, which repeats to the last digit)")
-    run.add_argument("--device", default="cpu", help="cpu (default) or cuda: of the dense weights, tables stay in RAM")
-    run.add_argument("--again", action="store_true", help="make runs that are there once more and compare the losses")
-    run.add_argument("--limit-minutes", type=float, help="begin no new run after this long")
+    run.add_argument("--workers", type=int, default=1, help="number of runs side by side (default 1)")
+    run.add_argument(
+        "--threads", type=int, default=1, help="threads of each run (default 1, which repeats to the last digit)"
+    )
+    run.add_argument(
+        "--device", default="cpu", help="device of the dense weights, cpu (default) or cuda; tables stay in RAM"
+    )
+    run.add_argument("--again", action="store_true", help="make finished runs once more and compare the losses")
+    run.add_argument("--limit-minutes", type=float, help="start no new run after this many minutes")
     for command, what in (
         ("plot", "draw figure.png from the results"),
-        ("report", "write tables.md; of all, claims.md and claims_in_short.md in paper_notes/ too"),
+        ("report", "write tables.md, and for all questions claims.md and claims_in_short.md in paper_notes/"),
     ):
-        one = commands.add_parser(command, help=f"{what}; without a NAME of all")
+        one = commands.add_parser(command, help=f"{what}; without NAME, of all questions")
         one.add_argument("name", choices=names(), metavar="NAME", nargs="?")
     skeleton = commands.add_parser("new", help="write the skeleton of a question: a folder with configs.py")
     skeleton.add_argument("name", metavar="NAME")
@@ -234,7 +237,7 @@ def _size(text: str) -> str:
 
 
 def main() -> int:
-    """Returns the exit status: 1 where a run failed or the input was bad."""
+    """Return the exit status: 1 if a run failed or the input was bad."""
     arguments = parser().parse_args()
     try:
         if arguments.command == "list":
@@ -244,7 +247,7 @@ def main() -> int:
             how = {name: getattr(arguments, name) for name in ("workers", "threads", "limit_minutes")}
             if arguments.tune:
                 if arguments.device != "cpu":
-                    raise ValueError("rates are tuned on the CPU: leave --device out")
+                    raise ValueError("rates are tuned on the CPU: omit --device")
                 return bool(tune(arguments.name, only, arguments.group, **how))
             runs = runs_of(arguments.name, arguments.seeds, only, arguments.size, arguments.corpus, arguments.group)
             runs = [run.on(arguments.device) for run in runs]

@@ -1,4 +1,4 @@
-"""The names that scripts outside this repository use; they live in experiments.lab."""
+"""Names that scripts outside this repository use; they are defined in experiments.lab."""
 
 from experiments.lab.cell import HOME, SETTINGS, Run, change, hook, names, questions
 from experiments.lab.results import read_lines, read_results

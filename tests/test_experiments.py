@@ -551,7 +551,7 @@ def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tm
     append(file, fake("plain"))
     with file.open("a") as stream:
         stream.write('{"key": "half')
-    with pytest.raises(ValueError, match=r"results\.jsonl is torn"):
+    with pytest.raises(ValueError, match=r"results\.jsonl is incomplete"):
         read_results(file)
     assert results.repair(file) == 13 and results.repair(file) == 0
     assert [r["variant"] for r in read_results(file)] == ["plain"]
@@ -715,7 +715,7 @@ def test_the_tuning_table_keeps_budgets_apart():
 def test_every_question_has_the_tables_of_its_results_and_says_what_they_do_not_show(name):
     readme = (HOME / name / "README.md").read_text()
     assert "](tables.md)" in readme and "## What this does not show\n" in readme
-    answers = claims_page.answers(claims_page.found_in(name=name), name)
+    answers = claims_page.answers(claims_page.all_findings(name=name), name)
     made = report.document(HOME / name, cell.questions(name).BASELINE, cell.hook(name, "summary"), answers)
     assert (HOME / name / "tables.md").read_text().endswith(f"\n\n{made}\n"), f"python -m experiments report {name}"
 
@@ -782,7 +782,7 @@ def test_a_figure_without_results_says_what_to_run(tmp_path):
 def test_the_command_line_fails_where_there_is_nothing_to_tune(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiments", "run", "slots", "--tune"])
     assert main() == 1
-    assert "nothing to tune" in capsys.readouterr().err
+    assert "no grid of its own" in capsys.readouterr().err
 
 
 # documents.npz
@@ -986,7 +986,7 @@ def test_an_arm_is_a_file_that_is_found(lab):
 
 def test_sizes_are_called_by_name_or_letter(capsys, monkeypatch):
     assert [cell.size_named(text) for text in ("S", "T", "small", "tiny")] == ["small", "tiny", "small", "tiny"]
-    with pytest.raises(ValueError, match="unknown size 'M'; there are small, tiny"):
+    with pytest.raises(ValueError, match="unknown size 'M'; the sizes are small, tiny"):
         cell.size_named("M")
     runs = runs_of("sceptic", [0], ["plain"], size="tiny", groups=["T: wiki"])
     assert runs == runs_of("sceptic", [0], ["plain"], size="tiny", groups=["tiny: wiki"])

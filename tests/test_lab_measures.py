@@ -360,7 +360,7 @@ def test_recall_learns_and_logs_like_any_training(data):
 
 def test_recall_trains_on_no_document_twice(data):
     setting = cell.change(SETTING, train={"tokens": 63 * 8 * TASK.length})
-    with pytest.raises(ValueError, match="63 steps of 8 documents want more than the 499 that are there"):
+    with pytest.raises(ValueError, match="63 steps of 8 documents need more than the 499"):
         task.train(Run("recall", "plain", setting), None, data)
     for name in SETTINGS:
         for run in cell.questions("recall").configs(name):
@@ -719,7 +719,7 @@ def test_the_strongest_counter_results_come_first():
 
 
 def test_claims_without_runs_are_marked_as_such(tmp_path):
-    found = claims_page.found_in(tmp_path)
+    found = claims_page.all_findings(tmp_path)
     lines = [line for line in claims_page.document(found).splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(claims.all_claims()) and all("not run yet" in line for line in lines)
     short = claims_page.in_short(found).splitlines()[2:]
@@ -730,7 +730,7 @@ def test_claims_without_runs_are_marked_as_such(tmp_path):
 def test_claims_are_filled_from_the_results(tmp_path):
     for name in MEASURED:
         made_up(name, tmp_path / name, seeds=(0, 1, 2))
-    found = claims_page.found_in(tmp_path)
+    found = claims_page.all_findings(tmp_path)
     rows = [line for line in claims_page.document(found).splitlines() if line.startswith("| ")]
     lines = {line.split(" | ")[1]: line for line in rows}
     needles = [row for row in rows if "Several needles are found more often" in row]

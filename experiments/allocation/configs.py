@@ -11,9 +11,9 @@ from experiments.lab.tuning import rate_grid, tuned
 
 SIZE, TABLES = "tiny", ()
 TUNING = HOME / "allocation" / "tune.jsonl"
-BUDGET, TOP_K = 64, 2  # inactive experts a layer, where all goes to experts; two are in use at any token
-SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the table; at 1 only the two experts in use are left
-TUNED = (0.0, 1 / 4, 1.0)  # the others take the rate of the nearest of these
+BUDGET, TOP_K = 64, 2  # inactive experts per layer if the table gets nothing; TOP_K more are in use at any token
+SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the table; at 1 only the TOP_K experts in use are left
+TUNED = (0.0, 1 / 4, 1.0)  # other splits take the rate of the nearest of these
 
 
 def label_of(share: float) -> str:
@@ -41,12 +41,13 @@ def cells(size: str, shares: Sequence[float] = SHARES) -> list[Run]:
 
 
 def expert_parameters(setting: Setting) -> int:
-    """Of one expert in every layer: TOP_K of them are as wide as the plain feed-forward layer (squared ReLU, 8 d^2)."""
+    """Return the parameters of one expert in every layer. TOP_K experts are as wide as the plain feed-forward layer
+    (squared ReLU, 8 d^2)."""
     return setting.model.layers * 8 * setting.model.hidden_size**2 // TOP_K
 
 
 def configs(size: str) -> list[Run]:
-    """The split cells, each at the dense rate of the nearest split that was tuned, and plain, which has no such
+    """Return the splits, each at the dense rate of the nearest split that was tuned, and plain, which has no such
     parameters."""
     setting = SETTINGS[size]
     runs = [Run("allocation", "plain", change(setting, train=tuned("plain", setting)), size=size)]
@@ -57,5 +58,5 @@ def configs(size: str) -> list[Run]:
 
 
 def tune() -> list[Run]:
-    """A grid of lr for three splits, at tiny; rows take the rate of engram."""
+    """Return a grid of lr for three splits, at tiny; rows take the rate of engram."""
     return rate_grid(cells("tiny", TUNED), TUNING, table_lrs=())

@@ -1,4 +1,4 @@
-"""Loss against the table's share of the budget."""
+"""Draw the loss against the table's share of the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arms of the lab: each a small module beside the plain transformer, which no arm has changed a line of.
+"""The arms of the lab: each a small module beside the plain transformer, whose code knows none of them.
 
 build(name, setting, data, **options) -> a model that engram.lm's train and evaluate run unchanged; after training,
 finish(name, model, setting, data, **options) -> the model to evaluate.
@@ -32,7 +32,8 @@ NAMES: tuple[str, ...] = tuple(_BUILD)
 
 
 def build(name: str, setting: Setting, data: Data, **options: Any) -> nn.Module:
-    """The untrained model of an arm. The backbone's weights depend on the seed alone where the arm keeps their shape.
+    """Return the untrained model of an arm. The backbone's weights depend on the seed alone if the arm keeps their
+    shape.
 
     Options of finish() are accepted here too, so that one set of options describes a run.
 
@@ -44,8 +45,8 @@ def build(name: str, setting: Setting, data: Data, **options: Any) -> nn.Module:
 
 
 def finish(name: str, model: nn.Module, setting: Setting, data: Data, **options: Any) -> Any:
-    """The model to evaluate, once `model` is trained: most arms' own, a mixture for kneser-ney and knn-lm, for
-    switched-off the model without its memory. Raises what build() raises."""
+    """Return the model to evaluate, once `model` is trained: for most arms the model itself, for kneser-ney and knn-lm
+    a mixture, for switched-off the model without its memory. Raises what build() raises."""
     _check(name, options)
     if name not in _FINISH:
         return model
@@ -53,8 +54,8 @@ def finish(name: str, model: nn.Module, setting: Setting, data: Data, **options:
 
 
 def trained_as(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """(arm, options): the arm whose training this one's is, of those built alike the one that the function is named
-    after, with those of the options that matter to it. None: nothing is trained. Raises what build() raises."""
+    """Return (arm, options): the arm that stands for all that are built alike, the one that the build function is named
+    after, with the options that building uses. None if nothing is trained. Raises what build() raises."""
     _check(name, options)
     base = options.get("base", "plain") if name == "kneser-ney" else name
     if base == "none":
@@ -65,11 +66,11 @@ def trained_as(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def tables(model: Any) -> dict[str, int]:
-    """{"parameters", "bytes"}: values that are looked up and not multiplied, wherever the arm keeps them."""
+    """Return {"parameters", "bytes"} of values that are looked up and not multiplied, wherever the arm keeps them."""
     if hasattr(model, "stored"):
         return dict(model.stored)
-    held = [] if model.memory is None else model.memory.tables.values()
-    return {"parameters": sum(t.rows * t.dim for t in held), "bytes": sum(t.nbytes for t in held)}
+    tables = [] if model.memory is None else model.memory.tables.values()
+    return {"parameters": sum(t.rows * t.dim for t in tables), "bytes": sum(t.nbytes for t in tables)}
 
 
 def _options(function: Callable[..., Any] | None) -> list[str]:
@@ -85,7 +86,7 @@ def _of(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]
 
 def _check(name: str, options: dict[str, Any]) -> None:
     if name not in _BUILD:
-        raise ValueError(f"unknown arm {name!r}; there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(NAMES)}")
     known = [*_options(_BUILD[name]), *_options(_FINISH.get(name))]
     unknown = [key for key in options if key not in known]
     if unknown:

@@ -1,8 +1,8 @@
-"""bigram-embedding: an exact bigram nn.Embedding, added to the token embedding. No hash, so no collision.
+"""bigram-embedding: an exact bigram nn.Embedding, added to the token embedding. Without a hash, there is no collision.
 
 An embedding of all V * V bigrams whose rows start at zero and are updated only when used holds nothing but zeros
 outside the bigrams of the training text. So only these get a row, and one row that is never trained stands for all
-others: the outputs are those of the full table. A document's or window's first token is paired with the pad id.
+others: the outputs are those of the full table. The first token of a document or window is paired with the pad id.
 
 Matched: nothing. The row width is the hidden size, as nn.Embedding at the input has, and the table has as many rows as
 the training text has bigrams; `tables` reports it, extra_facts the size that the full table would have.
@@ -25,9 +25,10 @@ from experiments.arms.rows import added, row_config, row_tables
 
 
 class BigramAddress:
-    """(id before, id) -> row of a list of known bigrams; the row after the last is that of all unknown ones.
+    """Address (id before, id) in a list of known bigrams; the row after the last is that of all unknown ones.
 
-    Called like an NgramHasher. train: the text whose bigrams have rows. pad: the raw id that stands before a start.
+    Called like an NgramHasher. train: the text whose bigrams have rows. pad: the raw id read before the start of a
+    text.
     """
 
     def __init__(self, train: Encoded, pad: int, token_map: TokenMap):
@@ -50,9 +51,9 @@ class BigramAddress:
             before[:, 0] = lookback[:, -1]
         if documents is not None:
             before[:, 1:][documents[:, 1:] != documents[:, :-1]] = self.pad
-        wanted = before * self.vocab + ids
-        place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
-        return {0: torch.where(self.keys[place] == wanted, place, self.rows - 1).unsqueeze(-1)}
+        bigrams = before * self.vocab + ids
+        row = torch.searchsorted(self.keys, bigrams).clamp_(max=len(self.keys) - 1)
+        return {0: torch.where(self.keys[row] == bigrams, row, self.rows - 1).unsqueeze(-1)}
 
 
 def build(setting: Setting, data: Data) -> Transformer:

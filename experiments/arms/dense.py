@@ -1,8 +1,8 @@
 """Arms without any lookup: plain, longer, larger-vocabulary, wider, deeper.
 
 plain               the decoder alone.
-longer              plain; sceptic/configs.py gives it the tokens that fill Engram's wall-clock.
-larger-vocabulary   plain; sceptic/configs.py asks for a text with vocabulary_for(setting) entries: the extra rows of
+longer              plain; sceptic/configs.py gives it as many tokens as fill Engram's wall-clock time.
+larger-vocabulary   plain; sceptic/configs.py takes a text with vocabulary_for(setting) entries: the extra rows of
                     embedding and head take the bytes of Engram's table, as far as the text allows. Compare in bits
                     per byte.
 wider               the feed-forward layers are widened until total parameters equal Engram's, table included. FLOPs
@@ -22,11 +22,12 @@ from engram.lm.run import Data, Setting
 from engram.lm.transformer import Block, FeedForward, Transformer
 from experiments.arms.host import block_flops, engram_size, ffn_shape, plain, residual_std, seed_extras
 
-LARGEST_VOCABULARY = 32_768  # what 14 MB of text still support: every merge was seen more than a few times
+LARGEST_VOCABULARY = 32_768  # the most that 14 MB of text support: every merge was seen more than a few times
 
 
 def wider(setting: Setting, data: Data) -> Transformer:
-    """Total parameters equal engram's to within one unit of inner width."""
+    """Return plain with wider feed-forward layers: total parameters equal engram's to within one unit of
+    inner width."""
     model, size = plain(setting, data), engram_size(setting, data)
     inner, unit = ffn_shape(setting)
     width = inner + round((size.table + size.module) / (setting.model.layers * unit))
@@ -43,7 +44,7 @@ def wider(setting: Setting, data: Data) -> Transformer:
 
 
 def deeper(setting: Setting, data: Data) -> Transformer:
-    """Blocks are added behind plain's, which keep their weights."""
+    """Return plain with more blocks behind its own, which keep their weights."""
     model, size = plain(setting, data), engram_size(setting, data)
     extra = math.ceil(size.flops / block_flops(setting))
     first = setting.model.layers
@@ -61,8 +62,8 @@ def deeper(setting: Setting, data: Data) -> Transformer:
 
 
 def vocabulary_for(setting: Setting) -> int:
-    """Entries of a vocabulary whose rows, beyond setting.vocab_size, take the bytes of Engram's table; at most
-    LARGEST_VOCABULARY, above which the corpora of this project leave most entries untrained."""
+    """Return the entries of a vocabulary whose rows, beyond setting.vocab_size, take the bytes of Engram's table; at
+    most LARGEST_VOCABULARY, above which the corpora of this project leave most entries untrained."""
     memory, model = setting.memory, setting.model
     stored = len(memory.layers) * sum(memory.row_counts) * memory.heads * memory.head_dim
     stored *= getattr(torch, memory.table_dtype).itemsize

@@ -1,8 +1,8 @@
 """hashed-bigram: one hashed bigram row, as wide as the hidden state, added before every block. No gate, no convolution,
-no projection: the cheapest n-gram memory there is, known from public speed runs of small GPTs.
+no projection: the cheapest n-gram memory, known from public speed runs of small GPTs.
 
 Matched: all layers' tables together have as many values as Engram's. Each layer has its own table and hash multipliers.
-Differs from the usual form: rows start at zero and have no learned scale, raw token ids as usual.
+Differs from the usual version: rows start at zero and have no learned scale. Raw token ids, as usual.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the arms share: the backbone with the same weights under every arm, and the sizes that arms are matched to."""
+"""Parts that the arms share: the backbone with the same weights under every arm, and the sizes that arms are matched
+to."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from engram.memory import EngramMemory, hash_layout
 
 
 class Size(NamedTuple):
-    """What the arm "engram" adds to the plain model.
+    """Sizes that the arm "engram" adds to the plain model.
 
     Attributes:
         rows: table rows, all layers. table: values in them (P). bytes: of them as stored.
@@ -33,12 +34,13 @@ class Size(NamedTuple):
 
 
 def plain(setting: Setting, data: Data) -> Transformer:
-    """The decoder alone. Arms that change a part of it replace that part here, so all other weights start the same."""
+    """Return the decoder alone. Arms that change a part of it replace that part here, so all other weights start the
+    same."""
     return build_model(setting, "plain", data.token_map)
 
 
 def with_memory(setting: Setting, data: Data, make: Callable[[], EngramMemory]) -> Transformer:
-    """The decoder with the memory that `make` builds, seeded like engram.lm.run.build_model."""
+    """Return the decoder with the memory that `make` builds, seeded like engram.lm.run.build_model."""
     seed_extras(setting)
     memory = make()
     torch.manual_seed(setting.train.seed)
@@ -46,7 +48,7 @@ def with_memory(setting: Setting, data: Data, make: Callable[[], EngramMemory]) 
 
 
 def seed_extras(setting: Setting) -> None:
-    """Seeds the generator for weights that plain does not have; plain's own come from the seed itself."""
+    """Seed the generator for weights that plain does not have; plain's own come from the seed itself."""
     torch.manual_seed(setting.train.seed + 1_000_003)
 
 
@@ -55,12 +57,12 @@ def vocabulary(data: Data) -> int:
 
 
 def raw_ids(data: Data) -> TokenMap:
-    """The token map that changes nothing: for arms whose source hashes raw token ids."""
+    """Return the token map that changes nothing: for arms whose source hashes raw token ids."""
     return TokenMap.identity(vocabulary(data))
 
 
 def engram_size(setting: Setting, data: Data) -> Size:
-    """Sizes of the memory of `setting`, without building its tables."""
+    """Return the sizes of the memory of `setting`, without building its tables."""
     memory = setting.memory
     layout = hash_layout(memory, data.token_map)
     with torch.device("meta"):
@@ -75,18 +77,19 @@ def count(module: nn.Module) -> int:
 
 
 def ffn_shape(setting: Setting) -> tuple[int, int]:
-    """(inner width of the plain feed-forward layer, weights per unit of that width)."""
+    """Return (inner width of the plain feed-forward layer, weights per unit of that width)."""
     d, gated = setting.model.hidden_size, setting.model.ffn == "swiglu"
     return setting.model.ffn_size or (8 * d // 3 if gated else 4 * d), (3 if gated else 2) * d
 
 
 def block_flops(setting: Setting) -> int:
-    """Of one plain block per token, forward: two per weight, and attention over half the context on average."""
+    """Return the FLOPs of one plain block per token, forward: two per weight, and attention over half the context on
+    average."""
     d = setting.model.hidden_size
     inner, unit = ffn_shape(setting)
     return 2 * (4 * d * d + inner * unit) + 2 * d * setting.train.context
 
 
 def residual_std(layers: int) -> float:
-    """Standard deviation of weights that write into the residual stream, as in Transformer."""
+    """Return the standard deviation of weights that write into the residual stream, as in Transformer."""
     return 0.02 / math.sqrt(2 * layers)

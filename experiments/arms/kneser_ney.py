@@ -1,5 +1,5 @@
 """kneser-ney: plain, mixed at the output with an interpolated modified Kneser-Ney model of the same training windows
-(Chen and Goodman 1998), pruned to the bytes of Engram's table. What is a count-based memory of that size worth?
+(Chen and Goodman 1998), pruned to the bytes of Engram's table. It is a count-based memory of that size.
 
     p(w | h) = max(c(hw) - D(c), 0) / c(h) + gamma(h) p(w | h'),   h' = h without its oldest token
 
@@ -8,10 +8,11 @@ begin a document have none before them and keep their count). D has three values
 The last term is uniform over the vocabulary. gamma(h) is what the kept n-grams leave of 1, so every distribution sums
 to 1, pruned or not. Pruning drops n-grams of the highest order, rarest first, then of the next.
 
-base    "plain"; "engram", whose own table then comes on top; "none": no model at all, the counts answer alone.
+base    "plain"; "engram", whose own table then comes on top; "none": the counts alone, without a model.
+
 Matched: bytes of the arrays here at most those of Engram's table. The weight is fitted on the start of the tune slice.
-Differs from the usual form: <|endoftext|> only stands before a document and is never predicted by counts (evaluate()
-does not ask for it), and n-grams do not reach from one training window into the next.
+Differs from the usual version: <|endoftext|> occurs only before a document and is never predicted by counts (evaluate()
+skips it), and n-grams do not reach from one training window into the next.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from experiments.arms.mixture import Mixture, fit_weight, scored, seen_windows, 
 
 @dataclass
 class Order:
-    """N-grams of one order: contexts int64 [C], sorted; n-grams of context i are starts[i]:starts[i + 1]."""
+    """The n-grams of one order: contexts int64 [C], sorted; n-grams of context i are starts[i]:starts[i + 1]."""
 
     contexts: np.ndarray
     starts: np.ndarray  # int32 [C + 1]
@@ -51,7 +52,7 @@ class Order:
 
 
 class KneserNey:
-    """Counts of windows -> p(next token | the tokens before it), dense over the vocabulary.
+    """A model p(next token | the tokens before it) from counts of windows, dense over the vocabulary.
 
     Args:
         ids, documents: [windows, time]. vocab: V. order: longest n-gram. budget: bytes to prune to, or None.
@@ -99,7 +100,7 @@ class KneserNey:
         return self.unigram.size + sum(order.values for order in self.orders.values())
 
     def _pack(self, ids: np.ndarray, documents: np.ndarray, n: int) -> np.ndarray:
-        """Every n-gram that lies in one document, oldest token in the highest bits."""
+        """Pack every n-gram that lies in one document, oldest token in the highest bits."""
         stop = ids.shape[1] - n + 1
         if stop <= 0:
             return np.zeros(0, np.int64)
@@ -135,7 +136,7 @@ class KneserNey:
         )
 
     def __call__(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Probabilities float32 [B, T, V] of the token after each position."""
+        """Return probabilities float32 [B, T, V] of the token after each position."""
         given = ids.cpu().numpy().astype(np.int64)
         runs = np.zeros_like(given) if documents is None else documents.cpu().numpy()
         left = np.ones(given.size, np.float32)  # what the higher orders leave to the lower ones
@@ -160,12 +161,13 @@ class KneserNey:
             left[known] *= order.gamma[place]
         p = left[:, None] * self.unigram
         for row, token, share in pieces:
-            p[row, token] += share  # an n-gram stands once in its order, so no place is met twice
+            p[row, token] += share  # an n-gram occurs once in its order, so no entry is written twice
         return torch.from_numpy(p).view(*ids.shape, self.vocab)
 
 
 def discounts(c: np.ndarray) -> np.ndarray:
-    """What is taken off each count (Chen and Goodman, equation 26); 0.5, 1, 1.5 where a count of counts is missing."""
+    """Return the discount of each count (Chen and Goodman, equation 26); 0.5, 1, 1.5 if a count of counts is
+    missing."""
     n1, n2, n3, n4 = (int((c == k).sum()) for k in (1, 2, 3, 4))
     d = np.array([0.0, 0.5, 1.0, 1.5])
     if n1 and n2 and n3 and n4:
@@ -176,15 +178,15 @@ def discounts(c: np.ndarray) -> np.ndarray:
 
 
 class NoModel(nn.Module):
-    """Every token is as likely as every other: what stands below counts that answer alone. Training changes nothing."""
+    """A model in which every token is as likely as every other: the base of counts alone. Training changes nothing."""
 
     memory = None
 
     def __init__(self, setting: Setting, data: Data):
         super().__init__()
         self.config = replace(setting.model, vocab_size=vocabulary(data))
-        self.embedding = nn.Embedding(1, 1)  # says on which device the model is
-        self.level = nn.Parameter(torch.zeros(1))  # the same for all tokens, so its gradient is zero
+        self.embedding = nn.Embedding(1, 1)  # marks the device of the model
+        self.level = nn.Parameter(torch.zeros(1))  # equal for all tokens, so its gradient is zero
 
     def dense_parameters(self) -> int:
         return 0

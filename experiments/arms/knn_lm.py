@@ -1,13 +1,13 @@
 """knn-lm: plain, mixed at the output with the next tokens of its nearest training contexts (kNN-LM, arXiv 1911.00172).
 
 After training, the input of the last feed-forward layer (the paper's best key) is stored for every training position
-that the run has seen, with the token that followed. At a query the k nearest keys vote with weights
-exp(-distance / temperature). Temperature and weight are fitted on the start of the tune slice.
+that the run has seen, with the token that followed. At a query the k nearest keys vote with weights exp(-distance /
+temperature). Temperature and weight are fitted on the start of the tune slice.
 
 index   "exact" compares with every key; "ivf" with those of the `probes` nearest of about sqrt(keys) cells; "ivfpq"
-        stores keys as codes of d / 4 bytes besides. limit: tokens of the datastore (windows evenly spaced); None: all.
+        also stores keys as codes of d / 4 bytes. limit: tokens of the datastore (windows evenly spaced); None: all.
 Matched: nothing; `tables` reports the bytes of index and tokens, extra_facts the seconds of a query.
-k is the source's, though its datastores hold a hundred times the tokens: fewer neighbours do worse here too.
+k is that of the source, whose datastores have a hundred times the tokens: fewer neighbours do worse here too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TUNE_QUERIES = 8_192  # of the tune slice
 
 
 class Neighbours:
-    """(ids, documents) -> probabilities [B, T, V], for the hidden states of the model's forward pass just before.
+    """A function (ids, documents) -> probabilities [B, T, V], for the hidden states of the model's forward pass just
+    before.
 
     Args:
         keys: float32 [N, d], values: int64 [N], the token after each. vocab: V. index, k, probes: as above.
@@ -47,14 +48,15 @@ class Neighbours:
         return faiss.serialize_index(self.index).nbytes + self.values.nbytes
 
     def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(squared distances float32 [n, k], next tokens int32 [n, k]); an index that finds fewer fills up with inf."""
+        """Return (squared distances float32 [n, k], next tokens int32 [n, k]); an index that returns fewer fills up
+        with inf."""
         began = time.perf_counter()
         distance, place = self.index.search(np.ascontiguousarray(queries, np.float32), self.k)
         self.seconds, self.asked = self.seconds + time.perf_counter() - began, self.asked + len(queries)
         return np.where(place < 0, np.inf, distance), self.values[place]
 
     def votes(self, distance: np.ndarray) -> np.ndarray:
-        """Weights [n, k] of the neighbours, which sum to 1."""
+        """Return weights [n, k] of the neighbours, which sum to 1."""
         nearest = np.where(np.isfinite(distance[:, :1]), distance[:, :1], 0)
         vote = np.exp(-(distance - nearest) / self.temperature) + 1e-30 * (np.arange(self.k) == 0)
         return vote / vote.sum(1, keepdims=True)
@@ -68,13 +70,13 @@ class Neighbours:
 
 
 def make_index(keys: np.ndarray, index: str, probes: int) -> Any:
-    """A trained faiss index of squared distances that holds `keys`.
+    """Return a trained faiss index of squared distances that holds `keys`.
 
     Raises:
         ValueError: an unknown index.
     """
     n, d = keys.shape
-    cells = max(1, min(int(n**0.5), n // 39))  # faiss wants 39 points for each cell it learns
+    cells = max(1, min(int(n**0.5), n // 39))  # faiss needs 39 points per cell to train it
     if index == "exact":
         made = faiss.IndexFlatL2(d)
     elif index == "ivf":
@@ -91,7 +93,8 @@ def make_index(keys: np.ndarray, index: str, probes: int) -> Any:
 
 
 def collect(model: Transformer, windows: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(keys float32 [N, d], next tokens int64 [N], the model's probability of them [N]) of all positions of windows."""
+    """Return (keys float32 [N, d], next tokens int64 [N], the model's probability of them [N]) of all positions of
+    windows."""
     inputs: list[Tensor] = []
     hook = model.blocks[-1].ffn.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     keys, tokens, probabilities = [], [], []

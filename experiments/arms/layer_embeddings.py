@@ -4,9 +4,9 @@ of Gemma 3n.
     y = W_up (GELU(W_gate norm(h)) * row),   h += y before the block
 
 Matched: the row width is chosen so that all rows together have as many values as Engram's table. The dense weights of
-gate and projection come on top and are counted as such.
-Differs from the source: the update stands before the block instead of behind it, where Engram's stands; no norm behind
-the projection and no term from the token embedding, so that rows of zero leave the plain model as it is.
+gate and projection come on top and are counted as such. Differs from the source: the update is before the block instead
+of behind it, where Engram's is; no norm behind the projection and no term from the token embedding, so that rows of
+zero leave the plain model unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from experiments.arms.rows import TokenAddress, make_fusions, row_config, row_ta
 
 
 class GatedRow(nn.Module):
-    """One layer's gate and projection around a row of `width` values."""
+    """Gate and projection of one layer around a row of `width` values."""
 
     def __init__(self, hidden_size: int, width: int, std: float):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Mixing a trained model with another one at the output: p = (1 - w) p_lm + w p_other. Both are distributions over the
-vocabulary, so p is. The weight is fitted on the start of the tune slice, which is neither trained on nor reported.
-"""
+"""Mixtures of a trained model with another one at the output: p = (1 - w) p_lm + w p_other. Both are distributions over
+the vocabulary, so p is one. The weight is fitted on the start of the tune slice, which is neither trained on nor
+reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engram.lm.tokenizer import Encoded
 from engram.lm.train import Batches
 from experiments.lab.caches import prepare
 
-TUNE_TOKENS = 65_536  # of the tune slice: one or two numbers are fitted on them
+TUNE_TOKENS = 65_536  # tokens of the tune slice, on which one or two numbers are fitted
 
 
 class Mixture(nn.Module):
@@ -44,7 +44,7 @@ class Mixture(nn.Module):
         return self.model.dense_parameters()
 
     def forward(self, ids: Tensor, documents: Tensor | None = None, cache: Any = None, recall: Any = None) -> Tensor:
-        """log p float32 [B, T, V]."""
+        """Return log p, float32 [B, T, V]."""
         if cache is not None:
             raise ValueError("a mixture at the output scores whole windows: it has no decoding cache")
         log_p = self.model(ids, documents, recall=recall).float().log_softmax(-1)
@@ -57,9 +57,8 @@ class Mixture(nn.Module):
 
 
 def fit_weight(p_lm: np.ndarray, p_other: np.ndarray) -> float:
-    """The w in [0, 1] that makes the mean of log((1 - w) p_lm + w p_other) largest. Both [tokens], of the true next
-    token. The mean is concave in w, so its slope is bisected.
-    """
+    """Return the w in [0, 1] that makes the mean of log((1 - w) p_lm + w p_other) largest. Both are [tokens], of the
+    true next token. The mean is concave in w, so its slope is bisected."""
     difference, low, high = p_other - p_lm, 0.0, 1.0
     for _ in range(40):
         w = (low + high) / 2
@@ -70,7 +69,8 @@ def fit_weight(p_lm: np.ndarray, p_other: np.ndarray) -> float:
 
 
 def seen_windows(setting: Setting, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, documents), each [windows, context + 1]: what this run has trained on, each window once, with its targets.
+    """Return (ids, documents), each [windows, context + 1]: the windows that this run has trained on, each once, with
+    their targets.
 
     A window repeated in later epochs counts once: repeats would say nothing about unseen text.
     """
@@ -80,7 +80,7 @@ def seen_windows(setting: Setting, data: Data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tune_windows(setting: Setting, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """The same of the tune slice, at most TUNE_TOKENS of it.
+    """Return the same of the tune slice, at most TUNE_TOKENS of it.
 
     Raises:
         ValueError: the corpus or its tokenizer is not the one of `data`.
@@ -100,9 +100,8 @@ def _cut(text: Encoded, windows: np.ndarray, context: int) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 def scored(model: Any, windows: tuple[np.ndarray, np.ndarray], batch: int = 8) -> Iterator[tuple[Tensor, ...]]:
-    """Runs the model over windows. Yields (ids [B, T], documents [B, T], targets [n], p_lm of them [n], inside [B, T])
-    per batch; `inside` are the n positions whose next token is of the same document, the only ones that count.
-    """
+    """Run the model over windows. Yield (ids [B, T], documents [B, T], targets [n], p_lm of them [n], inside [B, T])
+    per batch; `inside` are the n positions whose next token is of the same document, the only ones that count."""
     with eval_mode(model):
         device = model.embedding.weight.device
         for start in range(0, len(windows[0]), batch):

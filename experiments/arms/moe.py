@@ -1,16 +1,16 @@
 """Mixture of experts in place of every feed-forward layer, balanced without an auxiliary loss (arXiv 2408.15664).
 
-Each token goes to its top-k experts by sigmoid score plus a bias; the bias only chooses, the weights are the scores
+Each token goes to its top-k experts by sigmoid score plus a bias. The bias only chooses; the weights are the scores
 alone, normalised to sum to k, so that k experts start as large as one layer of their joint width. After each training
-batch the bias of an expert moves by a fixed step: up where it got fewer tokens than the mean, down where more. The bias
-of a batch comes from earlier batches, so no token is routed by what follows it. No token is dropped.
+batch the bias of an expert moves by a fixed step: up if it got fewer tokens than the mean, down if more. The bias of a
+batch comes from earlier batches, so no token is routed by what follows it. No token is dropped.
 
-moe-active   k experts are together as wide as plain's layer: active weights equal plain's but for the router, and as
+moe-active   k experts are together as wide as plain's layer: active weights equal plain's except for the router, and as
              many experts as bring the total to Engram's, table included (option experts: another number).
-moe-total    a given number of experts, as wide as brings the total to Engram's; active weights are more than plain's.
+moe-total    as many experts as `experts` says, as wide as brings the total to Engram's; active weights exceed plain's.
 moe+engram   k experts as wide as plain's layer, beside a memory with `rows` per head: for splitting one budget.
 
-Differs from the source: no shared expert, every layer is a mixture, and the bias moves by 0.003 instead of 0.001 a
+Differs from the source: no shared expert, every layer is a mixture, and the bias moves by 0.003 instead of 0.001 per
 step, for runs of hundreds instead of tens of thousands of steps.
 """
 
@@ -28,7 +28,7 @@ from experiments.arms.host import count, engram_size, ffn_shape, plain, residual
 
 
 class MoE(nn.Module):
-    """x [B, T, d] -> [B, T, d]. inner: width of one expert. top_k: experts per token."""
+    """A layer of experts: x [B, T, d] -> [B, T, d]. inner: width of one expert. top_k: experts per token."""
 
     def __init__(self, hidden_size: int, experts: int, inner: int, top_k: int, gated: bool, std: float):
         super().__init__()
@@ -36,7 +36,7 @@ class MoE(nn.Module):
             raise ValueError(f"a mixture needs 2 <= top_k <= experts and width >= 1: {top_k}, {experts}, {inner}")
         self.experts, self.inner, self.top_k, self.gated = experts, inner, top_k, gated
         self.router = nn.Linear(hidden_size, experts, bias=False)
-        # all experts' rows in one matrix each, so that they decay as the weights of a feed-forward layer do
+        # one matrix for all experts, so that weights decay like those of a feed-forward layer
         self.up = nn.Parameter(torch.empty(experts * inner * (2 if gated else 1), hidden_size))
         self.down = nn.Parameter(torch.empty(experts * inner, hidden_size))
         nn.init.normal_(self.router.weight, std=0.02)
@@ -47,7 +47,7 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(experts, dtype=torch.int64))  # tokens of the last training batch
 
     def route(self, tokens_Nd: Tensor) -> tuple[Tensor, Tensor]:
-        """(experts int64 [N, k], their weights [N, k], which sum to k)."""
+        """Return (experts int64 [N, k], their weights [N, k], which sum to k)."""
         scores = self.router(tokens_Nd).sigmoid()
         chosen = (scores.detach() + self.bias).topk(self.top_k, dim=1).indices
         weights = scores.gather(1, chosen)
@@ -90,7 +90,7 @@ def _mix(model: Transformer, setting: Setting, experts: int, inner: int, top_k: 
 
 
 def fitting_experts(setting: Setting, data: Data, top_k: int) -> int:
-    """Experts of width (plain's / top_k) with which total parameters come nearest to Engram's."""
+    """Return the number of experts of width (plain's / top_k) with which total parameters come nearest to Engram's."""
     (inner, unit), size, layers = ffn_shape(setting), engram_size(setting, data), setting.model.layers
     each = layers * (unit * (inner // top_k) + setting.model.hidden_size)  # with its line of the router
     return max(top_k, round((layers * unit * inner + size.table + size.module) / each))
@@ -109,7 +109,8 @@ def moe_total(setting: Setting, data: Data, *, experts: int = 16, top_k: int = 2
 
 
 def moe_engram(setting: Setting, data: Data, *, experts: int, rows: int, top_k: int = 2) -> Transformer:
-    """rows: per head of the memory; 0: no memory. experts == top_k: a dense layer, but for its weights' router."""
+    """Return experts beside a memory. rows: per head of the memory; 0: without memory. experts == top_k: a dense layer,
+    except for the router of its weights."""
     inner, _ = ffn_shape(setting)
     memory = setting.memory.replace(rows_per_head=max(rows, 1))
     arm = "engram" if rows else "plain"
@@ -119,7 +120,7 @@ def moe_engram(setting: Setting, data: Data, *, experts: int, rows: int, top_k: 
 
 
 def report_load(model: Transformer, setting: Setting, data: Data) -> Transformer:
-    """Adds how even the last training batch was routed: largest load over mean load, worst layer."""
+    """Add how even the last training batch was routed: largest load over mean load, worst layer."""
     loads = [block.ffn.load.float() for block in model.blocks]
     model.extra_facts["max_load_over_mean"] = max(float(load.max() / load.mean().clamp_min(1)) for load in loads)
     return model

@@ -5,7 +5,7 @@ to the hidden size (which is the sum of one projection per head) and added to th
 are the setting's; rows are as many as Engram has over all its layers, so the table has Engram's size.
 
 Differs from the source: rows start at zero instead of random, the sum is not divided by the number of terms (the
-embedding here is as small as plain's), and the table is trained by the row optimiser that Engram's has.
+embedding here is as small as plain's), and the table is trained by the row optimiser of Engram's table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from experiments.arms.rows import row_config
 
 
 def build(setting: Setting, data: Data, *, rows: int | None = None) -> Transformer:
-    """rows: per head; default: Engram's number of table values in all."""
+    """Return the decoder with these embeddings. rows: per head; default: Engram's number of table values in all."""
     heads, width = setting.memory.heads, setting.memory.head_dim
     rows = rows or max(1, engram_size(setting, data).table // (2 * heads * width))
     config = row_config(setting, layers=(0,), orders=(2, 3), rows_per_head=rows)

@@ -1,16 +1,16 @@
-"""product-key: a product-key memory (arXiv 1907.05242) where Engram's module sits. The address comes from the hidden
-state, not from the token ids: what is the value of addresses that need no model?
+"""product-key: a product-key memory (arXiv 1907.05242) at Engram's layers. The address comes from the hidden state, not
+from the token ids: the comparison shows what addresses that need no model are worth.
 
 A query of each head is cut in two; each half is compared with n sub-keys, the top k of both halves give k * k
 candidates among the n * n products, the best k of these are read, weighted by softmax, and projected to the hidden
 size.
 
 Matched: n * n rows per layer, the nearest square to Engram's rows, of Engram's row width: as many rows and values.
-Reads more rows per token (heads * top_k) and costs more FLOPs (queries, sub-keys).
-Differs from the source: added before the block instead of replacing a feed-forward layer; values are as narrow as
-Engram's rows and each head's sum is projected, instead of values as wide as the hidden state summed over heads; values
-start at zero. norm="batch" normalises queries as the source does, over the positions of a training batch (at evaluation
-by what was seen there, so that no token sees what follows it); norm="rms" each position by itself.
+Reads more rows per token (heads * top_k) and costs more FLOPs (queries, sub-keys). Differs from the source: added
+before the block instead of replacing a feed-forward layer; values are as narrow as Engram's rows and each head's sum is
+projected, instead of values as wide as the hidden state summed over heads; values start at zero. norm="batch"
+normalises queries as the source does, over the positions of a training batch (at evaluation by the statistics of
+training, so that no token sees what follows it); norm="rms" normalises each position by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOTHING_AHEAD: Any = object()  # rows depend on the hidden state: nothing can b
 
 
 class ProductKeys(nn.Module):
-    """Which rows a hidden state reads, and what is made of them.
+    """The choice of rows by a hidden state, and the update made of them.
 
     n: sub-keys per half, so n * n rows. value: width of a row. Query and keys are half as wide as the hidden state.
     norm: "rms" or "batch".
@@ -52,7 +52,7 @@ class ProductKeys(nn.Module):
         nn.init.normal_(self.out.weight, std=0.02)
 
     def queries(self, hidden_BTd: Tensor) -> Tensor:
-        """[B, T, heads, 2, half], each half of unit RMS, or each of its values over the batch."""
+        """Return [B, T, heads, 2, half], each half of unit RMS, or each of its values normalised over the batch."""
         query = self.query(F.rms_norm(hidden_BTd, hidden_BTd.shape[-1:]))
         if self.batch_norm is not None:
             return self.batch_norm(query.flatten(0, 1)).view(*query.shape[:2], self.heads, 2, -1)
@@ -60,11 +60,12 @@ class ProductKeys(nn.Module):
         return F.rms_norm(query, query.shape[-1:])
 
     def search(self, hidden_BTd: Tensor) -> tuple[Tensor, Tensor]:
-        """(row ids int64 [B, T, heads, k], scores of the same shape, best first): exactly the top k of all n * n."""
+        """Return (row ids int64 [B, T, heads, k], scores of the same shape, best first): exactly the top k of all n *
+        n."""
         scores = torch.einsum("bthsc,hsnc->bthsn", self.queries(hidden_BTd), self.keys)
-        best, place = scores.topk(self.top_k, dim=-1)
+        best, key = scores.topk(self.top_k, dim=-1)
         both = best[..., 0, :, None] + best[..., 1, None, :]
-        rows = place[..., 0, :, None] * self.n + place[..., 1, None, :]
+        rows = key[..., 0, :, None] * self.n + key[..., 1, None, :]
         score, chosen = both.flatten(-2).topk(self.top_k, dim=-1)
         return rows.flatten(-2).gather(-1, chosen), score
 

@@ -1,9 +1,9 @@
-"""short-conv: what a look at the last few positions is worth without any table.
+"""short-conv: what reading the last few positions is worth without any table.
 
-At the layers where Engram sits (everywhere=True: at all, as in its sources), h_t += sum over lags 0..3 of
-w_lag * norm(h)_{t - lag}, one weight per channel and lag, zero at the start: the depthwise causal convolution of H3
-(arXiv 2212.14052) and of the Canon layers, added to the residual stream as Engram's update is. Matched: place and reach
-(Engram's longest n-gram and its convolution see further back through a dilation); no table, 4 d weights a layer. Like
+At the layers where Engram is (everywhere=True: at all, as in its sources), h_t += sum over lags 0..3 of w_lag *
+norm(h)_{t - lag}, one weight per channel and lag, zero at the start: the depthwise causal convolution of H3 (arXiv
+2212.14052) and of the Canon layers, added to the residual stream as Engram's update is. Matched: layers and reach
+(Engram's longest n-gram and its convolution see further back through a dilation); no table, 4 d weights per layer. Like
 attention, and unlike Engram, it sees across documents.
 """
 
@@ -34,7 +34,7 @@ class ConvThenBlock(nn.Module):
     ) -> Tensor:
         T = x.shape[1]
         past = self.conv_norm(x)
-        if cache is not None:  # kept beside the block's keys, under a number that no block has
+        if cache is not None:  # kept beside the block's keys, under a layer number that no block has
             seen = past.unsqueeze(1)
             past = cache.append(-1 - self.block.layer, seen, seen[..., :0])[0].squeeze(1)
         past = F.pad(past, (0, 0, TAPS - 1, 0))

@@ -1,13 +1,14 @@
 """shuffled: Engram whose addresses come from another text. A control for what the right address is worth.
 
-While it trains, each window reads the rows of the window before it in the batch (a roll over the batch dimension; the
-batch is a random draw of windows, so the neighbour says nothing about this text). Rows are looked up as often as in
-Engram and with the same duplicates, and the gate sees this text, but no row belongs to what stands here.
+In training, each window reads the rows of the window before it in the batch (a roll over the batch dimension; the batch
+is a random draw of windows, so the neighbour says nothing about this text). Rows are looked up as often as in Engram
+and with the same duplicates, and the gate sees this text, but no row belongs to its n-grams.
 
-At evaluation a roll would not do: evaluate() puts the windows of one long document side by side, so a neighbour could
+A roll would not work at evaluation: evaluate() puts the windows of one long document side by side, so a neighbour could
 be the text that follows, and a batch may hold one window only. There, row b of any batch reads the addresses of a fixed
-piece of the training text. They depend on the place alone, never on the ids, so nothing can leak from later tokens, and
-decoding step by step agrees with the full forward pass.
+piece of the training text. They depend on the position alone, never on the ids, so nothing can leak from later tokens,
+and decoding step by step agrees with the full forward pass. A hasher sees ids and not positions, so recall() is
+replaced.
 
 Matched to engram in everything: table, weights, rows read. Source: none; the control is our own.
 """
@@ -28,7 +29,7 @@ _STRIDE = 7919  # tokens of the training text between the pieces that two rows o
 
 
 class ShuffledMemory(EngramMemory):
-    """An EngramMemory that looks up somebody else's n-grams. stream: the training text."""
+    """An EngramMemory that looks up the n-grams of another text. stream: the training text."""
 
     def __init__(self, config: EngramConfig, token_map: TokenMap, hidden_size: int, stream: Encoded):
         super().__init__(config, token_map, hidden_size)
@@ -50,10 +51,10 @@ class ShuffledMemory(EngramMemory):
             return super().recall(ids.roll(1, 0), None if documents is None else documents.roll(1, 0), cache=cache)
         B, T = ids.shape
         start = 0 if cache is None else cache.length
-        place = (torch.arange(B)[:, None] * _STRIDE + start + torch.arange(T)) % len(self.stream.ids)
-        foreign = torch.from_numpy(self.stream.ids)[place].long().to(ids.device)
+        at = (torch.arange(B)[:, None] * _STRIDE + start + torch.arange(T)) % len(self.stream.ids)
+        foreign = torch.from_numpy(self.stream.ids)[at].long().to(ids.device)
         if documents is not None:
-            documents = torch.from_numpy(self.stream.documents)[place].long().to(ids.device)
+            documents = torch.from_numpy(self.stream.documents)[at].long().to(ids.device)
         return super().recall(foreign, documents, cache=cache)
 
 

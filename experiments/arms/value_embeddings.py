@@ -1,8 +1,8 @@
 """value-embeddings: each layer adds a row of the current token to its attention values, as in public speed runs of
 small GPTs (modded-nanogpt) after value residual learning (arXiv 2410.17897).
 
-The table is exact: V rows of the hidden size in each layer, V * d * layers values in all. That is all there is to give:
-wider rows behind a projection would hold no more. It is usually less than Engram's table; `tables` reports it.
+The table is exact: V rows of the hidden size in each layer, V * d * layers values in all. Wider rows behind a
+projection would hold no more. It is usually less than Engram's table; `tables` reports it.
 
 Differs from the source: rows start at zero, so there is no learned mixing scalar, and every layer has its own table.
 """

@@ -8,7 +8,8 @@ from experiments.lab.results import read_results
 
 
 def _claim(source: str, words: str, variant: str, rule: str, **how: int) -> Claim:
-    """One variant against the unchanged memory; a part without a grid of rates takes the memory's, at small each."""
+    """Return a claim about one variant against the unchanged memory; a part without a grid of rates takes the memory's,
+    at small all do."""
 
     def remark(home: Path, table: Table) -> str:
         grids = {record["variant"] for record in read_results(home / "tune.jsonl")}

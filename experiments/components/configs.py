@@ -22,7 +22,7 @@ TABLE_OPTIMIZERS: dict[str, tuple[float, ...]] = {
 
 
 def changes(layers: int) -> dict[str, dict[str, Any]]:
-    """{label: fields of the memory that change} for a model with this many layers."""
+    """Return {label: fields of the memory that change} for a model with this many layers."""
     table = {
         "gate: plain": {"gate": "plain"},
         "gate: none": {"gate": "none"},
@@ -58,7 +58,7 @@ def changes(layers: int) -> dict[str, dict[str, Any]]:
 
 
 def cells(size: str) -> list[Run]:
-    """Every change at engram's rates; a row optimiser at the middle of its own grid."""
+    """Return every change at engram's rates; a row optimiser at the middle of its own grid."""
     setting = SETTINGS[size]
     base = change(setting, train=tuned("engram", setting))
 
@@ -80,15 +80,16 @@ def configs(size: str) -> list[Run]:
     runs = []
     for run in cells(size):
         rates = tuned(run.variant, setting, TUNING)
-        if size != "tiny":  # the grids are of tiny; a longer training wants engram's lower lr
+        if size != "tiny":  # the grids are of tiny; at longer training engram's lower lr is better
             rates.pop("lr", None)
         runs.append(replace(run, setting=change(run.setting, train=rates)))
     return unchanged + runs
 
 
 def tune() -> list[Run]:
-    """At tiny, a grid of lr for each change of the module, and of table_lr for each row optimiser; the other rate is
-    engram's. Rows that go into attention values have a grid of both: value embeddings want rates far from engram's."""
+    """Return, at tiny, a grid of lr for each change of the module and of table_lr for each row optimiser; the other
+    rate is engram's. Rows that go into attention values have a grid of both: the best rates of value embeddings are far
+    from engram's."""
     runs = []
     for cell in cells("tiny"):
         own = TABLE_OPTIMIZERS.get(cell.setting.train.table_optimizer)

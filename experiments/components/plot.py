@@ -1,4 +1,4 @@
-"""What each change to the memory does, against the memory of the setting."""
+"""Draw what each change to the memory does, against the memory of the setting."""
 
 from __future__ import annotations
 

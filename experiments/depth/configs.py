@@ -13,7 +13,7 @@ __all__ = ["BASELINE", "SIZE", "configs", "measure", "summary"]
 
 BASELINE, SIZE = "plain", "tiny"
 TABLES = ("text", "layers")
-LAYERS = 6  # enough that one can be like a deeper one; the memory is at layer 1, before block 1
+LAYERS = 6  # enough that one layer can be like a deeper one; the memory is at layer 1, before block 1
 ARMS = ("plain", "engram", "one-row")
 
 

@@ -1,5 +1,6 @@
-"""How ready for prediction each layer is (LogitLens), and how like another model's layers (CKA). Source: the paper's
-section on mechanisms; debiased HSIC after Song et al. 2012, CKA after Kornblith et al. 2019.
+"""Measure how ready for prediction each layer is (LogitLens), and how like another model's layers (CKA).
+
+Source: the paper's section on mechanisms; debiased HSIC after Song et al. 2012, CKA after Kornblith et al. 2019.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ POSITIONS = 320  # of these, kept for CKA: the same in every run, so that any tw
 
 @torch.no_grad()
 def measure(run: Run, model: Any, data: Data) -> dict[str, Any]:
-    """{"lens_kl": nats per layer, "tokens": how many positions, "states": float16 [layers + 1, positions, d]}.
+    """Return {"lens_kl": nats per layer, "tokens": number of positions, "states": float16 [layers + 1, positions, d]}.
 
-    Layer 0 is the embedding, layer i what block i - 1 gives. lens_kl is the mean over positions of
-    KL(final distribution || distribution that the final norm and the head read from the layer); 0 at the last.
+    Layer 0 is the embedding, layer i the output of block i - 1. lens_kl is the mean over positions of KL(final
+    distribution || distribution that the final norm and the head read from the layer); 0 at the last.
     """
     context, text = run.setting.train.context, data.validation
     count = min(WINDOWS, len(text.ids) // context)
@@ -52,10 +53,10 @@ def measure(run: Run, model: Any, data: Data) -> dict[str, Any]:
 
 
 def layer_states(model: Any, ids: Tensor, documents: Tensor | None = None) -> list[Tensor]:
-    """The embedding and what each block gives, [B, T, d] each, of one forward pass."""
+    """Return the embedding and the output of each block, [B, T, d] each, of one forward pass."""
     states: list[Tensor] = []
     hooks = [
-        module.register_forward_hook(lambda _, given, out: states.append(out))
+        module.register_forward_hook(lambda _, inputs, out: states.append(out))
         for module in (model.embedding, *model.blocks)
     ]
     try:
@@ -67,8 +68,8 @@ def layer_states(model: Any, ids: Tensor, documents: Tensor | None = None) -> li
 
 
 def cka(a: np.ndarray, b: np.ndarray) -> float:
-    """Debiased linear CKA of [n, d] and [n, e], rows of the same n positions: 1 for equal up to rotation and scale,
-    0 in expectation for independent ones, however wide.
+    """Return debiased linear CKA of [n, d] and [n, e], rows of the same n positions: 1 if they are equal up to rotation
+    and scale, 0 in expectation for independent ones, however wide.
 
     Raises:
         ValueError: another number of rows, or fewer than four.
@@ -77,7 +78,7 @@ def cka(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def likeness(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
-    """CKA [layers of a, layers of b] of states at the same positions. Raises what cka raises."""
+    """Return CKA [layers of a, layers of b] of states at the same positions. Raises what cka raises."""
     lengths = {len(states) for states in (*a, *b)}
     if len(lengths) != 1 or min(lengths) < 4:
         raise ValueError(
@@ -98,13 +99,13 @@ def _gram(x: np.ndarray) -> np.ndarray:
 
 def _hsic(a: np.ndarray, b: np.ndarray) -> float:
     n = len(a)
-    whole = (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(axis=0) @ b.sum(axis=0))
-    return float(whole / (n * (n - 3)))
+    total = (a * b).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(axis=0) @ b.sum(axis=0))
+    return float(total / (n * (n - 3)))
 
 
 def alignment(similarity: np.ndarray, most: int = 2) -> np.ndarray:
-    """Which depth of the other model each layer is like: [layers] from similarity [layers, other layers]; the mean of
-    the `most` likest layers' numbers, weighted by their likeness (the paper's soft alignment index)."""
+    """Return which depth of the other model each layer is like: [layers] from similarity [layers, other layers]. It is
+    the mean of the `most` likest layers' numbers, weighted by their likeness (the paper's soft alignment index)."""
     best = np.argsort(-similarity, axis=1)[:, :most]
     weight = np.take_along_axis(similarity, best, axis=1).clip(min=1e-9)
     return (weight * best).sum(axis=1) / weight.sum(axis=1)

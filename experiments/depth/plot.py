@@ -1,4 +1,4 @@
-"""LogitLens KL by layer, and the likeness of each layer to each of plain's."""
+"""Draw LogitLens KL by layer, and the likeness of each layer to each of plain's."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def draw(home: Path) -> Path:
     maps = []  # (title, [layers, plain's layers])
     for group, labels in groups.items():
         for label, runs in labels.items():
-            found = compare(home, runs, labels.get(BASELINE, {}))
-            if found:
+            compared = compare(home, runs, labels.get(BASELINE, {}))
+            if compared:
                 side = 1 if label == BASELINE else 0
                 title = f"CKA, {group}: {label} against {BASELINE} of other seeds"
-                maps.append((title, np.mean([pair[side] for pair in found.values()], axis=0)))
+                maps.append((title, np.mean([pair[side] for pair in compared.values()], axis=0)))
     figure, panels = new_figure(7.2, [3.4] * len(groups) + [2.6] * len(maps))
     with matplotlib.rc_context(STYLE):
         for axes, (group, labels) in zip(panels, groups.items(), strict=False):
             means: list[list[float]] = []  # of each arm, by layer
             for label, runs in labels.items():
                 depth = min((len(run["measures"]["lens_kl"]) for run in runs.values()), default=0)
-                points = [mean_of(runs, lens(layer)) for layer in range(depth - 1)]  # the last layer has 0
+                points = [mean_of(runs, lens(layer)) for layer in range(depth - 1)]  # KL is 0 at the last layer
                 known = [point for point in points if point is not None]
                 if known:
                     seeds = [len(runs)] * len(known)
@@ -64,5 +64,5 @@ def draw(home: Path) -> Path:
 
 
 def _finite(point):
-    """One seed has no interval: a bar of length 0."""
+    """Return a mean with its interval; one seed has none and gets a bar of length 0."""
     return point if np.isfinite(point.low) else point._replace(low=point.mean, high=point.mean)

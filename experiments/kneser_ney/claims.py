@@ -7,7 +7,7 @@ from experiments.lab.claims import SCEPTICS, Claim, Finding
 
 
 def counts(home: Path) -> list[Finding]:
-    """Plain with counts minus engram of as many bytes."""
+    """Return plain with counts minus engram of as many bytes."""
     return [
         Finding(row.nats, len(row.paired), table, note=f", {rows:,} rows")
         for table, rows, name, row, _ in against_engram(home)

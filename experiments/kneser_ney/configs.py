@@ -16,10 +16,10 @@ __all__ = ["BASELINE", "SIZE", "TABLES", "configs", "summary"]
 
 BASELINE, SIZE = "plain", "tiny"
 FACTORS = (0.125, 0.25, 0.5, 1, 2, 4, 8)  # of the setting's training tokens
-ROWS = (256, 1024, 4096, 16384, 65536)  # a head of engram; the counts get the bytes of that table
+ROWS = (256, 1024, 4096, 16384, 65536)  # per head of engram; the counts get the bytes of that table
 ALONE, WITH_PLAIN, WITH_ENGRAM = "kneser-ney alone", "plain + kneser-ney", "engram + kneser-ney"
-# arm, base of its counts, whose rates, and the share of the rows: engram + kneser-ney is half a table and counts of as
-# many bytes, so that the bytes are the same again.
+# {name: (arm, base of its counts, arm whose rates it takes, share of the rows)}. engram + kneser-ney is half a table
+# and counts of as many bytes, so that the sum of bytes stays the same.
 ARMS = {
     "engram": ("engram", None, "engram", 1.0),
     ALONE: ("kneser-ney", "none", "plain", 1.0),
@@ -29,7 +29,8 @@ ARMS = {
 
 
 def configs(size: str) -> list[Run]:
-    """Against training tokens with the largest table; against bytes with the tokens of the setting."""
+    """Return the runs against training tokens with the largest table, and against bytes with the tokens of
+    the setting."""
     runs = []
     for factor in FACTORS:
         base = budget(SETTINGS[size], factor)
@@ -51,7 +52,7 @@ def label_of(name: str, rows: int) -> str:
 
 
 def parts_of(record: Record) -> tuple[str, int | None]:
-    """(one of ARMS, rows per head of engram's table of as many bytes) of a result; ("plain", None) for plain."""
+    """Return (one of ARMS, rows per head of engram's table of as many bytes) of a result; ("plain", None) for plain."""
     for name, (arm, base, _, share) in ARMS.items():
         if (arm, base) == (record["arm"], record["options"].get("base")):
             return name, round(record["setting"]["memory"]["rows_per_head"] / share)
@@ -59,10 +60,10 @@ def parts_of(record: Record) -> tuple[str, int | None]:
 
 
 def against_engram(home: Path) -> list[tuple[Table, int, str, Row, Row]]:
-    """(table, rows per head, name, its row with engram of as many bytes as baseline, engram's row) of every cell with
-    counts that has a seed in common with engram. Raises what rows_of raises."""
-    found = []
-    for place, variants in tables_of(read_results(home / "results.jsonl")).items():
+    """Return (table, rows per head, name, its row with engram of as many bytes as baseline, engram's row) of every cell
+    with counts that has a seed in common with engram. Raises what rows_of raises."""
+    against = []
+    for group, variants in tables_of(read_results(home / "results.jsonl")).items():
         cells = {parts_of(runs[0]): (variant, runs) for variant, runs in variants.items()}
         for (name, rows), (variant, runs) in cells.items():
             if rows is None or name == "engram" or ("engram", rows) not in cells:
@@ -70,12 +71,12 @@ def against_engram(home: Path) -> list[tuple[Table, int, str, Row, Row]]:
             engram, its_runs = cells["engram", rows]
             base, row = rows_of(home, {engram: its_runs, variant: runs}, engram)
             if row.nats is not None:
-                found.append((place, rows, name, row, base))
-    return sorted(found, key=lambda cell: (str(cell[0]), cell[1], list(ARMS).index(cell[2])))
+                against.append((group, rows, name, row, base))
+    return sorted(against, key=lambda cell: (str(cell[0]), cell[1], list(ARMS).index(cell[2])))
 
 
 def summary(home: Path) -> str:
-    """Counts against engram directly: who is ahead, at how many tokens and bytes."""
+    """Return a table of counts against engram directly: which is ahead, at how many tokens and bytes."""
     head = (
         "table",
         "arm",

@@ -1,4 +1,4 @@
-"""Loss below plain's against training tokens, and against the bytes of table and counts, at each setting."""
+"""Draw loss below plain's against training tokens, and against the bytes of table and counts, at each setting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from experiments.kneser_ney.configs import ARMS, BASELINE, ROWS, parts_of
 from experiments.lab.plots import COLOURS, SOFT, STYLE, beside, curve, first_run, load, new_figure, save
 from experiments.lab.report import Row
 
-Points = dict[str, list[tuple[float, Row]]]  # of each arm, (place on the axis, row)
+Points = dict[str, list[tuple[float, Row]]]  # for each arm, (position on the axis, row)
 
 
 def draw(home: Path) -> Path:
-    found: dict[tuple[str, str], Points] = {}  # of each size and axis
+    found: dict[tuple[str, str], Points] = {}  # for each size and axis
     for table, rows in load(home, BASELINE).items():
         by_tokens = found.setdefault((table.size, "training tokens, millions"), {})
         by_bytes = found.setdefault((table.size, "MB of float32 rows, or of counts at most"), {})

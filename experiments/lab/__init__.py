@@ -1,1 +1,1 @@
-"""What all questions share: cells, results, tuning, the runner, tables, claims and figures."""
+"""Parts that all questions share: cells, results, tuning, the runner, tables, claims and figures."""

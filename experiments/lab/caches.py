@@ -32,7 +32,8 @@ FOLDER = "ENGRAM_LAB_PREPARED"  # environment variable of a sweep's runs
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
-    """What engram.lm.run.prepare returns, read from the sweep's folder where there is one. Raises what it raises."""
+    """Return what engram.lm.run.prepare returns, read from the sweep's folder if there is one. Raises what it
+    raises."""
     home = os.environ.get(FOLDER)
     if not home:
         return make(setting, held_out)
@@ -40,11 +41,13 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
     with (Path(home) / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends
         if not folder.exists():
-            what = json.dumps({"setting": setting.to_json(), "held_out": held_out})
+            request = json.dumps({"setting": setting.to_json(), "held_out": held_out})
             subprocess.run(
-                [sys.executable, "-m", "experiments.lab.caches", str(folder)], input=what.encode(), capture_output=True
+                [sys.executable, "-m", "experiments.lab.caches", str(folder)],
+                input=request.encode(),
+                capture_output=True,
             )
-    # Where that failed, this process makes the text itself and meets the error, if there is one.
+    # If that failed, this process makes the text itself and raises the error, if there is one.
     return load(folder) if folder.exists() else make(setting, held_out)
 
 
@@ -68,15 +71,15 @@ def maker_of(corpus: str) -> Callable[[Setting, str], Data] | None:
 
 
 def key_of(setting: Setting, held_out: str) -> str:
-    """Digest (16 hex digits) of all that decides the text: not the model, not the seed."""
+    """Return a digest (16 hex digits) of all that decides the text: not the model, not the seed."""
     return xxhash.xxh3_64_hexdigest(json.dumps([setting.corpus, setting.vocab_size, held_out]).encode())
 
 
 def save(folder: Path, data: Data) -> None:
-    """Writes a new folder, whole or not at all: data.npz, facts.json, tokenizer.json (if any), token_map.safetensors.
+    """Write a new folder, complete or not at all: data.npz, facts.json, tokenizer.json (if any), token_map.safetensors.
 
     Raises:
-        OSError: the disk is full, or the folder is there already.
+        OSError: the disk is full, or the folder exists.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
@@ -96,7 +99,7 @@ def save(folder: Path, data: Data) -> None:
 
 
 def load(folder: Path) -> Data:
-    """What `save` wrote. Raises FileNotFoundError, ValueError: a folder that is not whole."""
+    """Return what `save` wrote. Raises FileNotFoundError, ValueError if the folder is not complete."""
     with np.load(folder / "data.npz") as arrays:
         train, validation = (
             Encoded(**{field: arrays[f"{name}_{field}"] for field in Encoded._fields})
@@ -106,10 +109,10 @@ def load(folder: Path) -> Data:
     overlap = Overlap(facts["overlap"]["share"])
     overlap.grams = facts["overlap"]["grams"]
     overlap.worst = tuple((name, share) for name, share in facts["overlap"]["worst"])
-    tokenizer = None  # a text of numbers has none
+    tokenizer = None  # made-up tokens have none
     if (folder / "tokenizer.json").exists():
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.encode_special_tokens = True  # the file forgets this, see engram.lm.tokenizer
+        tokenizer.encode_special_tokens = True  # the file does not keep this, see engram.lm.tokenizer
     token_map = TokenMap.load(folder / "token_map.safetensors")
     return Data(tokenizer, token_map, train, validation, overlap, facts["digest"])  # type: ignore[arg-type]
 

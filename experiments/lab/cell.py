@@ -1,4 +1,4 @@
-"""What a run is, as one value; which cell of which table its result is; and how both are called in captions.
+"""A run as one value, the cell of which table its result is, and the captions of both.
 
 A result is identified by fields, never by a caption: `cell_of` reads the Cell of a line of results.jsonl from the
 line's own fields, `Table` says which cells are compared with each other, and the captions of both are made here alone.
@@ -35,17 +35,17 @@ SETTINGS: dict[str, Setting] = {
         train=TrainConfig(tokens=560_000, batch_size=8, context=256),
     ),
 }
-LETTERS = {"S": "small", "T": "tiny"}  # what the sizes were called before
+LETTERS = {"S": "small", "T": "tiny"}  # letters that older commands use
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What identifies a result, its seed aside.
+    """What identifies a result, except its seed.
 
     Attributes:
         question: the folder. arm: one of experiments.arms.NAMES. variant: its row in the tables of the question.
         size: "small" or "tiny"; "" for a setting of its own. text: the corpus. vocabulary: entries of the tokenizer.
-        tokens: of training, as asked for. layers: of the model. options: of the arm. held_out: "validation" or "tune".
+        tokens: of training, as configured. layers: of the model. options: of the arm. held_out: "validation" or "tune".
         device: of the dense weights.
     """
 
@@ -63,14 +63,14 @@ class Cell:
 
     @property
     def table(self) -> Table:
-        """The table that this cell is a row of: the fields that TABLES of the question names tell its tables apart."""
+        """The table that this cell is a row of: the fields in TABLES of the question tell its tables apart."""
         names = [name for name in tables_by(self.question) if name != "text"]
         return Table(self.question, self.size, self.text, self.device, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells that are compared with each other. A field is None if cells of one table may differ in it."""
+    """A set of cells that are compared with each other. A field is None if cells of one table may differ in it."""
 
     question: str
     size: str
@@ -81,7 +81,8 @@ class Table:
     layers: int | None = None
 
     def __str__(self) -> str:
-        """The caption, "tiny: kjv, 0.56M tokens": the text is left out if the question has one text, the size's own."""
+        """Return the caption, "tiny: kjv, 0.56M tokens". The text is left out if the question has one text, the size's
+        own."""
         usual = self.size in SETTINGS and self.text == SETTINGS[self.size].corpus
         parts = [] if usual and "text" not in tables_by(self.question) else [_text(self.question, self.text)]
         if self.vocabulary is not None:
@@ -95,7 +96,7 @@ class Table:
 
 
 def cell_of(record: dict[str, Any]) -> Cell:
-    """The cell of a line of results.jsonl or tune.jsonl, from its own fields."""
+    """Return the cell of a line of results.jsonl or tune.jsonl, from its own fields."""
     setting = record["setting"]
     return Cell(
         record["experiment"],
@@ -119,7 +120,7 @@ class Run:
     Attributes:
         experiment: the folder of the question. arm: one of experiments.arms.NAMES.
         setting: text, model, memory, training, seed.
-        options: of the arm, as (name, value) pairs. One is the runner's own and goes for every arm: ("epochs", x)
+        options: of the arm, as (name, value) pairs. One belongs to the runner and works for every arm: ("epochs", x)
             replaces the budget in tokens by x passes over the training text, so that models with different tokenizers
             read the same text.
         variant: its row in tables and figures; runs that differ only in the seed share it. Default: the arm's name.
@@ -144,7 +145,7 @@ class Run:
     @property
     def key(self) -> str:
         """Digest (16 hex digits) of everything that decides the outcome, the seed included. Question, variant and size
-        do not: a run that two questions ask for is made once."""
+        are not in it, so that a run of two questions is made once."""
         what = [self.arm, self.options, asdict(self.setting), self.held_out]
         what += [] if self.device == "cpu" else [self.device]
         return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
@@ -172,11 +173,12 @@ class Run:
         return self.setting.train.seed
 
     def seeded(self, seed: int) -> Run:
-        """The same run with another seed of weights, addresses and data order."""
+        """Return the same run with another seed of weights, addresses and data order."""
         return replace(self, setting=self.setting.seeded(seed))
 
     def on(self, device: str) -> Run:
-        """The same run on another device, in a table of its own: losses differ in late digits, seconds wholly.
+        """Return the same run on another device, in a table of its own: losses differ in late digits, seconds
+        completely.
 
         Raises:
             ValueError: this machine does not have the device.
@@ -184,7 +186,7 @@ class Run:
         if device == self.device:
             return self
         if device != "cuda" or not torch.cuda.is_available():
-            raise ValueError(f"no device {device!r} here: cpu, or cuda on a machine with a GPU")
+            raise ValueError(f"this machine has no device {device!r}: choose cpu, or cuda on a machine with a GPU")
         return replace(self, device=device)
 
     def to_json(self) -> str:
@@ -201,7 +203,7 @@ class Run:
 def change(
     setting: Setting, memory: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **other: Any
 ) -> Setting:
-    """A copy of a setting with some fields of its memory, of its training or of itself changed."""
+    """Return a copy of a setting with some fields of its memory, of its training or of itself changed."""
     changed = replace(setting, memory=setting.memory.replace(**(memory or {})), **other)
     return replace(changed, train=replace(changed.train, **(train or {})))
 
@@ -210,17 +212,17 @@ def size_named(text: str) -> str:
     """Return "small" or "tiny" for either name or its letter. Raises ValueError for any other text."""
     size = LETTERS.get(text, text)
     if size not in SETTINGS:
-        raise ValueError(f"unknown size {text!r}; there are {', '.join(SETTINGS)}")
+        raise ValueError(f"unknown size {text!r}; the sizes are {', '.join(SETTINGS)}")
     return size
 
 
 def names() -> tuple[str, ...]:
-    """The questions: every folder beside lab/ that has a configs.py, in the order of their names."""
+    """Return the questions: every folder beside lab/ that has a configs.py, in the order of their names."""
     return tuple(sorted(file.parent.name for file in HOME.glob("*/configs.py")))
 
 
 def questions(name: str) -> ModuleType:
-    """The configs module of a question. Raises ValueError for an unknown name; the message lists the known ones.
+    """Return the configs module of a question. Raises ValueError for an unknown name; the message lists the known ones.
 
     Such a module has a docstring whose first line is the question, BASELINE (the variant that the others are compared
     with), SIZE (the size that it is run at) and configs(size) -> list of runs. It may have
@@ -230,15 +232,15 @@ def questions(name: str) -> ModuleType:
         tune() -> the runs of a grid of learning rates, and what `hook` lists.
     """
     if name not in names():
-        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(names())}")
+        raise ValueError(f"unknown question {name!r}; the questions are {', '.join(names())}")
     return importlib.import_module(f"experiments.{name}.configs")
 
 
 def hook(experiment: str, name: str) -> Callable[..., Any] | None:
-    """A function that a question's configs module defines beside its runs; None if it leaves the task to the lab.
+    """Return a function that a question's configs module defines beside its runs; None if the lab's own is used.
 
     train(run, model, data, on_step) -> TrainLog: in place of engram.lm.train.train.
-    evaluate(run, model, data) -> Evaluation: in place of engram.lm.evaluate.evaluate, for what else is to be scored.
+    evaluate(run, model, data) -> Evaluation: in place of engram.lm.evaluate.evaluate, to score something else.
     measure(run, model, data) -> dict: called with the evaluated model; its NumPy arrays go into documents.npz as
         measured_<name>, all else is small and goes into the record as "measures".
     summary(home) -> Markdown: tables of its own, before those that `report` makes for every question.
@@ -248,7 +250,7 @@ def hook(experiment: str, name: str) -> Callable[..., Any] | None:
 
 @lru_cache
 def tables_by(question: str) -> tuple[str, ...]:
-    """The fields of Cell that tell the tables of a question apart."""
+    """Return the fields of Cell that tell the tables of a question apart."""
     return getattr(questions(question), "TABLES", ("text",)) if question in names() else ("text",)
 
 

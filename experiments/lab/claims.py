@@ -1,7 +1,7 @@
-"""What is claimed about the memory, what the runs say to it, and the rules that a verdict follows from.
+"""Claims about the memory, what the runs show, and the rules that a verdict follows from.
 
 Each question lists its claims in a claims.py of its own (CLAIMS); `all_claims` collects them. The document and the
-table of the README are made in experiments.lab.claims_page.
+table of claims in short are made in experiments.lab.claims_page.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from experiments.lab.report import documents_of, rows_of, tables_of
 from experiments.lab.results import Record, read_results
 
 MARGIN = 0.005  # nats per token, or bits per byte, that count as no difference
-# How far another CPU moved the loss of one run, by unit: nats per token as measured, and the same in bits per byte at
-# the 2.3 nats per token to the bit per byte that these texts and tokenizers have.
+# How far another CPU moved the loss of one run, by unit: nats per token as measured, and the same in bits per byte.
+# With these texts and tokenizers 2.3 nats per token are one bit per byte.
 OTHER_CPU = {"nats": 0.013, "bits": 0.006}
 PAPER, V41, QWEN = "paper", "DeepSeek-V4.1-Flash", "Qwen3.8-Flash-Next"
 OTHERS, SCEPTICS = "public reproductions", "sceptics"
@@ -31,8 +31,8 @@ SOURCES = (PAPER, V41, QWEN, OTHERS, SCEPTICS)
 
 
 class Finding(NamedTuple):
-    """What one table of runs says, or two tables of one question. value: with an infinite interval if nothing is known
-    of the spread. last: the second table. note: what else tells it apart."""
+    """The result of one table of runs, or of two tables of one question. value: with an infinite interval if the spread
+    is unknown. last: the second table. note: what else tells it apart."""
 
     value: Interval
     seeds: int
@@ -56,7 +56,8 @@ class Rule(NamedTuple):
     bound: float
 
     def distance(self, value: Interval) -> tuple[float, float]:
-        """(how far inside the supporting side the whole interval lies, how far inside the other); below 0: not."""
+        """Return (how far inside the supporting side the interval lies, how far inside the other); below 0:
+        not inside."""
         if self.side == "below":
             return self.bound - value.high, value.low - self.bound
         if self.side == "above":
@@ -75,7 +76,7 @@ RULES = {
 
 
 def verdict(finding: Finding, rule: str) -> str:
-    """ "supported", "not supported" or "open": by the interval, and never from fewer than two seeds."""
+    """Return "supported", "not supported" or "open": by the interval, and never from fewer than two seeds."""
     if finding.seeds < 2 or not all(map(math.isfinite, finding.value)):
         return "open"
     inside, outside = RULES[rule].distance(finding.value)
@@ -87,9 +88,9 @@ class Claim:
     """One claim, worded so that "supported" reads as it sounds.
 
     Attributes:
-        source: who says so, one of SOURCES. words: what. measure: what is measured. rule: one of RULES.
+        source: one of SOURCES. words: the claim. measure: what is measured. rule: one of RULES.
         figure: folder of the question -> findings, [] before the runs. unit: "nats" or "bits" if it is a loss.
-        pair: the two variants of a difference. short: its place in the README's table, 0 if it is not there.
+        pair: the two variants of a difference. short: its position in claims_in_short.md, 0 if it is not there.
         counter: it is one of the strongest counter-results, which come first.
         question: the folder, "scripts/codecs" of a script's; filled in by `all_claims`.
     """
@@ -113,14 +114,14 @@ class Claim:
         return f"python -m experiments run {self.question}"
 
     def within_another_cpu(self, finding: Finding) -> bool:
-        """True if the verdict is decided by less than what another CPU moved the loss of one run by."""
+        """Return True if the verdict is decided by less than what another CPU moved the loss of one run by."""
         if self.unit not in OTHER_CPU or verdict(finding, self.rule) == "open":
             return False
         return max(RULES[self.rule].distance(finding.value)) < OTHER_CPU[self.unit]
 
 
 def all_claims(home: Path = HOME) -> list[Claim]:
-    """The claims of every folder with a claims.py: the strongest counter-results first, then by source."""
+    """Return the claims of every folder with a claims.py: the strongest counter-results first, then by source."""
     files = [*home.glob("*/claims.py"), *home.glob("scripts/*/claims.py")]
     folders = sorted(file.parent.relative_to(home).as_posix() for file in files if file.parent.name != "lab")
     claims = [
@@ -134,16 +135,17 @@ def all_claims(home: Path = HOME) -> list[Claim]:
 def difference(
     ours: str, theirs: str, unit: str = "nats", remark: Callable[[Path, Table], str] | None = None
 ) -> Figure:
-    """Nats per token (bits per byte with unit="bits", which holds for any two tokenizers) of one variant minus another,
-    in every table that has both. remark: of the folder and a table, what is added to its caption."""
+    """Return a figure: nats per token (bits per byte with unit="bits", which holds for any two tokenizers) of one
+    variant minus another, in every table that has both. remark: a function of the folder and a table, whose text is
+    added to the caption."""
 
     def figure(home: Path) -> list[Finding]:
-        found = []
+        findings = []
         for table, runs in tables_of(read_results(home / "results.jsonl")).items():
             if ours in runs and theirs in runs:
                 note = "" if remark is None else remark(home, table)
-                found += compared(home, table, runs, ours, theirs, unit, note)
-        return found
+                findings += compared(home, table, runs, ours, theirs, unit, note)
+        return findings
 
     return figure
 
@@ -157,7 +159,7 @@ def compared(
     unit: str = "nats",
     note: str = "",
 ) -> list[Finding]:
-    """One variant minus another in one table; [] without common seeds, or in nats with two tokenizers."""
+    """Return one variant minus another in one table; [] without common seeds, or in nats with two tokenizers."""
     row = rows_of(home, {theirs: runs[theirs], ours: runs[ours]}, theirs)[1]
     value = row.bits if unit == "bits" else row.nats
     return [] if value is None else [Finding(value, len(row.paired), table, note=note)]
@@ -166,24 +168,25 @@ def compared(
 def loss(
     source: str, words: str, ours: str, theirs: str, rule: str, unit: str = "nats", remark: Any = None, **how: Any
 ) -> Claim:
-    """A claim about the difference of two variants of a question. how: short, counter."""
+    """Return a claim about the difference of two variants of a question. how: short, counter."""
     measure = f"{ours} minus {theirs}, {'bits per byte' if unit == 'bits' else 'nats per token'}"
     return Claim(source, words, measure, difference(ours, theirs, unit, remark), rule, unit, (ours, theirs), **how)
 
 
 def lasts(source: str, words: str, along: str, passes: str = "", least_tokens: int = 0, **how: Any) -> Claim:
-    """A claim that engram's lead over plain does not get smaller along the tables of a question."""
+    """Return a claim that engram's lead over plain does not get smaller along the tables of a question."""
     what = "what engram is ahead of plain, lost on the way, bits per byte"
     return Claim(source, words, what, change_of_gain(along, passes, least_tokens), "below", "bits", **how)
 
 
 def change_of_gain(along: str, passes: str = "", least_tokens: int = 0) -> Figure:
-    """Engram's difference to plain where record[along] is largest, minus the one where it is smallest, in bits per byte
-    of the same documents: above 0, the gain shrinks. One finding for each size and text with two such tables.
+    """Return a figure: engram's difference to plain where record[along] is largest, minus the one where it is smallest,
+    in bits per byte of the same documents: above 0, the gain shrinks. One finding for each size and text with two such
+    tables.
 
     Args:
-        passes: "one" for the runs alone that read no text twice, "several" for those from the last of them on, where
-            the last reads it twice at least.
+        passes: "one" for only the runs that read no text twice, "several" for those from the last of them on, if the
+            last reads it twice at least.
         least_tokens: of training, in the configuration, for a table to count.
     """
 
@@ -195,16 +198,16 @@ def change_of_gain(along: str, passes: str = "", least_tokens: int = 0) -> Figur
                 run = variants["plain"][0]
                 if run["setting"]["train"]["tokens"] >= least_tokens:
                     series.setdefault((table.size, table.text), {})[run[along]] = table, pair
-        return [found for tables in series.values() for found in _ends(home, tables, passes)]
+        return [finding for tables in series.values() for finding in _ends(home, tables, passes)]
 
     return figure
 
 
 def _ends(home: Path, tables: dict[float, tuple[Table, dict[str, dict[int, Record]]]], passes: str) -> list[Finding]:
-    """The gain in the last table of a series against the first."""
-    places = sorted(tables)
-    once = [at for at in places if _passes(tables[at][1]) <= 1]
-    chosen = {"": places, "one": once, "several": places[len(once) - 1 :] if once else []}[passes]
+    """Return the gain in the last table of a series against the first."""
+    points = sorted(tables)
+    once = [at for at in points if _passes(tables[at][1]) <= 1]
+    chosen = {"": points, "one": once, "several": points[len(once) - 1 :] if once else []}[passes]
     if len(chosen) < 2 or (passes == "several" and _passes(tables[chosen[-1]][1]) < 2):
         return []
     (first, before), (last, after) = tables[chosen[0]], tables[chosen[-1]]
@@ -217,13 +220,13 @@ def _ends(home: Path, tables: dict[float, tuple[Table, dict[str, dict[int, Recor
 
 
 def _passes(pair: dict[str, dict[int, Record]]) -> float:
-    """Passes over the training text, of the runs of a table."""
+    """Return the passes over the training text, of the runs of a table."""
     run = next(iter(pair["plain"].values()))
     return float(run["tokens"] / run["text_tokens"])
 
 
 def _gain(home: Path, pair: dict[str, dict[int, Record]], seeds: list[int]) -> np.ndarray:
-    """[seeds, documents], bits of engram minus bits of plain."""
+    """Return bits of engram minus bits of plain, [seeds, documents]."""
     ours, plain = (
         np.stack([documents_of(home, pair[arm][seed])["nats"] for seed in seeds]) for arm in ("engram", "plain")
     )
@@ -235,17 +238,22 @@ def of_measures(
     remark: Callable[[dict[str, Any]], str] = lambda variants: "",
     chosen: Callable[[Table], bool] = lambda table: True,
 ) -> Figure:
-    """A number from the measures of a question, in every table: compare(folder, {variant: {seed: run}}). remark: of the
-    same, what is added to the table's caption. chosen: of a table, whether it counts."""
+    """Return a figure: a number from the measures of a question, in every table: compare(folder, {variant: {seed:
+    run}}).
+
+    Args:
+        remark: a function of the same variants, whose text is added to the table's caption.
+        chosen: a function of a table, True if it counts.
+    """
 
     def figure(home: Path) -> list[Finding]:
-        found = []
+        findings = []
         for table, variants in measured(home).items():
             value = compare(home, variants) if chosen(table) else None
             if value is not None:
                 ours = set(variants["engram"])
                 seeds = len(ours & set(variants.get("plain", ours)))
-                found.append(Finding(value, seeds, table, note=remark(variants)))
-        return found
+                findings.append(Finding(value, seeds, table, note=remark(variants)))
+        return findings
 
     return figure

@@ -1,6 +1,5 @@
-"""paper_notes/claims.md, claims_in_short.md and what each question says about its claims. All figures come from
-results.jsonl; no figure of a run is typed.
-"""
+"""The documents claims.md and claims_in_short.md, and the claims in each question's tables.md. All figures come from
+results.jsonl."""
 
 from __future__ import annotations
 
@@ -19,25 +18,25 @@ from experiments.lab.report import interval, write_between_marks
 FILE = HOME.parent / "paper_notes" / "claims.md"
 SHORT = HOME.parent / "paper_notes" / "claims_in_short.md"
 CLOSE = "within what another CPU can move"
-Found = list[tuple[Claim, list[Finding]]]
+Findings = list[tuple[Claim, list[Finding]]]
 
 
-def found_in(home: Path = HOME, name: str = "") -> Found:
-    """Every claim, or those of one question, with what the runs say. Raises what the questions' tables raise."""
+def all_findings(home: Path = HOME, name: str = "") -> Findings:
+    """Return every claim, or those of one question, with its findings. Raises what the questions' tables raise."""
     claims = [claim for claim in all_claims() if not name or claim.question == name]
     return [(claim, claim.figure(home / claim.question)) for claim in claims]
 
 
-def answers(results: Found, name: str) -> str:
-    """Markdown: what the runs of one question say about its claims; "" if it has none."""
+def answers(results: Findings, name: str) -> str:
+    """Return Markdown: the findings of one question for its claims; "" if it has no claims."""
     lines = [
         (
             *(claim.words, claim.measure, _runs(finding), _figure(finding.value)),
             *(RULES[claim.rule].words, _verdict(claim, finding)),
         )
-        for claim, found in results
+        for claim, findings in results
         if claim.question == name
-        for finding in found
+        for finding in findings
     ]
     if not lines:
         return ""
@@ -46,8 +45,8 @@ def answers(results: Found, name: str) -> str:
     return f"### What it says about the claims\n\n{source}\n\n{table(head, lines, words=3)}"
 
 
-def document(results: Found) -> str:
-    """The whole file as Markdown."""
+def document(results: Findings) -> str:
+    """Return claims.md as Markdown."""
     sides = "; ".join(f"*{name}*: {rule.words}" for name, rule in RULES.items())
     lines = [
         "# Claims",
@@ -72,11 +71,11 @@ def document(results: Found) -> str:
         "| source | claim | our setting | what we measure | figure with interval | needs | verdict | command |",
         "|---|---|---|---|---:|---|---|---|",
     ]
-    for claim, found in results:
-        for finding in found:
+    for claim, findings in results:
+        for finding in findings:
             cells = [_runs(finding), claim.measure, _figure(finding.value), claim.rule, _verdict(claim, finding)]
             lines.append(_line(claim, cells, command(claim, finding)))
-        if not found:
+        if not findings:
             lines.append(_line(claim, ["", claim.measure, "not run yet", claim.rule, ""], claim.command))
     return "\n".join(lines) + "\n"
 
@@ -90,7 +89,8 @@ def _figure(value: Interval) -> str:
 
 
 def command(claim: Claim, finding: Finding) -> str:
-    """The command that makes the runs of a finding, with the size, text and device that are not the question's own."""
+    """Return the command that makes the runs of a finding, with the size, text and device that are not the question's
+    own."""
     where = finding.table
     if where is None or claim.question not in names() or where.size not in SETTINGS:
         return claim.command
@@ -111,19 +111,19 @@ def _line(claim: Claim, cells: list[str], how: str) -> str:
     return "| " + " | ".join([claim.source, claim.words, *cells, f"`{how}`"]) + " |"
 
 
-def in_short(results: Found) -> str:
-    """Markdown: of each claim in short the finding with the most seeds (at small, then on the main text,
-    if two have as many) and the verdicts on its other tables."""
+def in_short(results: Findings) -> str:
+    """Return Markdown: of each claim in short the finding with the most seeds (at small, then on the main text, if two
+    have as many) and the verdicts on its other tables."""
     lines = [
         "| claim | what was measured | figure, 95 % interval | runs | needs | verdict | its other tables |",
         "|---|---|---:|---|---|---|---|",
     ]
-    for claim, found in sorted((pair for pair in results if pair[0].short), key=lambda pair: pair[0].short):
+    for claim, findings in sorted((pair for pair in results if pair[0].short), key=lambda pair: pair[0].short):
         needs = RULES[claim.rule].words
-        if not found:
+        if not findings:
             lines.append(f"| {claim.words} | {claim.measure} | not run yet | | {needs} | | |")
             continue
-        first, *others = sorted(found, key=_rank)
+        first, *others = sorted(findings, key=_rank)
         counts = Counter(verdict(finding, claim.rule) for finding in others)
         cells = [
             *(claim.words, claim.measure, _figure(first.value), _runs(first), needs),
@@ -144,8 +144,8 @@ def _runs(finding: Finding) -> str:
     return f"{finding.caption}, {finding.seeds} seed{'s' if finding.seeds != 1 else ''}"
 
 
-def write_claims(results: Found, file: Path = FILE, short: Path = SHORT) -> None:
-    """Write the document, whole or not at all, and the table of the claims in short.
+def write_claims(results: Findings, file: Path = FILE, short: Path = SHORT) -> None:
+    """Write claims.md, complete or not at all, and the table of claims_in_short.md.
 
     Raises:
         ValueError: `short` is a file without the marks.

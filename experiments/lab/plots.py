@@ -1,4 +1,4 @@
-"""What the figures of the experiments share: one look, dot plots with intervals, curves with intervals.
+"""One look for all figures: dot plots with intervals, and curves with intervals.
 
 Every figure is drawn from results.jsonl and the per-document losses beside it (for the intervals), nothing else.
 """
@@ -24,7 +24,7 @@ from experiments.lab.report import Row, rows_of, tables_of
 from experiments.lab.results import Record, read_results
 
 INK, SOFT, RULE = "#1f2328", "#59636e", "#d5d9de"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b1559c")  # Okabe and Ito's, told apart by colour-blind readers too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b1559c")  # Okabe and Ito's, which colour-blind readers can tell apart too
 ARM_COLOURS = {"plain": SOFT, **dict(zip(("engram", "one-row", "short-conv", "over-encoding"), COLOURS, strict=True))}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
 
 
 def load(home: Path, baseline: str) -> dict[Table, list[Row]]:
-    """{table: rows}. Raises ValueError if there is nothing to draw yet."""
+    """Return {table: rows}. Raises ValueError if there is nothing to draw yet."""
     tables = tables_of(read_results(home / "results.jsonl"))
     if not tables:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
@@ -56,7 +56,7 @@ def load(home: Path, baseline: str) -> dict[Table, list[Row]]:
 
 
 def new_figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel below the other. Inches."""
+    """Return a figure with one panel below the other. Sizes in inches."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, sum(heights)), dpi=160, layout="constrained")
         panels = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -64,7 +64,7 @@ def new_figure(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axe
 
 
 def save(figure: Figure, home: Path) -> Path:
-    """Writes home/figure.png, whole or not at all."""
+    """Write home/figure.png, complete or not at all."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         FigureCanvasAgg(figure).print_png(buffer)
@@ -73,7 +73,7 @@ def save(figure: Figure, home: Path) -> Path:
 
 
 def dot_plots(home: Path, baseline: str) -> Path:
-    """The panels of dot_panels alone, as figure.png."""
+    """Draw the panels of dot_panels alone, as figure.png."""
     figure, _ = dot_panels(home, baseline, load(home, baseline))
     return save(figure, home)
 
@@ -81,9 +81,9 @@ def dot_plots(home: Path, baseline: str) -> Path:
 def dot_panels(
     home: Path, baseline: str, tables: dict[Table, list[Row]], more: Sequence[float] = ()
 ) -> tuple[Figure, list[Axes]]:
-    """One panel per table, one line per arm, best first: difference to the baseline in bits per byte, which holds for
-    arms with another tokenizer too. Filled where the interval leaves zero out and is of more than one seed. All panels
-    have one scale; an arm that would stretch it by half is an arrow at its edge.
+    """Draw one panel per table, one line per arm, best first: difference to the baseline in bits per byte, which holds
+    for arms with another tokenizer too. Dots are filled if the interval excludes zero and is of more than one seed. All
+    panels have one scale; an arm that would stretch it by half is an arrow at its edge.
 
     Args:
         more: heights of empty panels below these, in inches.
@@ -107,7 +107,8 @@ def dot_panels(
 
 
 def _scale(rows: list[Row]) -> tuple[float, float]:
-    """Both ends of the axis: around zero and all intervals, but for one arm that is far to the right of the others."""
+    """Return both ends of the axis: around zero and all intervals, without one arm that is far to the right of the
+    others."""
     bits = sorted((row.bits for row in rows if row.bits is not None), key=lambda interval: interval.high)
     most = bits[-1].high
     others = max(bits[-2].high if len(bits) > 1 else 0.0, 0.0)
@@ -119,17 +120,17 @@ def _scale(rows: list[Row]) -> tuple[float, float]:
 
 def _dots(axes: Axes, rows: list[Row]) -> None:
     edge = axes.get_xlim()[1]
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         assert row.bits is not None
         clear = len(row.paired) > 1 and (row.bits.low > 0 or row.bits.high < 0)
         colour = SOFT if not clear else COLOURS[0] if row.bits.mean < 0 else COLOURS[1]
         if row.bits.high > edge:
             words = f"{row.bits.mean:+.2f} \N{RIGHTWARDS ARROW}"
-            axes.text(edge, place, words, color=colour, ha="right", va="center", fontsize=8)
+            axes.text(edge, y, words, color=colour, ha="right", va="center", fontsize=8)
             continue
         ends = [[row.bits.mean - row.bits.low], [row.bits.high - row.bits.mean]]
-        axes.errorbar(row.bits.mean, place, xerr=ends, color=colour, linewidth=1.4, capsize=2.5)
-        axes.plot(row.bits.mean, place, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=4)
+        axes.errorbar(row.bits.mean, y, xerr=ends, color=colour, linewidth=1.4, capsize=2.5)
+        axes.plot(row.bits.mean, y, "o", color=colour, markerfacecolor=colour if clear else "white", markersize=4)
     names = [f"{row.variant}  ({len(row.paired)} seed{'s' if len(row.paired) > 1 else ''})" for row in rows]
     axes.set_yticks(range(len(rows)), names, color=INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -146,7 +147,7 @@ def curve(
     label: str,
     seeds: Sequence[int],
 ) -> None:
-    """Points joined by a line, each with its interval; open where it is of one seed."""
+    """Draw points joined by a line, each with its interval; open if it is of one seed."""
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     bars = np.stack([mean - low, high - mean]).clip(min=0)
     axes.errorbar(x, mean, bars, color=colour, label=label, marker="o", markersize=4.5, linewidth=1.4, capsize=2.5)
@@ -156,35 +157,35 @@ def curve(
 def hollow(
     axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, seeds: Sequence[int], size: float = 6
 ) -> None:
-    """Open dots over those points of a line that are of one seed."""
-    alone = [place for place, count in enumerate(seeds) if count == 1]
+    """Draw open dots over those points of a line that are of one seed."""
+    alone = [number for number, count in enumerate(seeds) if count == 1]
     axes.plot(np.array(x)[alone], np.array(y)[alone], "o", color=colour, mfc="white", markersize=size, zorder=3)
 
 
 def dot(
     axes: Axes,
-    place: float,
+    y: float,
     value: Interval | None,
     colour: str,
     marker: str = "o",
     size: float = 5,
     label: str | None = None,
 ) -> None:
-    """A mean on a line of its own, with its interval where it has one; nothing of None."""
+    """Draw a mean on a line of its own, with its interval if it has one; nothing for None."""
     if value is None:
         return
     if np.isfinite(value.low):
-        axes.plot([value.low, value.high], [place] * 2, color=colour, linewidth=1.6, solid_capstyle="butt")
-    axes.plot(value.mean, place, marker, color=colour, markersize=size, label=label)
+        axes.plot([value.low, value.high], [y] * 2, color=colour, linewidth=1.6, solid_capstyle="butt")
+    axes.plot(value.mean, y, marker, color=colour, markersize=size, label=label)
 
 
-def beside(x: Sequence[float], place: int, of: int) -> list[float]:
-    """x on a logarithmic axis, moved a little to one side, so that the bars of `of` curves stand side by side."""
-    return [value * 1.03 ** (place - (of - 1) / 2) for value in x]
+def beside(x: Sequence[float], number: int, of: int) -> list[float]:
+    """Return x on a logarithmic axis, moved a little to one side, so that the bars of `of` curves are side by side."""
+    return [value * 1.03 ** (number - (of - 1) / 2) for value in x]
 
 
 def gain(row: Row) -> Interval:
-    """Bits per byte that an arm saves over its baseline: the difference with its sign turned."""
+    """Return the bits per byte that an arm saves over its baseline: the difference with its sign turned."""
     assert row.bits is not None
     return Interval(-row.bits.mean, -row.bits.high, -row.bits.low)
 

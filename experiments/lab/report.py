@@ -1,4 +1,4 @@
-"""From results.jsonl to the tables of a README: means over seeds, and paired differences with their intervals."""
+"""Tables of a question, from results.jsonl: means over seeds, and paired differences with their intervals."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from experiments.lab.tuning import budget_of
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of one table: its runs and how they compare with the baseline's of the same seeds.
+    """One arm of one table: its runs and their comparison with the baseline's of the same seeds.
 
     Attributes:
         runs: one per seed. paired: the seeds that the baseline has too.
-        nats: difference in nats per token; None for the baseline, without common seeds, or where the tokenizers differ.
+        nats: difference in nats per token; None for the baseline, without common seeds, or if the tokenizers differ.
         bits: difference in bits per byte, which holds for any two tokenizers. Below 0, the arm is better.
         speed: tokens per processor second of training over the baseline's, the median over common seeds.
     """
@@ -39,7 +39,7 @@ class Row:
     speed: float | None = None
 
     def mean(self, *names: str) -> float:
-        """Mean over the seeds of runs[names[0]][names[1]]..."""
+        """Return the mean over the seeds of runs[names[0]][names[1]]..."""
         values = []
         for run in self.runs:
             value: Any = run
@@ -50,9 +50,9 @@ class Row:
 
 
 def tables_of(records: list[Record]) -> dict[Table, dict[str, list[Record]]]:
-    """{table: {variant: one run per seed}}, tables in the order of the numbers in their captions. Of runs of the same
-    variant but another kind (other rates, say) only the newest kind counts, so that no row mixes two kinds; a run that
-    was given another variant counts under its newest one."""
+    """Return {table: {variant: one run per seed}}, tables in the order of the numbers in their captions. Of runs of the
+    same variant but another kind (other rates, say) only the newest kind counts, so that no row mixes two kinds. A run
+    whose variant was renamed counts under the newest name."""
     latest = {record["key"]: number for number, record in enumerate(records)}
     cells = [(cell_of(r), r) for number, r in enumerate(records) if latest[r["key"]] == number]
     newest: dict[tuple[Table, str], str] = {(cell.table, cell.variant): record["cell"] for cell, record in cells}
@@ -67,10 +67,10 @@ def tables_of(records: list[Record]) -> dict[Table, dict[str, list[Record]]]:
 
 
 def rows_of(home: Path, runs: dict[str, list[Record]], baseline: str) -> list[Row]:
-    """The rows of one table, the baseline first, then by loss per byte.
+    """Return the rows of one table, the baseline first, then by loss per byte.
 
     Raises:
-        FileNotFoundError, ValueError: a side file of per-document losses that is missing or belongs to other documents.
+        FileNotFoundError, ValueError: per-document losses that are missing or belong to other documents.
     """
     base = {run["seed"]: run for run in runs.get(baseline, [])}
     rows = [_row(home, variant, mine, base, variant == baseline) for variant, mine in runs.items()]
@@ -98,13 +98,14 @@ def _row(home: Path, variant: str, runs: list[Record], base: dict[int, Record], 
 
 
 def documents_of(home: Path, record: Record) -> dict[str, np.ndarray]:
-    """{"nats", "tokens", "bytes"} of each held-out document of a run, float64. Raises FileNotFoundError: no arrays."""
+    """Return {"nats", "tokens", "bytes"} of each held-out document of a run, float64. Raises FileNotFoundError if it
+    has no arrays."""
     arrays = read_documents(home, record["key"], ("nats", "tokens", "bytes"))
     return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 def table(rows: list[Row], baseline: str) -> str:
-    """Markdown. Bytes are of weights, tables and optimiser state together."""
+    """Return Markdown. Bytes are of weights, tables and optimiser state together."""
     lines = [
         f"| arm | seeds | dense params, M | table params, M | MB with optimiser | MFLOPs per token | tokens, M "
         f"| lr / rows' | speed of {baseline}'s | loss, nats per token | difference, nats per token "
@@ -132,19 +133,20 @@ def table(rows: list[Row], baseline: str) -> str:
 
 
 def size_of(row: Row) -> float:
-    """Bytes of weights, tables and optimiser state together, mean over the seeds."""
+    """Return the bytes of weights, tables and optimiser state together, mean over the seeds."""
     return sum(row.mean("bytes", part) for part in ("dense", "table", "optimizer_dense", "optimizer_rows"))
 
 
 def _rates(row: Row) -> str:
-    """Of the dense weights, and of rows where rows were trained."""
+    """Return the rate of the dense weights, and of rows if rows were trained."""
     train = row.runs[0]["setting"]["train"]
     return f"{train['lr']:g}" + (f" / {train['table_lr']:g}" if row.mean("bytes", "optimizer_rows") else "")
 
 
 def seen_table(rows: list[Row], baseline: str, order: str) -> str:
-    """Markdown: differences to the baseline in nats per token, by how often training saw the bigram or trigram before
-    the token; "" where the runs did not count. An arm that trained on another number of tokens counts others."""
+    """Return Markdown: differences to the baseline in nats per token, by how often training saw the bigram or trigram
+    before the token; "" if the runs did not count. Runs of another number of training tokens are left out, because they
+    counted other n-grams."""
     base = {
         run["seed"]: run["seen"][order]
         for row in rows
@@ -166,7 +168,7 @@ def seen_table(rows: list[Row], baseline: str, order: str) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    """ "-0.123 ± 0.045", a 95 % interval over seeds; of one seed the value alone."""
+    """ "-0.123 ± 0.045", a 95 % interval over seeds; the value alone for one seed."""
     if not values:
         return ""
     mean, low, _ = over_seeds(values)
@@ -178,8 +180,8 @@ def interval(value: Interval | None) -> str:
     return "" if value is None else f"{value.mean:+.4f} ({value.low:+.4f} .. {value.high:+.4f})"
 
 
-def facts(rows: list[Row]) -> str:
-    """What the runs of one table share or vary in, and what single arms add, as sentences."""
+def shared_fields(rows: list[Row]) -> str:
+    """Return what the runs of one table share or vary in, and what single arms add, as sentences."""
     runs = [run for row in rows for run in row.runs]
 
     def all_of(name: str, form: Any = str) -> str:
@@ -210,7 +212,7 @@ def facts(rows: list[Row]) -> str:
 
 
 def short(commit: str) -> str:
-    """The first digits of a commit, and whether the code was changed since."""
+    """Return the first digits of a commit, with -dirty if the code differed from it."""
     return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
@@ -223,8 +225,8 @@ def _number(value: Any) -> str:
 
 
 def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
-    """Markdown: one row per arm and budget, what was tried from the best on; and which of the reported labels have no
-    such row. "" without runs."""
+    """Return Markdown: one row per arm and budget with its rates from the best on, and the reported labels without such
+    a row. "" without runs."""
     budgets = {budget_of(record) for record in records}
     losses: dict[str, dict[tuple[float, float], float]] = {}
     for record in records:
@@ -257,29 +259,29 @@ def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
 
 
 def _at_the_edge(row: dict[tuple[float, float], float]) -> bool:
-    """Whether the best value of a rate is the smallest or the largest of those that were tried."""
+    """Return True if the best value of a rate is the smallest or the largest that was tried."""
     best = min(row, key=lambda rates: row[rates])
-    for place in (0, 1):
-        tried = sorted({rates[place] for rates in row})
-        if len(tried) > 1 and best[place] in (tried[0], tried[-1]):
+    for which in (0, 1):
+        tried = sorted({rates[which] for rates in row})
+        if len(tried) > 1 and best[which] in (tried[0], tried[-1]):
             return True
     return False
 
 
 def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = None, answers: str = "") -> str:
-    """All tables of a question as Markdown. summary: of home, what the question adds in front of them. answers: what
-    they say about the claims, in front of that."""
+    """Return all tables of a question as Markdown. summary: a function of home, whose text goes before them. answers:
+    the claims with their verdicts, before that."""
     parts = []
     tables = tables_of(read_results(home / "results.jsonl"))
-    for place, runs in tables.items():
+    for group, runs in tables.items():
         rows = rows_of(home, runs, baseline)
-        shown = [table(rows, baseline), facts(rows)]
+        shown = [table(rows, baseline), shared_fields(rows)]
         seen = [text for order in ORDERS if (text := seen_table(rows, baseline, order))]
         if seen:
             shown.append(
                 f"Nats per token minus {baseline}'s, by how often training saw the tokens before (± 95 % over seeds):"
             )
-        parts.append("\n\n".join([f"### {place}", *shown, *seen]))
+        parts.append("\n\n".join([f"### {group}", *shown, *seen]))
     if parts and summary is not None:
         parts.insert(0, summary(home))
     if answers:
@@ -289,19 +291,19 @@ def document(home: Path, baseline: str, summary: Callable[[Path], str] | None = 
 
 
 def by_numbers(caption: str) -> list[tuple[int, str | float]]:
-    """A key that sorts "4,096" before "16,384"."""
+    """Return a key that sorts "4,096" before "16,384"."""
     parts = re.split(r"(\d[\d,]*\.?\d*)", caption)  # every second one is a number
-    return [(0, float(part.replace(",", ""))) if place % 2 else (1, part) for place, part in enumerate(parts)]
+    return [(0, float(part.replace(",", ""))) if number % 2 else (1, part) for number, part in enumerate(parts)]
 
 
 def write_tables(home: Path, title: str, text: str, command: str = "python -m experiments report") -> None:
-    """Write generated tables to home/tables.md, whole or not at all. command: what writes them."""
+    """Write generated tables to home/tables.md, complete or not at all. command: what writes them."""
     source = f"Written by `{command}`. What they say: [README.md](README.md)."
     write_whole(home / "tables.md", f"# {title}: tables\n\n{source}\n\n{text}\n".encode())
 
 
 def write_between_marks(readme: Path, text: str) -> None:
-    """Replaces what stands between the marks of a README, and nothing else in it.
+    """Replace the text between the marks of a README, and nothing else in it.
 
     Raises:
         ValueError: a README without the marks. FileNotFoundError: no README.

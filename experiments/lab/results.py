@@ -1,7 +1,7 @@
 """The results of a question: one line per run in results.jsonl, and documents.npz with the losses of every held-out
 document of each run.
 
-Both files are written under one lock, whole or not at all. documents.npz is a zip archive of NumPy arrays named
+Both files are written under one lock, complete or not at all. documents.npz is a zip archive of NumPy arrays named
 "<key of the run>/<name>"; np.load opens it, and reading the arrays of one run reads no others.
 """
 
@@ -35,7 +35,7 @@ def read_results(file: Path) -> list[Record]:
         return []
     text = file.read_text(encoding="utf-8")
     if text and not text.endswith("\n"):
-        raise ValueError(f"the last line of {file} is torn: the next `python -m experiments run` takes it away")
+        raise ValueError(f"the last line of {file} is incomplete: the next `python -m experiments run` removes it")
     results = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -82,12 +82,12 @@ def repair(file: Path) -> int:
     complete = content.rfind(b"\n") + 1
     if complete < len(content):
         os.truncate(file, complete)
-        print(f"{file}: a torn last line of {len(content) - complete} bytes taken away", file=sys.stderr)
+        print(f"{file}: removed an incomplete last line of {len(content) - complete} bytes", file=sys.stderr)
     return len(content) - complete
 
 
 def read_documents(home: Path, key: str, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Return the arrays of one run from home/documents.npz, or those of the given names.
+    """Return the arrays of one run from home/documents.npz, or only those in `names`.
 
     Raises:
         FileNotFoundError: the file, the run or one of the names is missing.
@@ -99,21 +99,21 @@ def read_documents(home: Path, key: str, names: Iterable[str] | None = None) -> 
         )
     version = file.stat()
     arrays = _opened(file, version.st_ino, version.st_mtime_ns, version.st_size)
-    found = [name for name in arrays.files if name.startswith(f"{key}/")]
-    wanted = found if names is None else [f"{key}/{name}" for name in names]
-    missing = [name for name in wanted if name not in found]
-    if missing or not found:
+    of_run = [name for name in arrays.files if name.startswith(f"{key}/")]
+    chosen = of_run if names is None else [f"{key}/{name}" for name in names]
+    missing = [name for name in chosen if name not in of_run]
+    if missing or not of_run:
         raise FileNotFoundError(
             f"{file} has no array {', '.join(missing) or key + '/...'}: delete the line of run {key} from "
             f"{home / 'results.jsonl'} and run it again"
         )
-    return {name.removeprefix(f"{key}/"): arrays[name] for name in wanted}
+    return {name.removeprefix(f"{key}/"): arrays[name] for name in chosen}
 
 
 @lru_cache(maxsize=16)  # of all questions: claims go from one to another
 def _opened(file: Path, *version: int) -> np.lib.npyio.NpzFile:
-    """The open archive of one version of the file: to read its list of members takes longer than the arrays of a run.
-    A file that was replaced is opened anew."""
+    """Open the archive of one version of the file. Reading its list of members takes longer than the arrays of a run,
+    so it stays open; a file that was replaced is opened anew."""
     return np.load(file)
 
 
@@ -126,7 +126,7 @@ def document_keys(home: Path) -> set[str]:
 
 
 def write_documents(home: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
-    """Add the arrays of one run to home/documents.npz, compressed; arrays that the run has there are replaced.
+    """Add the arrays of one run to home/documents.npz, compressed; arrays that the run has in it are replaced.
 
     Raises:
         OSError: the disk is full; the file is unchanged then.
@@ -144,7 +144,8 @@ def rename_documents(home: Path, keys: dict[str, str]) -> None:
 
 
 def _write(home: Path, renamed: dict[str, str | None], added: dict[str, dict[str, np.ndarray]]) -> None:
-    """Write a new archive beside the old one and put it in its place. renamed: {old key: new key, None to drop}."""
+    """Write a new archive beside the old one and replace the old one by it. renamed: {old key: new key, None
+    to drop}."""
     file, partial = home / DOCUMENTS, home / f".documents.{os.getpid()}.partial"
     try:
         if file.exists() and not renamed:

@@ -1,4 +1,4 @@
-"""Which code and which processor a result comes from."""
+"""The code and the processor that a result comes from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.lab.cell import HOME
 
 
 def code_version() -> str:
-    """The commit, with -dirty where the code in engram/ or experiments/ is not the commit's; "unknown" without git."""
+    """Return the commit, with -dirty if the code in engram/ or experiments/ differs from it; "unknown" without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=HOME, capture_output=True, text=True, check=True).stdout.strip()
@@ -27,7 +27,7 @@ def code_version() -> str:
 
 
 def sources_digest() -> str:
-    """XXH3-64 (hex) of the code in engram/ and experiments/: says which code ran where there is no commit to name."""
+    """Return XXH3-64 (hex) of the code in engram/ and experiments/, which names the code even without a commit."""
     digest = xxhash.xxh3_64()
     root = HOME.parent
     files = [file for folder in ("engram", "experiments") for file in (root / folder).rglob("*") if file.is_file()]
@@ -41,8 +41,8 @@ VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")  # extensions that chan
 
 @lru_cache
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """{"name": the model name of the CPU, "extensions": those of VECTORS that it has}. Outside Linux the name is what
-    `platform` knows and the extensions are left out."""
+    """Return {"name": the model name of the CPU, "extensions": those of VECTORS that it has}. Outside Linux the name is
+    from `platform` and the extensions are left out."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:

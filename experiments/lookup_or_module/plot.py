@@ -1,4 +1,4 @@
-"""The controls' differences to plain, one panel per vocabulary."""
+"""Draw the controls' differences to plain, one panel per vocabulary."""
 
 from __future__ import annotations
 

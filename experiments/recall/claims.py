@@ -21,20 +21,20 @@ def _gap(home: Path, variants: dict[str, Any]) -> Interval | None:
 
 
 def needles(table: Table) -> bool:
-    """Return True if the pairs of a table's task stand in filler."""
+    """Return True if the pairs of a table's task are surrounded by filler."""
     return Task.of(table.text).filler > 0
 
 
 def not_by_plain(variants: dict[str, Any]) -> str:
-    """What is added to a caption if plain is right hardly more often than without keys."""
+    """Return a remark for the caption if plain is right hardly more often than without keys."""
     plain = variants.get("plain", {})
     above = paired(plain, plain, accuracy("on"), accuracy("on", "keyless"))
     return "" if above is None or above.mean >= LEARNED else ", not learned by plain"
 
 
 def learned_sooner(variant: str) -> Callable[[Path, dict[str, Any]], Interval | None]:
-    """log2 of the training tokens until recall is learned, a variant's over plain's. If only one of the two learns, the
-    other counts with all its tokens; a seed in which neither learns is left out."""
+    """Return log2 of the training tokens until recall is learned, a variant's over plain's. If only one of the two
+    learns, the other counts with all its tokens; a seed in which neither learns is left out."""
 
     def compare(home: Path, variants: dict[str, Any]) -> Interval | None:
         ratios = []

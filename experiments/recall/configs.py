@@ -20,22 +20,24 @@ TASKS = {
     "needles, 4 in 8": "recall:4/4+8",
     HARDEST: "recall:8/8+16",
 }
-TEXTS = {corpus: words for words, corpus in TASKS.items()}  # for captions
+TEXTS = {corpus: words for words, corpus in TASKS.items()}  # captions
 STEPS, BATCH = {"tiny": 1500, "small": 3000}, 64
 ARMS = ("plain", "engram", "one-row", "short-conv")
-# Rows usually learn far faster than all that the other arms have. These take a tenth of the dense rate: their row
+# Rows usually learn far faster than the weights of the other arms. Slow rows take a tenth of the dense rate: their row
 # optimiser has no bias correction, and its first steps are ten times its rate.
 SLOW, SLOWER = "engram, slow rows", 0.1
-# Below a rate of its own an arm learns the task and above it does not: a grid of rates that are all too high is flat,
-# and could go on in either direction.
+# Each arm learns the task below some rate and not above it: a grid of rates that are all too high is flat, and its best
+# rate says nothing about the direction in which to go on.
 LRS = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
-# Arms that do not learn the hardest task at their rate of MQAR, which all tasks are run at, are given a grid there: a
-# flat one says that it is not the rate.
+# All tasks are run at the rate of MQAR. Arms that do not learn the hardest task at that rate get a grid on that task:
+# if the grid is flat, the rate is not the reason.
 HARD_ARMS, HARD_LRS = ("plain", "short-conv"), LRS[:3]
 
 
 def configs(size: str) -> list[Run]:
-    rates = {arm: tuned(arm, SETTINGS["tiny"], TUNING) for arm in ARMS}  # the nearest budget, which is MQAR's
+    rates = {
+        arm: tuned(arm, SETTINGS["tiny"], TUNING) for arm in ARMS
+    }  # tuned() takes the nearest budget, which is MQAR's
     lr = rates["engram"].get("lr", SETTINGS["tiny"].train.lr)
     runs = []
     for words in TASKS:
@@ -54,8 +56,8 @@ def _cell(size: str, words: str, arm: str, rates: dict[str, float], variant: str
 
 
 def tune() -> list[Run]:
-    """A grid of lr for every arm on MQAR, at tiny, and for those of HARD_ARMS on the hardest task; rows take the rate
-    of engram on text. One row at its own, ten times as high, learns nothing here at any lr."""
+    """Return a grid of lr for every arm on MQAR, at tiny, and for HARD_ARMS on the hardest task; rows take the rate of
+    engram on text. One row at its own rate, ten times as high, learns nothing here at any lr."""
     rows = {"table_lr": tuned("engram", SETTINGS["tiny"])["table_lr"]}
     grids = ((EASIEST, ARMS, LRS), (HARDEST, HARD_ARMS, HARD_LRS))
     return [

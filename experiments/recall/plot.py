@@ -1,4 +1,4 @@
-"""How soon each arm learns each task, and what the memory's arms have right with it on and off."""
+"""Draw how soon each arm learns each task, and its share of right answers with the memory on and off."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def draw(home: Path) -> Path:
         raise ValueError(f"{home / 'results.jsonl'} has no runs yet: python -m experiments run {home.name}")
     figure, panels = new_figure(6.4, [2.3, 2.2] * len(groups))
     with matplotlib.rc_context(STYLE):
-        for place, (group, labels) in enumerate(groups.items()):
-            _curves(panels[2 * place], labels)
-            _accuracy(panels[2 * place + 1], labels)
-            panels[2 * place].set_title(f"{home.name}, {group}")
+        for pair, (group, labels) in enumerate(groups.items()):
+            _curves(panels[2 * pair], labels)
+            _accuracy(panels[2 * pair + 1], labels)
+            panels[2 * pair].set_title(f"{home.name}, {group}")
         panels[0].legend(loc="upper right", fontsize=8)
         panels[-1].set_xlabel(
             "share of answers right\n(bars: 95 % over seeds, cut at 0 and 1; dotted: plain without keys)"
@@ -32,7 +32,7 @@ def draw(home: Path) -> Path:
 
 
 def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
-    """The loss over training, a line for each seed."""
+    """Draw the loss over training, one line per seed."""
     looks = {**{arm: (ARM_COLOURS[arm], "-") for arm in ARMS}, SLOW: (ARM_COLOURS["engram"], "--")}
     level = half_way(next(run for runs in labels.values() for run in runs.values()))
     for label, (colour, style) in looks.items():
@@ -46,15 +46,15 @@ def _curves(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
 
 
 def _accuracy(axes: Axes, labels: dict[str, dict[int, Record]]) -> None:
-    """Shares of answers right, a line for each arm and state of its memory."""
+    """Draw shares of right answers, one line per arm and state of its memory."""
     names = []
     for label, runs in labels.items():
         colour = ARM_COLOURS["engram" if label == SLOW else label]
         for state, marker in (("on", "o"), ("off", "v")):
-            found = share_of(runs, accuracy(state))
-            if found is None:
+            share = share_of(runs, accuracy(state))
+            if share is None:
                 continue
-            dot(axes, len(names), found, colour, marker, size=6)
+            dot(axes, len(names), share, colour, marker, size=6)
             names.append(label if state == "on" else f"{label}, memory off")
     keyless = mean_of(labels.get("plain", {}), accuracy("on", "keyless"))
     if keyless is not None:

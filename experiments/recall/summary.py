@@ -19,13 +19,14 @@ def accuracy(state: str, what: str = "accuracy") -> Callable[[Any], float | None
 
 
 def half_way(run: Record) -> float:
-    """Half the loss of an even guess among the values of a text, in nats per answer: below it, recall is learned."""
+    """Return half the loss of an even guess among the values of a text, in nats per answer: recall counts as learned
+    below it."""
     return math.log(Task.of(run["setting"]["corpus"]).pairs) / 2
 
 
 def learned_after(run: Record) -> float | None:
-    """Millions of training tokens after which the loss first falls below half_way; None where it never does. It is the
-    loss of texts that were not read before: in training none comes twice."""
+    """Return the millions of training tokens after which the loss first falls below half_way; None if it never does.
+    The loss is of texts that were not read before, because no text comes twice in training."""
     level, curve = half_way(run), run["curve"]
     if curve[0][1] < level:
         return curve[0][0] / 1e6
@@ -36,10 +37,10 @@ def learned_after(run: Record) -> float | None:
 
 
 def _after(runs: dict[int, Record]) -> str:
-    found = [learned_after(run) for run in runs.values()]
-    known = [value for value in found if value is not None]
-    if len(known) < len(found):
-        return f"{len(known)} of {len(found)} seeds learn" if known else "not learned"
+    counts = [learned_after(run) for run in runs.values()]
+    known = [value for value in counts if value is not None]
+    if len(known) < len(counts):
+        return f"{len(known)} of {len(counts)} seeds learn" if known else "not learned"
     return shown(over_seeds(known), ".2f") if known else ""
 
 

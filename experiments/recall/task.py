@@ -1,15 +1,15 @@
-"""In-context recall with made-up tokens: pairs of key and value, filler between them, then some keys ask their values.
+"""In-context recall with made-up tokens: pairs of key and value, filler between them, then keys to be answered.
 
-Source: MQAR of Zoology (arXiv 2312.04927) where there is no filler; with filler, the needle retrieval that the paper
-reports after its long-context training. A corpus "recall:8/4+16" has 8 pairs of which 4 are asked for, and 16 tokens of
+Source: MQAR of Zoology (arXiv 2312.04927) without filler; with filler, the needle retrieval that the paper reports
+after its long-context training. A corpus "recall:8/4+16" has 8 pairs, 4 of which are asked for, and 16 tokens of
 filler. One document:
 
     <|endoftext|>  filler .. key value filler .. key value ..  |  key blank  key blank ..  (another order)
 
-Behind the bar a blank stands in the place of each value, which is to be said at the key: an answer that could be read
-would tell which values are left, and a model that crosses those off is right far more often than 1 in `pairs` without
-a look at any key. Keys, values and filler are drawn anew for every document from vocabularies of their own, keys and
-values without repeats, so nothing but the text in front of the bar tells which value belongs to which key.
+Behind the bar each value is replaced by a blank. The model predicts the value at the key. If answers could be read,
+they would tell which values are left, and a model that excludes those is right far more often than 1 in `pairs` without
+reading any key. Keys, values and filler are drawn anew for every document from separate vocabularies, keys and values
+without repeats, so that only the text before the bar tells which value belongs to which key.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ from experiments.lab.measures import on_and_off
 KEYS, VALUES, FILLER = 16, 16, 30
 VOCABULARY = 1 + KEYS + VALUES + FILLER + 1
 BLANK = VOCABULARY - 1
-TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS = 2**18, 512  # more than S trains on: none is read twice
+TRAIN_DOCUMENTS, HELD_OUT_DOCUMENTS = 2**18, 512  # more than small trains on, so that none is read twice
 
 
 @dataclass(frozen=True)
 class Task:
-    """pairs: of key and value in a document, at most KEYS. questions: how many of them are asked for, at most all.
-    filler: tokens between the pairs."""
+    """The sizes of one recall task.
+
+    Attributes:
+        pairs: of key and value in a document, at most KEYS. questions: how many of them are asked for, at most all.
+        filler: tokens between the pairs.
+    """
 
     pairs: int
     questions: int
@@ -60,9 +64,9 @@ class Task:
 
     @classmethod
     def of(cls, corpus: str) -> Task:
-        """The task of a corpus' name. Raises ValueError on a name that is none."""
-        found = re.fullmatch(r"recall:(\d+)/(\d+)\+(\d+)", corpus)
-        pairs, questions, filler = (int(number) for number in found.groups()) if found else (0, 0, 0)
+        """Return the task that a corpus name describes. Raises ValueError if the name does not describe one."""
+        parts = re.fullmatch(r"recall:(\d+)/(\d+)\+(\d+)", corpus)
+        pairs, questions, filler = (int(number) for number in parts.groups()) if parts else (0, 0, 0)
         if not 1 <= questions <= pairs <= KEYS:
             raise ValueError(
                 f"a recall task is 'recall:pairs/questions+filler' with 1 to {KEYS} pairs and no more questions, "
@@ -72,7 +76,7 @@ class Task:
 
 
 def documents_of(task: Task, count: int, seed: int) -> np.ndarray:
-    """int32 [count, task.length], with the answers."""
+    """Return int32 [count, task.length], with the answers."""
     rng = np.random.default_rng([seed, task.pairs, task.questions, task.filler])
 
     def some(first: int, of: int) -> np.ndarray:
@@ -81,23 +85,24 @@ def documents_of(task: Task, count: int, seed: int) -> np.ndarray:
     keys, values = some(1, KEYS), some(1 + KEYS, VALUES)
     text = 1 + KEYS + VALUES + rng.integers(FILLER, size=(count, task.length))
     text[:, 0] = END_OF_TEXT_ID
-    # Before the bar stand pairs + filler pieces in some order; a piece that is a pair is two tokens long.
+    # The text before the bar is pairs + filler pieces in random order; a piece that is a pair is two tokens long.
     pieces = rng.permuted(np.tile(np.arange(task.pairs + task.filler) < task.pairs, (count, 1)), axis=1)
-    places = (1 + np.cumsum(1 + pieces, axis=1) - (1 + pieces))[pieces].reshape(count, task.pairs)
+    positions = (1 + np.cumsum(1 + pieces, axis=1) - (1 + pieces))[pieces].reshape(count, task.pairs)
     order = some(0, task.pairs)[:, : task.questions]
     rows = np.arange(count)[:, None]
-    for at, which in ((places, np.arange(task.pairs)[None]), (task.asked[None], order)):
+    for at, which in ((positions, np.arange(task.pairs)[None]), (task.asked[None], order)):
         text[rows, at], text[rows, at + 1] = keys[rows, which], values[rows, which]
     return text.astype(np.int32)
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
-    """Made-up documents as a text; an answer counts as a byte, for want of any. Raises what Task.of raises."""
+    """Return made-up documents as a text. Each answer counts as one byte, because these tokens have none. Raises what
+    Task.of raises."""
     task = Task.of(setting.corpus)
     train = documents_of(task, TRAIN_DOCUMENTS, seed=0)
-    held = documents_of(task, HELD_OUT_DOCUMENTS, seed={"validation": 1, "tune": 2}[held_out])
+    other = documents_of(task, HELD_OUT_DOCUMENTS, seed={"validation": 1, "tune": 2}[held_out])
     digest = xxhash.xxh3_128_hexdigest(train.tobytes())
-    texts = (_encoded(documents, task.questions) for documents in (train, held))
+    texts = (_encoded(documents, task.questions) for documents in (train, other))
     return Data(None, TokenMap.identity(VOCABULARY), *texts, Overlap(0.0), digest)  # type: ignore[arg-type]
 
 
@@ -108,22 +113,22 @@ def _encoded(documents: np.ndarray, answers_each: int) -> Encoded:
 
 
 def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
-    """engram.lm.train.train with the loss at the answers alone; one window is one document, and none comes twice: a
-    memory would learn the answers of a document by heart, and what is asked here is recall within the text.
+    """Train with engram.lm.train.train on the loss at the answers alone. One window is one document, and none comes
+    twice: a memory would learn repeated answers by heart, while this task measures recall within the text.
 
     Raises:
-        ValueError: windows of another length than the documents; more steps than there are documents for.
+        ValueError: windows of another length than the documents; more steps than documents.
         FloatingPointError: a loss that is not finite.
     """
     task, config = Task.of(run.setting.corpus), run.setting.train
     if config.context != task.length:
         raise ValueError(f"documents of {run.setting.corpus!r} have {task.length} tokens, context is {config.context}")
-    # The stream lacks the token after its last window, so Batches sees one document less than there are.
+    # The stream lacks the token after its last window, so Batches counts one document fewer.
     windows = Batches(data.train, config.context, config.batch_size, config.seed)
     if config.steps > windows.per_epoch:
         raise ValueError(
-            f"{config.steps:,} steps of {config.batch_size} documents want more than the {windows.windows:,} that are "
-            f"there, and none may come twice: take fewer tokens, or raise TRAIN_DOCUMENTS"
+            f"{config.steps:,} steps of {config.batch_size} documents need more than the {windows.windows:,} "
+            f"documents of this text, and none may come twice: take fewer tokens, or raise TRAIN_DOCUMENTS"
         )
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,22 +139,22 @@ def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
 
 
 def without_answers(ids: Tensor, task: Task) -> Tensor:
-    """A copy of documents [n, length] with a blank wherever an answer stands."""
+    """Return a copy of documents [n, length] with a blank in place of each answer."""
     hidden = ids.clone()
     hidden[:, task.asked + 1] = BLANK
     return hidden
 
 
 def only_answers(targets: Tensor, task: Task) -> Tensor:
-    """Targets [n, length] with -100, which cross_entropy passes over, wherever no answer is asked for."""
+    """Return targets [n, length] with -100, which cross_entropy skips, except at the answers."""
     masked = torch.full_like(targets, -100)
     masked[:, task.asked] = targets[:, task.asked]
     return masked
 
 
 def of_other_texts(ids: Tensor, task: Task) -> Tensor:
-    """A copy of documents [n, length] whose questions are keys that do not stand in them: what a model then has right
-    of the old answers, it has right without looking at keys.
+    """Return a copy of documents [n, length] whose questions are keys that are not in them: the old answers that a
+    model still gets right, it gets right without reading keys.
 
     Raises:
         ValueError: pairs of all keys, so that none is left.
@@ -164,7 +169,7 @@ def of_other_texts(ids: Tensor, task: Task) -> Tensor:
 
 
 def evaluate(run: Run, model: Any, data: Data) -> Evaluation:
-    """The loss at the answers alone: its tokens and bytes are answers."""
+    """Return the loss at the answers alone: its tokens and bytes are answers."""
     task = Task.of(run.setting.corpus)
     nats, _ = answer(model, _texts(model, data, task), task)
     everywhere = np.full((len(nats), task.length), np.nan, dtype=np.float32)
@@ -174,8 +179,8 @@ def evaluate(run: Run, model: Any, data: Data) -> Evaluation:
 
 
 def measure(run: Run, model: Any, data: Data) -> dict[str, dict[str, float]]:
-    """{"on": {"accuracy", "nats", "keyless"}, "off": ...} of the answers of held-out documents; no "off" without a
-    memory. keyless: the accuracy where keys of no text are asked instead."""
+    """Return {"on": {"accuracy", "nats", "keyless"}, "off": ...} of the answers of held-out documents; no "off" without
+    a memory. keyless: the accuracy if keys that are in no text are asked instead."""
     task = Task.of(run.setting.corpus)
     text = _texts(model, data, task)
     return on_and_off(model, lambda: _numbers(model, text, task))
@@ -193,8 +198,8 @@ def _numbers(model: Any, text: Tensor, task: Task) -> dict[str, float]:
 
 @torch.no_grad()
 def answer(model: Any, text: Tensor, task: Task, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """(nats of each answer, float64; whether it is the likeliest token, bool), [n, questions] both, of documents [n,
-    length] with the answers, which the model does not see."""
+    """Return (nats of each answer, float64; True where it is the likeliest token), both [n, questions], of documents
+    [n, length] with the answers, which the model does not see."""
     nats, right = [], []
     with eval_mode(model):
         for part in text.split(batch):

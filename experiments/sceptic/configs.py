@@ -12,7 +12,7 @@ from experiments.lab.tuning import TABLE_LRS, rate_grid, tuned
 BASELINE, SIZE = "plain", "small"
 TUNING = HOME / "sceptic" / "tune.jsonl"
 
-# Arms that are trained for themselves; True: with rows that have a learning rate of their own.
+# Arms with a training of their own; True: their rows have a learning rate of their own.
 TRAINED = {
     "plain": False,
     "engram": True,
@@ -33,21 +33,21 @@ TRAINED = {
     "moe-active": False,
     "product-key": True,
 }
-# What has a grid of its own: label, arm, options. Each of those, and some in the way of their sources too, where
-# another way was matched to Engram first.
+# (label, arm, options) with a grid of its own: each trained arm, and variants that follow the source of an arm where
+# the arm itself is matched to Engram.
 TUNED: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = (
     *((arm, arm, ()) for arm in TRAINED),
     ("short-conv (every layer)", "short-conv", (("everywhere", True),)),
     ("product-key (batch norm)", "product-key", (("norm", "batch"),)),
 )
-# Ten minutes a run: the two that every conclusion at small is about, and the rival that is nearest.
+# A run takes ten minutes, so only the two that every conclusion at small is about, and the nearest rival.
 TUNED_AT_SMALL = ("engram", "plain", "hashed-bigram")
-# Rows that are added to the hidden state as they are, without a projection, want smaller steps.
+# Rows that are added to the hidden state without a projection need smaller steps.
 BARE_ROWS = {arm: (0.001, 0.003, 0.01) for arm in ("bigram-embedding", "hashed-bigram")}
-# Tokens that a text takes with the larger vocabulary over those with the usual one: the same text is read.
+# Tokens of a text with the larger vocabulary over its tokens with the usual one, so that the same text is read.
 SHORTER = 0.78
-DATASTORE = 1_000_000  # keys of the exact index at most: a query reads them all
-# The rest is one of these trained again with something else after it, or for longer: label, arm, options, rates of.
+DATASTORE = 1_000_000  # at most, keys of the exact index: a query reads them all
+# (label, arm, options, arm whose rates it takes): one of the above with another step after training, or trained longer.
 DERIVED = (
     ("longer", "longer", (), "plain"),
     ("switched-off", "switched-off", (), "engram"),
@@ -73,8 +73,8 @@ def configs(size: str) -> list[Run]:
 
 
 def tune() -> list[Run]:
-    """A grid for every trained arm at tiny, arms without rows have no second rate; and of lr at small for
-    TUNED_AT_SMALL, where bare rows have their second one too."""
+    """Return a grid for every trained arm at tiny, where arms without rows have no second rate, and of lr at small for
+    TUNED_AT_SMALL, where bare rows have a grid of their second rate too."""
     runs = []
     for label, arm, options in TUNED:
         setting = SETTINGS["tiny"]
@@ -94,9 +94,9 @@ def tune() -> list[Run]:
 
 
 def slowdown() -> float:
-    """How many tokens plain trains on while engram trains on one: from the fastest tuning run of each, the one that
-    other work on the machine disturbed least, in steps of 0.05 so that one more run hardly changes what "longer" means;
-    1.1 before there are any."""
+    """Return how many tokens plain trains on while engram trains on one. It compares the fastest tuning run of each,
+    which other work on the machine disturbed least, in steps of 0.05 so that one more run hardly changes what "longer"
+    means; 1.1 before there are tuning runs."""
     speed = {
         arm: [r["tokens"] / r["train_seconds"] for r in read_results(TUNING) if r["variant"] == arm]
         for arm in ("plain", "engram")

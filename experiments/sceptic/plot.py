@@ -1,4 +1,4 @@
-"""Every arm's difference to plain, sorted; and what its rivals cost in bytes."""
+"""Draw every arm's difference to plain, sorted, and what its rivals cost in bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from experiments.lab.plots import ARM_COLOURS, INK, SOFT, STYLE, dot_panels, loa
 from experiments.lab.report import Row, size_of
 from experiments.sceptic.configs import BASELINE
 
-# Of a name beside its dot: across and up.
+# Offsets of a name from its dot: across and up.
 PLACES = ((1, 0), (-1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1), (0, -1), (0, 1), (0, -2), (0, 2))
-CONTROLS = ("one-row", "random", "shuffled", "gate-one", "switched-off")  # of engram, and no rivals to it
+CONTROLS = ("one-row", "random", "shuffled", "gate-one", "switched-off")  # variants of engram, not rivals
 
 
 def draw(home: Path) -> Path:
@@ -30,7 +30,8 @@ def draw(home: Path) -> Path:
 
 
 def _prices(axes: Axes, rows: list[Row]) -> None:
-    """Bits a byte below plain over megabytes; each name at the first of PLACES where it covers neither dot nor name."""
+    """Draw bits per byte below plain over megabytes; each name at the first of PLACES where it covers neither dot nor
+    name."""
     points = [(size_of(row) / 1e6, row.bits.mean, row.variant) for row in rows if row.bits]
     points += [(size_of(row) / 1e6, 0.0, row.variant) for row in rows if row.variant == BASELINE]
     axes.axhline(0, color=SOFT, linewidth=1, zorder=0.5)
@@ -44,7 +45,7 @@ def _prices(axes: Axes, rows: list[Row]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("MB of weights, tables and optimiser state")
     axes.set_ylabel(f"bits per byte, minus {BASELINE}'s (up is better)")
-    FigureCanvasAgg(axes.get_figure(root=True)).draw()  # from here on places on the page are known
+    FigureCanvasAgg(axes.get_figure(root=True)).draw()  # positions on the page are known from here on
     dots = axes.transData.transform([(x, y) for x, y, _ in points])
     white = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
     names: list[Any] = []

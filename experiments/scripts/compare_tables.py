@@ -15,14 +15,14 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Words that a later version writes in another way, in this order.
+# (pattern, later wording), applied in this order.
 RENAMED = (
     (r"\bS\b(?=$|[:,])", "small"),
     (r"\bT\b(?=$|[:,])", "tiny"),
     (r"\b(nats|bits|MFLOPs|bytes|rows|tokens)( of loss)? an? (?=\w)", r"\1\2 per "),
     (r"\band doubling\b", "and per doubling"),
 )
-# The table of the README stands among the notes now.
+# The table of claims was in the README and is now among the notes.
 OTHERS = {
     "README.md": "README",
     "paper_notes/claims_in_short.md": "README",
@@ -33,14 +33,14 @@ SKIPPED = ("claim", "what it says", "command", "source", "needs", "verdict", "it
 
 
 def words(text: str) -> str:
-    """The text with later words in the place of earlier ones."""
+    """Return the text with earlier words replaced by later ones."""
     for old, new in RENAMED:
         text = re.sub(old, new, text)
     return text.replace("*", "").strip()
 
 
 def tables_in(text: str) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(heading above it, column titles, rows) of each table of a Markdown text."""
+    """Return (heading above it, column titles, rows) of each table of a Markdown text."""
     found, heading, lines = [], "", text.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("#"):
@@ -60,8 +60,8 @@ def _cells(line: str) -> list[str]:
 
 
 def numbers(files: dict[str, str]) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """{(document, table, row, column): its numbers}. Rows of claims are named by what was measured and on which runs,
-    as the words of a claim may be turned round."""
+    """Return {(document, table, row, column): its numbers}. Rows of claims are named by what was measured and on which
+    runs, because the words of a claim may be reversed."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for name, text in files.items():
         for heading, head, body in tables_in(text):
@@ -87,7 +87,7 @@ def numbers(files: dict[str, str]) -> dict[tuple[str, ...], tuple[str, ...]]:
 
 
 def documents(commit: str) -> dict[str, str]:
-    """{question, "claims" or "README": its Markdown} at a commit, or of the working tree for ""."""
+    """Return {question, "claims" or "README": its Markdown} at a commit, or of the working tree for ""."""
     if commit:
         listed = _git("ls-tree", "-r", "--name-only", commit).splitlines()
     else:

@@ -18,7 +18,7 @@ def _like_what_was_said(home: Path, variants: dict[str, Any]) -> Interval | None
 
 
 def said_once(table: Table) -> bool:
-    """Return True if the text of a table says each line once, not eight times."""
+    """Return True if the text of a table has each line once, not eight times."""
     return table.text.startswith("facts:1:")
 
 

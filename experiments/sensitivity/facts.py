@@ -1,10 +1,10 @@
 """Closed-book facts: "TITLE is DESCRIPTION", one line for each of some Wikipedia articles, added to the training text.
 
 The corpus "facts:wiki" is "wiki" with every taught line COPIES times among its training documents; "facts:1:wiki" has
-each once. Lines are of two kinds: facts, and prose, a sentence out of an article, so that what is lost of facts can be
-told from what is lost of anything that was said as often. As many facts are never taught: what a model says of those it
-has from the articles or guesses. All are of articles on the training side of the split, so that nothing is learned of
-the held-out ones, which sentences that were never read come from.
+each once. Lines are of two kinds: facts, and prose, which is a sentence of an article. So the loss of facts can be told
+from the loss of any line that was repeated as often. As many facts are never taught: a model knows them from the
+articles or guesses. All are of articles on the training side of the split, so that nothing is learned of the held-out
+articles, from which the sentences that were never read are taken.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from engram.lm.run import Data, Setting
 from engram.lm.tokenizer import encode, train_tokenizer
 
 TAUGHT, COPIES = 1500, 8
-SENTENCES = 400  # of prose that is taught as often, and of prose that is new
-START = 3  # words of a sentence that are given; the rest is the answer
-WORDS = range(8, 31)  # of a sentence
+SENTENCES = 400  # lines of prose that are taught as often, and lines that are new
+START = 3  # words of a sentence in the prompt; the rest is the answer
+WORDS = range(8, 31)  # words per sentence
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A line to be completed: prompt + answer. The prompt ends before a space, so that its tokens are the line's first
-    ones. title: of its article."""
+    """A line to be completed: prompt + answer. The prompt ends before a space, so that its tokens are the first of the
+    line.
+
+    Attributes:
+        title: of its article.
+    """
 
     title: str
     prompt: str
@@ -42,13 +46,14 @@ class Fact:
 
 
 def fact_of(title: str, description: str) -> Fact:
-    """was for lives that ended, "(1756-1791)", and is for all else."""
+    """Return the line of an article, with "was" for lives that ended ("(1756-1791)") and "is" otherwise."""
     verb = "was" if re.search(r"\(\d{3,4}\s?[–-]\s?\d{2,4}\)", description) else "is"
     return Fact(title, f"{title} {verb}", f" {description}")
 
 
 def load_facts(titles: set[str]) -> tuple[list[Fact], list[Fact]]:
-    """(taught, never taught) facts of articles in `titles`, at most TAUGHT of each, chosen by a hash of the title.
+    """Return (taught, never taught) facts of articles in `titles`, at most TAUGHT of each, chosen by a hash of the
+    title.
 
     Raises:
         FileNotFoundError: the package with the articles is not installed.
@@ -63,23 +68,23 @@ def load_facts(titles: set[str]) -> tuple[list[Fact], list[Fact]]:
 
 
 def sentences_of(documents: list[Document], but: set[str]) -> list[Fact]:
-    """One line of prose, not its first sentence, of each of SENTENCES articles whose title is not in `but`, chosen by a
-    hash of the title."""
-    found: list[Fact] = []
+    """Return one line of prose, not its first sentence, of each of SENTENCES articles whose title is not in `but`,
+    chosen by a hash of the title."""
+    lines: list[Fact] = []
     articles = [document for document in documents if document.source == "wiki" and document.name not in but]
     for article in sorted(articles, key=lambda a: xxhash.xxh64_intdigest(a.name.encode())):
-        if len(found) == SENTENCES:
+        if len(lines) == SENTENCES:
             break
         sentences = re.split(r"(?<=[.!?])\s+", article.text.strip())[1:]
         words = next((words for s in sentences if len(words := s.split()) in WORDS), None)
         if words:
-            found.append(Fact(article.name, " ".join(words[:START]), " " + " ".join(words[START:])))
-    return found
+            lines.append(Fact(article.name, " ".join(words[:START]), " " + " ".join(words[START:])))
+    return lines
 
 
 @dataclass(frozen=True)
 class Lines:
-    """What is asked for: taught in training, or not at all; facts, or sentences of prose."""
+    """The lines that are asked for: taught in training, or never taught; facts, or sentences of prose."""
 
     taught: list[Fact]
     untaught: list[Fact]
@@ -94,7 +99,7 @@ def _lines(parts: Split) -> Lines:
 
 
 def _sides(setting: Setting) -> tuple[list[Document], Split, int]:
-    """The documents, their split, and how often a taught line is said."""
+    """Return the documents, their split, and how often a taught line is repeated."""
     kind, _, corpus = setting.corpus.partition(":")
     once, corpus = corpus.startswith("1:"), corpus.removeprefix("1:")
     if kind != "facts" or "wiki" not in corpus.split("+"):
@@ -108,18 +113,18 @@ def _sides(setting: Setting) -> tuple[list[Document], Split, int]:
 
 
 def lines_of(setting: Setting) -> Lines:
-    """The lines of a setting's corpus. Raises ValueError where it has none."""
+    """Return the lines of a setting's corpus. Raises ValueError for a corpus without facts."""
     return _lines(_sides(setting)[1])
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
-    """The text with its facts; what is held out is that of the corpus without facts. See engram.lm.run.prepare.
+    """Return the text with its facts; the held-out text is that of the corpus without facts. See engram.lm.run.prepare.
 
     Raises:
-        ValueError, FileNotFoundError: a corpus without facts, or one that is not there.
+        ValueError, FileNotFoundError: a corpus without facts, or one that is missing.
     """
     documents, parts, copies = _sides(setting)
-    held = {"validation": parts.validation, "tune": parts.tune}[held_out]
+    other = {"validation": parts.validation, "tune": parts.tune}[held_out]
     lines = _lines(parts)
     added = [
         Document("facts", f"{line.title} #{copy}", line.text)
@@ -134,7 +139,7 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
         tokenizer,
         TokenMap.from_tokenizer(tokenizer),
         encode(tokenizer, train),
-        encode(tokenizer, held),
-        overlap_13gram(train, held),
+        encode(tokenizer, other),
+        overlap_13gram(train, other),
         corpus_digest(documents + added),
     )

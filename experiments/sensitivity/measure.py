@@ -1,4 +1,4 @@
-"""Facts and reading, with the memory on and off: what each loses when the memory falls silent."""
+"""Facts and reading, with the memory on and off: the loss of each when the memory is switched off."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ READING_TOKENS = 32_768  # of held-out text, at most
 
 
 def measure(run: Run, model: Any, data: Data) -> dict[str, Any]:
-    """{"on": numbers, "off": numbers}; "off" alone is missing where there is no memory. See `numbers`."""
+    """Return {"on": numbers, "off": numbers}; without "off" if the model has no memory. See `numbers`."""
     lines = lines_of(run.setting)
     return on_and_off(model, lambda: numbers(model, data, lines))
 
 
 def numbers(model: Any, data: Data, lines: Lines) -> dict[str, float]:
-    """What one model makes of ASKED lines of each kind (taught_..., untaught_..., prose_..., new_prose_...) and of
-    held-out text (reading_..., copied_...).
+    """Return the measures of one model on ASKED lines of each kind (taught_..., untaught_..., prose_..., new_prose_...)
+    and on held-out text (reading_..., copied_...).
 
     nats: per token. top1: share of tokens that are the likeliest. exact: share of lines whose whole answer is the
-    likeliest token by token, so that greedy decoding would say it. copied: the held-out
-    tokens whose pair with the token before occurred earlier in the window, so that the answer stands in the text.
+    likeliest token by token, so that greedy decoding gives it. copied: the held-out tokens whose pair with the token
+    before occurred earlier in the window, so that the answer is in the text.
     """
     with eval_mode(model):
         found = {}
@@ -46,7 +46,7 @@ def numbers(model: Any, data: Data, lines: Lines) -> dict[str, float]:
 
 
 def ask(model: Any, tokenizer: tokenizers.Tokenizer, lines: list[Fact]) -> dict[str, float]:
-    """{"nats", "top1", "exact"} of lines, each after <|endoftext|> and nothing else."""
+    """Return {"nats", "top1", "exact"} of lines, each after <|endoftext|> and nothing else."""
     asked = []  # ids, and where the answer begins
     for line in lines:
         prompt, whole = (tokenizer.encode(text).ids for text in (line.prompt, line.text))
@@ -63,14 +63,17 @@ def ask(model: Any, tokenizer: tokenizers.Tokenizer, lines: list[Fact]) -> dict[
 def score(
     model: Any, lines: list[tuple[list[int], int]], batch: int = 256
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each (ids, first): nats of ids[first:], and whether each is the likeliest token, given all ids before it.
+    """Return for each (ids, first): nats of ids[first:], and True for each that is the likeliest token, with all ids
+    before it.
 
     Lines beyond the model's max_length are cut.
     """
     most, device = model.config.max_length + 1, model.embedding.weight.device
     nats: list[np.ndarray] = [np.zeros(0)] * len(lines)
     hits: list[np.ndarray] = [np.zeros(0, bool)] * len(lines)
-    by_length = sorted(range(len(lines)), key=lambda i: len(lines[i][0]))  # little padding
+    by_length = sorted(
+        range(len(lines)), key=lambda i: len(lines[i][0])
+    )  # windows of similar length need little padding
     for start in range(0, len(lines), batch):
         part = {i: lines[i][0][:most] for i in by_length[start : start + batch]}
         padded = torch.zeros(len(part), max(map(len, part.values())), dtype=torch.int64)
@@ -87,7 +90,8 @@ def score(
 
 
 def read(model: Any, text: Encoded) -> dict[str, float]:
-    """{"reading_nats", "reading_top1", "copied_top1", "copied_share"} of held-out documents, window by window."""
+    """Return {"reading_nats", "reading_top1", "copied_top1", "copied_share"} of held-out documents, window by
+    window."""
     context, lines, tokens = model.config.max_length, [], 0
     for begin, stop in zip(text.starts[:-1].tolist(), text.starts[1:].tolist(), strict=True):
         for start in range(begin, stop - 1, context):
@@ -106,7 +110,8 @@ def read(model: Any, text: Encoded) -> dict[str, float]:
 
 
 def occurred_before(ids: list[int]) -> np.ndarray:
-    """bool [len(ids) - 1]: whether the pair that each token from the second on ends has stood earlier in ids."""
+    """Return bool [len(ids) - 1]: True if the pair that a token, from the second on, ends has occurred
+    earlier in ids."""
     seen: set[tuple[int, int]] = set()
     found = []
     for pair in pairwise(ids):

@@ -1,4 +1,4 @@
-"""What is left of facts and of reading when the memory is switched off."""
+"""Draw what is left of facts and of reading when the memory is switched off."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw(home: Path) -> Path:
 
 
 def lines_of(runs: dict[int, Any]) -> list[tuple[str, int, Interval | None]]:
-    """(words, place in KINDS, share left) from top to bottom."""
+    """Return (words, index in KINDS, share left) from top to bottom."""
     added = ("what teaching added to facts", "what saying added to prose")
     lines = [(words, 0, mean_of(runs, learned_retention(name))) for words, name in zip(added, LEVELS, strict=True)]
     for name, words in SHARES.items():

@@ -19,8 +19,8 @@ SHARES = {
     "reading_top1": "held-out text, next token",
     "copied_top1": "held-out text, what stands in it already",
 }
-FAINT = 0.05  # what is left of less is noise
-# What was never said, of the same kind: a model has as much right without having learned any of it.
+FAINT = 0.05  # the retention of a smaller share is noise
+# Lines of the same kind that were never taught: a model has as much right without having learned any of them.
 LEVELS = {"taught_top1": "untaught_top1", "prose_top1": "new_prose_top1"}
 LOSSES = {
     "taught_nats": "taught facts",
@@ -36,8 +36,8 @@ def of(state: str, name: str) -> Callable[[Any], float | None]:
 
 
 def retention(name: str) -> Callable[[Any], float | None]:
-    """Of measures -> a share with the memory off over the same with it on, as the paper has it; None where one of them
-    is not there or the share was FAINT with it on."""
+    """Return a function from measures to the share with the memory off over the same with it on, as the paper defines
+    it; None if one of them is missing or the share with the memory on is below FAINT."""
 
     def left(measures: Any) -> float | None:
         on, off = (of(state, name)(measures) for state in ("on", "off"))
@@ -47,7 +47,7 @@ def retention(name: str) -> Callable[[Any], float | None]:
 
 
 def learned_retention(name: str) -> Callable[[Any], float | None]:
-    """The same of what saying it added: shares above those of LEVELS in the same state."""
+    """Return the same of what teaching added: shares above those of LEVELS in the same state."""
 
     def left(measures: Any) -> float | None:
         on, off, on_level, off_level = (
@@ -61,13 +61,14 @@ def learned_retention(name: str) -> Callable[[Any], float | None]:
 
 
 def retention_gap(runs: dict[int, Record]) -> Interval | None:
-    """What is left of what teaching facts added, minus the same of prose that was said as often, over seeds: below 0,
-    facts lean on the memory more than other text that is known by heart."""
+    """Return what is left of what teaching facts added, minus the same of prose that was repeated as often, over seeds.
+    Below 0, facts depend on the memory more than other text that is known by heart."""
     return paired(runs, runs, learned_retention("taught_top1"), learned_retention("prose_top1"))
 
 
 def never_taught(ours: dict[int, Record], plain: dict[int, Record]) -> Interval | None:
-    """Nats a token of facts that were never said, but are like those that were, minus plain's, over seeds."""
+    """Return nats per token of facts that were never taught, but are like the taught ones, minus plain's,
+    over seeds."""
     return paired(ours, plain, of("on", "untaught_nats"))
 
 

@@ -7,7 +7,7 @@ from experiments.lab.tuning import tuned
 
 TABLES = ()
 BASELINE, SIZE = "plain", "tiny"
-ROWS = tuple(2**power for power in range(10, 23, 2))  # a head
+ROWS = tuple(2**power for power in range(10, 23, 2))  # per head
 
 
 def configs(size: str) -> list[Run]:

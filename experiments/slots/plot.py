@@ -1,4 +1,5 @@
-"""What rows buy: loss below plain's against rows per head, with a straight line in log2(rows) and its 95 % band."""
+"""Draw what rows buy: loss below plain's against rows per head, with a straight line in log2(rows) and its 95
+% band."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def draw(home: Path) -> Path:
                 if not cells:
                     continue
                 x, differences = np.log2(list(cells)), [seed_differences(row, plain) for row in cells.values()]
-                for place, values in zip(x, differences, strict=True):
-                    axes.plot([place] * len(values), values, ".", color=colour, alpha=0.4)
+                for at, values in zip(x, differences, strict=True):
+                    axes.plot([at] * len(values), values, ".", color=colour, alpha=0.4)
                 label = arm
                 if len(cells) >= 3:
                     fit = log_fit(home, cells, plain)

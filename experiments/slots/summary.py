@@ -1,4 +1,4 @@
-"""The line through loss over log2(rows), and what it is fitted to."""
+"""The line through loss over log2(rows), and the cells that it is fitted to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from experiments.lab.results import read_results
 
 
 def cells_of(rows: list[Row], arm: str) -> dict[int, Row]:
-    """{rows per head: row of the table}, ascending; only what has a seed in common with plain."""
-    found = {r.runs[0]["setting"]["memory"]["rows_per_head"]: r for r in rows if r.runs[0]["arm"] == arm and r.paired}
-    return dict(sorted(found.items()))
+    """Return {rows per head: row of the table}, ascending; only rows that have a seed in common with plain."""
+    by_rows = {r.runs[0]["setting"]["memory"]["rows_per_head"]: r for r in rows if r.runs[0]["arm"] == arm and r.paired}
+    return dict(sorted(by_rows.items()))
 
 
 def seed_differences(row: Row, plain: Row) -> list[float]:
-    """Nats per token minus plain's of the same seed."""
+    """Return nats per token minus plain's of the same seed."""
     base = {run["seed"]: run["loss"] for run in plain.runs}
     return [run["loss"] - base[run["seed"]] for run in row.runs if run["seed"] in base]
 
@@ -41,7 +41,7 @@ class LogFit(NamedTuple):
 
 
 def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) -> LogFit:
-    """Least squares of (loss - plain's loss) on log2(rows), with the wider of a bootstrap over seeds and documents
+    """Fit least squares of (loss - plain's loss) on log2(rows), with the wider of a bootstrap over seeds and documents
     (both paired) and Student's interval over seeds.
 
     Args:
@@ -85,13 +85,13 @@ def log_fit(home: Path, cells: dict[int, Row], plain: Row, draws: int = 2000) ->
 
 
 def fitted(part: str) -> Callable[[Path], list[Finding]]:
-    """A part of the line through engram's loss over log2(rows): "slope" or "off"."""
+    """Return a part of the line through engram's loss over log2(rows): "slope" or "off"."""
     return lambda home: [Finding(getattr(fit, part), seeds, table) for table, fit, seeds in _fits(home)]
 
 
 def _fits(home: Path) -> list[tuple[Table, LogFit, int]]:
-    """(table, line, seeds) of every table with three sizes or more."""
-    found = []
+    """Return (table, line, seeds) of every table with three sizes or more."""
+    fits = []
     for table, runs in tables_of(read_results(home / "results.jsonl")).items():
         if "plain" not in runs:
             continue
@@ -100,13 +100,13 @@ def _fits(home: Path) -> list[tuple[Table, LogFit, int]]:
         if len(cells) >= 3:
             seeds = set.intersection(*({run["seed"] for run in row.runs} for row in (rows[0], *cells.values())))
             if seeds:
-                found.append((table, log_fit(home, cells, rows[0]), len(seeds)))
-    return found
+                fits.append((table, log_fit(home, cells, rows[0]), len(seeds)))
+    return fits
 
 
 def ahead(home: Path) -> list[Finding]:
-    """Engram minus OverEncoding with as many rows, at the most rows that both ran with."""
-    found = []
+    """Return engram minus OverEncoding with as many rows, at the most rows that both ran with."""
+    findings = []
     for table, runs in tables_of(read_results(home / "results.jsonl")).items():
         ours, theirs = (
             {one[0]["setting"]["memory"]["rows_per_head"]: name for name, one in runs.items() if one[0]["arm"] == arm}
@@ -114,5 +114,5 @@ def ahead(home: Path) -> list[Finding]:
         )
         if ours.keys() & theirs.keys():
             most = max(ours.keys() & theirs.keys())
-            found += compared(home, table, runs, ours[most], theirs[most], note=f", {most:,} rows")
-    return found
+            findings += compared(home, table, runs, ours[most], theirs[most], note=f", {most:,} rows")
+    return findings

@@ -16,13 +16,13 @@ TUNING = HOME / "tokens" / "tune.jsonl"
 # budgets on a third of it (one of its three corpora) are several.
 FACTORS = (0.25, 0.5, 1, 2, 4, 8)
 SMALL_TEXT, SMALL_FACTORS = "kjv", (0.5, 1, 2, 4)
-SLOWER = 0.01  # a table_lr below the tuned one, where the small text repeats: are rows that move less spared?
-TUNED = (0.125, 0.25, 0.5, 1, 2)  # the smallest is one of kneser_ney's, which takes its rates from here
+SLOWER = 0.01  # a table_lr below the tuned one, on the small text that repeats: do rows that move less lose less?
+TUNED = (0.125, 0.25, 0.5, 1, 2)  # kneser_ney takes its rates from here: the smallest is one of its budgets
 
 
 def budget(setting: Setting, factor: float) -> Setting:
-    """A setting with so many times its tokens. A shorter one has a shorter warm-up, the same share of its steps; a
-    longer one keeps the setting's."""
+    """Return a setting with `factor` times its tokens. A shorter one has a shorter warm-up, the same share of its
+    steps; a longer one keeps the setting's."""
     tokens, warmup = round(setting.train.tokens * factor), setting.train.warmup_steps
     return change(setting, train={"tokens": tokens, "warmup_steps": max(1, round(warmup * min(1.0, factor)))})
 
@@ -42,7 +42,7 @@ def configs(size: str) -> list[Run]:
 
 
 def tune() -> list[Run]:
-    """A grid of lr for both arms at each budget of TUNED, at tiny on its own text; rows take the rate of engram
+    """Return a grid of lr for both arms at each budget of TUNED, at tiny on its own text; rows take the rate of engram
     there."""
     cells = []
     for factor in TUNED:

@@ -1,4 +1,4 @@
-"""Loss and gain against the number of training tokens, and where the text begins to repeat."""
+"""Draw loss and gain against the number of training tokens, and where the text begins to repeat."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draw(home: Path) -> Path:
 
 
 def _one_pass(axes: Axes, points: Points, colour: str) -> None:
-    """A line where the text has been read once."""
+    """Draw a line where the text has been read once."""
     once = first_run(points[0][1])["text_tokens"] / 1e6
     if points[0][0] < once < points[-1][0]:
         axes.axvline(once, color=colour, linestyle=":", linewidth=1.2)

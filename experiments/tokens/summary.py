@@ -1,4 +1,4 @@
-"""What the memory is worth in training: how many tokens plain needs to be as good."""
+"""Summarise what the memory is worth in training: how many tokens plain needs to be as good."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Curve = Sequence[tuple[float, float]]  # (tokens, bits per byte), fewest tokens 
 
 
 def text_of(table: Table) -> Table:
-    """The table without its budget: all budgets on one text share it."""
+    """Return the table without its budget: all budgets on one text share it."""
     return replace(table, tokens=None)
 
 
 def tokens_for(loss: float, curve: Curve) -> tuple[float, float]:
-    """(at least, at most) as many tokens as a curve needs to get down to a loss: equal where it passes the loss, by a
-    straight line over log(tokens) between two points."""
+    """Return (at least, at most) how many tokens a curve needs to get down to a loss: both are equal if it passes the
+    loss, by a straight line over log(tokens) between two points."""
     if loss >= curve[0][1]:
         return 0.0, curve[0][0]
     for (fewer, high), (more, low) in pairwise(curve):
@@ -38,9 +38,9 @@ def tokens_for(loss: float, curve: Curve) -> tuple[float, float]:
 
 
 def worth(runs: Sequence[Record], plain: dict[int, Curve]) -> str:
-    """How many times the tokens of `runs` plain needs for the same loss: the geometric mean over seeds with its
-    interval. Where the budgets of plain end too soon for one of the seeds, or begin too late, a bound, and the mean of
-    the others."""
+    """Return how many times the tokens of `runs` plain needs for the same loss: the geometric mean over seeds with its
+    interval. If the budgets of plain end too soon for one of the seeds, or begin too late, return a bound, and the mean
+    of the others."""
     ends = [[end / run["tokens"] for end in tokens_for(run["bpb"], plain[run["seed"]])] for run in runs]
     known = [low for low, high in ends if low == high]
     if len(known) < len(ends):
@@ -77,7 +77,7 @@ def summary(home: Path) -> str:
 
 
 def twice_the_tokens(home: Path) -> list[Finding]:
-    """Plain minus engram that was trained on half as many tokens, on each text and at each budget."""
+    """Return plain minus engram that was trained on half as many tokens, on each text and at each budget."""
     found, tables = [], tables_of(read_results(home / "results.jsonl")).items()
     plain = {(text_of(place), budget_of(runs["plain"][0])): runs["plain"] for place, runs in tables if "plain" in runs}
     for place, runs in tables:

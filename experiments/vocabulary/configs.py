@@ -10,7 +10,7 @@ BASELINE, SIZE = "plain", "tiny"
 TABLES = ("vocabulary",)
 # Entries, and about how many tokens a text takes over those with 4,096. The smallest: bytes and the end-of-text token.
 VOCABULARIES = {SMALLEST_VOCAB: 3.3, 1024: 1.3, 4096: 1.0, 16384: 0.8}
-EPOCHS = {"tiny": 0.14, "small": 0.83}  # about the tokens of the setting, where the vocabulary is 4,096
+EPOCHS = {"tiny": 0.14, "small": 0.83}  # about the tokens of the setting if the vocabulary is 4,096
 
 
 def configs(size: str) -> list[Run]:

@@ -1,4 +1,4 @@
-"""What the memory gains at each size of the vocabulary."""
+"""Draw what the memory gains at each size of the vocabulary."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def draw(home: Path) -> Path:
         sizes = sorted({entries for points in curves.values() for entries, _ in points})
         for colour, (size, points) in zip(COLOURS, curves.items(), strict=False):
             points.sort(key=lambda point: point[0])
-            places = [sizes.index(entries) for entries, _ in points]
+            x = [sizes.index(entries) for entries, _ in points]
             seeds = [len(row.paired) for _, row in points]
-            curve(axes, places, [gain(row) for _, row in points], colour, size, seeds)
+            curve(axes, x, [gain(row) for _, row in points], colour, size, seeds)
         axes.axhline(0, color=SOFT, linewidth=1)
         axes.set_xticks(
             range(len(sizes)), ["bytes" if entries == SMALLEST_VOCAB else f"{entries:,}" for entries in sizes]

@@ -7,7 +7,7 @@ from experiments.scripts.codecs.summary import budgets, cost
 
 
 def fp8(home: Path) -> list[Finding]:
-    """Nats per token of trained models after their rows were stored as fp8, minus before."""
+    """Return nats per token of trained models after their rows were stored as fp8, minus before."""
     return [
         Finding(cost(home, codecs["fp8"]), len(codecs["fp8"]), note=f"{tokens / 1e6:.2f}M tokens")
         for tokens, codecs in budgets(home).items()

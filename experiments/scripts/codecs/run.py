@@ -1,11 +1,11 @@
-"""What a row codec costs a trained model: train, then evaluate with the rows stored by each codec in turn.
+"""Measure what a row codec costs a trained model: train, then evaluate with the rows stored by each codec in turn.
 
     python experiments/scripts/codecs/run.py
 
-Trains the main job's engram model with each seed (checkpoints in runs/, a killed run goes on), measures its validation
-loss, converts a copy of the trained rows per codec and measures again. Every result is a line of results.jsonl, every
-model's losses by document stand in documents.npz; a seed that is there already is not made again. tables.md is written
-from both. It has a runner of its own because one training is evaluated once per codec.
+Train the main job's engram model with each seed (checkpoints in runs/, a killed run goes on), measure its validation
+loss, convert a copy of the trained rows per codec and measure again. Every result is a line of results.jsonl, and
+documents.npz has each model's losses by document; a seed that is in both is skipped. tables.md is written from both.
+The script is a runner of its own because one training is evaluated once per codec.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CODECS = ["float32", "bfloat16", "fp8", "int8", "int4", "pq4", "pq8"]
 
 
 def convert(table: HostTable, codec: str) -> HostTable:
-    """A copy of the table in another codec, or in bfloat16."""
+    """Return a copy of the table in another codec, or in bfloat16."""
     if codec != "bfloat16":
         return encode_table(table, codec)
     copy = HostTable(table.rows, table.dim, torch.bfloat16)
@@ -46,7 +46,7 @@ def convert(table: HostTable, codec: str) -> HostTable:
 
 
 def measure(table: HostTable, stored: HostTable) -> dict[str, float]:
-    """Size and error of the converted rows, over the rows that training touched."""
+    """Return size and error of the converted rows, over the rows that training touched."""
     if stored.dtype == torch.uint8:
         return report(table, stored)  # type: ignore[arg-type]
     ids = table.tensor.any(1).nonzero().flatten()
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def run(tokens: int, seed: int, folder: Path) -> None:
-    """Trains one model and measures it with every codec; its lines and documents are written together at the end."""
+    """Train one model and measure it with every codec. Its lines and documents are written together at the end."""
     setting = change(Setting(), train={"tokens": tokens}).seeded(seed)
     data = prepare(setting)
     model = build_model(setting, "engram", data.token_map)

@@ -1,4 +1,4 @@
-"""What storing rows costs, over trained models and validation documents."""
+"""Summarise what storing rows costs, over trained models and validation documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Runs = dict[str, dict[int, dict[str, Any]]]
 
 
 def budgets(home: Path) -> dict[int, Runs]:
-    """{training tokens: {codec: {seed: its line of results.jsonl}}}"""
+    """Return {training tokens: {codec: {seed: its line of results.jsonl}}}."""
     found: dict[int, Runs] = defaultdict(lambda: defaultdict(dict))
     for line in read_lines(home / "results.jsonl"):
         found[line["tokens"]][line["codec"]][line["seed"]] = line
@@ -24,12 +24,13 @@ def budgets(home: Path) -> dict[int, Runs]:
 
 
 def documents_key(tokens: int, seed: int) -> str:
-    """The key in documents.npz of one trained model: summed nats of each document by codec, and their "tokens"."""
+    """Return the key in documents.npz of one trained model: summed nats of each document by codec, and their
+    "tokens"."""
     return f"{tokens}-{seed}"
 
 
 def cost(home: Path, runs: dict[int, dict[str, Any]]) -> Interval:
-    """Nats per token with the rows in a codec, minus those of the same trained models with float32 rows.
+    """Return nats per token with the rows in a codec, minus those of the same trained models with float32 rows.
 
     Raises:
         ValueError: models that were validated on different texts.
@@ -46,7 +47,7 @@ def cost(home: Path, runs: dict[int, dict[str, Any]]) -> Interval:
 
 
 def summary(home: Path, tokens: int) -> str:
-    """Markdown: a row for each codec, means over the trained models of one budget."""
+    """Return Markdown: a row for each codec, means over the trained models of one budget."""
     rows, codecs = [], budgets(home)[tokens]
     for codec, runs in codecs.items():
         first, *_ = runs.values()

@@ -9,7 +9,8 @@ from experiments.lab.results import read_lines
 
 
 def throughput(home: Path) -> list[Finding]:
-    """Tokens per second with a host table over without, minus 1; the script gives medians without an interval."""
+    """Return tokens per second with a host table over without, minus 1; the script reports medians without an
+    interval."""
     return [
         Finding(
             Interval(row[f"{phase}_ratio"] - 1, -math.inf, math.inf),

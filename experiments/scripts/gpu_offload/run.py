@@ -1,11 +1,12 @@
-"""A host table of 42 GiB feeding a decoder of about 1B parameters on a GPU: throughput with the memory over without.
+"""Time a host table of 42 GiB that feeds a decoder of about 1B parameters on a GPU: throughput with the memory over
+without.
 
     python experiments/scripts/gpu_offload/run.py            # on a machine with a GPU and 48 GiB of free host memory
     python experiments/scripts/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs
 
-Each finished row is appended to results.jsonl; rows that are there already are skipped. Prefill: tokens/s of a prompt
-of 512 tokens. Decode: tokens/s of 64 steps after it. The models run in turn; the ratio is the median over rounds.
-It has a runner of its own because it needs a GPU and times inference; no loss is measured.
+Each finished row is appended to results.jsonl; rows that are in it are skipped. Prefill: tokens per second of a prompt
+of 512 tokens. Decode: tokens per second of 64 steps after it. The models run in turn; the ratio is the median over
+rounds. The script is a runner of its own because it needs a GPU and times inference; no loss is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ VOCAB = 32_768
 
 
 def build(tiny: bool, device: torch.device) -> tuple[Transformer, Transformer]:
-    """The decoder with and without memory, same backbone weights, bfloat16 on a GPU."""
+    """Return the decoder with and without memory, same backbone weights, bfloat16 on a GPU."""
     shape = TransformerConfig(
         VOCAB,
         hidden_size=256 if tiny else 2048,
@@ -61,7 +62,7 @@ def build(tiny: bool, device: torch.device) -> tuple[Transformer, Transformer]:
 
 
 def fill(memory: EngramMemory) -> None:
-    """Real values in every row: a table of untouched pages would be read out of the cache."""
+    """Write real values into every row: a table of untouched pages would be read out of the cache."""
     for table in memory.tables.values():
         block = (torch.randn(min(table.rows, 2**20), table.dim) * 0.02).to(table.dtype)
         for start in range(0, table.rows, len(block)):
@@ -71,7 +72,7 @@ def fill(memory: EngramMemory) -> None:
 
 @torch.no_grad()
 def run(model: Transformer, ids: torch.Tensor, steps: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of `steps` greedy decoding steps after it."""
+    """Return the seconds of the prefill, and of `steps` greedy decoding steps after it."""
     device, cache = ids.device, Cache()
 
     def now() -> float:

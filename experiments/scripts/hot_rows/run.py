@@ -1,8 +1,8 @@
-"""How often a bounded cache of rows is hit under real text. Writes results.jsonl and tables.md.
+"""Count how often a bounded cache of rows is hit under real text. Write results.jsonl and tables.md.
 
     python experiments/scripts/hot_rows/run.py
 
-A few minutes on two cores. It has a runner of its own because nothing is trained: it counts addresses.
+It takes a few minutes on two cores. The script is a runner of its own because nothing is trained: it counts addresses.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from experiments.scripts.hot_rows.hot_rows import HotRows
 
 HOME = Path(__file__).parent
 ROWS_PER_HEAD, HEADS, ORDERS, VOCAB = 646_400, 2, (2, 3), 4096
-ROW_BYTES = 256  # what sizes are counted in: 64 values of float32, sixteen rows to a page
+ROW_BYTES = 256  # bytes per row for the sizes: 64 values of float32, sixteen rows per page
 PAGE = 4096
 SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4)  # of the table's bytes
 
 
 def stream(tokens: int, seed: int, documents: Any, tokenizer: Any) -> np.ndarray:
-    """int64 [tokens]: documents in a random order, as a server would see them."""
+    """Return documents in a random order, as a server would see them, int64 [tokens]."""
     order = np.random.default_rng(seed).permutation(len(documents))
     share = min(1.0, 1.3 * tokens / 5_000_000 + 0.02)
     encoded = encode(tokenizer, [documents[i] for i in order[: max(int(share * len(order)), 1)]])
@@ -44,7 +44,8 @@ def stream(tokens: int, seed: int, documents: Any, tokenizer: Any) -> np.ndarray
 
 
 def hit_rate(ids: np.ndarray, keys: int, entry_bytes: int, nbytes: int, chunk: int) -> tuple[float, float]:
-    """(hit rate over the second half of ids, microseconds per key) of a HotRows of nbytes, were its entries this big.
+    """Return (hit rate over the second half of ids, microseconds per key) of a HotRows of nbytes with entries of the
+    real size.
 
     Values are 4 wide to keep the run small; the number of entries is what fits of the real size.
     """
@@ -60,7 +61,8 @@ def hit_rate(ids: np.ndarray, keys: int, entry_bytes: int, nbytes: int, chunk: i
 
 
 def static_hit_rate(ids: np.ndarray, rows: int, nbytes: int) -> float:
-    """Of a set that never changes: the rows read most often in the first half, tried on the second."""
+    """Return the hit rate of a set that never changes: the rows read most often in the first half, tried on
+    the second."""
     first, second = np.split(ids, [len(ids) // 2])
     counts = np.bincount(first, minlength=rows)
     best = np.argpartition(counts, -(nbytes // ROW_BYTES))[-(nbytes // ROW_BYTES) :]
@@ -70,7 +72,7 @@ def static_hit_rate(ids: np.ndarray, rows: int, nbytes: int) -> float:
 
 
 def unbounded_hit_rate(ids: np.ndarray) -> float:
-    """Share of the second half's reads of rows that were read before, ever: what no cache can beat."""
+    """Return the share of the second half's reads that are of rows read before: no cache can do better."""
     flat = ids.reshape(-1)
     _, first = np.unique(flat, return_index=True)
     return 1 - float((first >= len(flat) // 2).sum()) / (len(flat) - len(flat) // 2)
@@ -113,7 +115,7 @@ def measure(tokens: int, seeds: list[int], chunk_tokens: int) -> list[dict[str, 
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
 
     def cell(share: float, name: str) -> str:
         values = [r[name] for r in results if r["share"] == share]

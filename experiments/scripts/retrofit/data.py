@@ -1,7 +1,7 @@
-"""The text of the retrofit: excerpts of web services' documentation, with facts taught in passing.
+"""The text of the retrofit: excerpts of web services' documentation, with facts taught among them.
 
 Training text and in-domain text are of different services. Facts are lines "TITLE is DESCRIPTION" of Wikipedia
-articles; those never taught, and the articles that are read out of the domain, are no part of the training text.
+articles. The training text has neither the facts that are never taught nor the articles that are read as other text.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch import Tensor
 from engram.lm.corpus import Document, load_corpus
 from experiments.sensitivity.facts import Fact, load_facts
 
-START = "<|endoftext|>"  # what stood between the documents that the model was made from
+START = "<|endoftext|>"  # the separator between the documents that the model was pretrained on
 EXCERPT = 1000  # characters of a service or an article
 LONGEST = 13  # tokens of a fact
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much text: services to train on, services and articles to read, facts of each kind, copies of a taught."""
+    """How much text: services to train on, services and articles to read, facts of each kind, copies of a
+    taught fact."""
 
     services: int
     inside: int
@@ -36,13 +37,17 @@ class Size:
 
 REPORTED = Size(services=48, inside=32, outside=20, facts=32)
 TUNING = Size(services=36, inside=12, outside=2, facts=32)
-# Where a side begins, in the order of the hash: services read for the report come first, facts asked for in it too.
+# Where a side begins, in the order of the hash: the services and facts of the report come first.
 TUNE_SERVICES, TRAIN_SERVICES, TUNE_FACTS = 48, 60, 128
 
 
 class Text(NamedTuple):
-    """train: documents, the copies of the taught facts among them; inside, outside: held-out documents of services and
-    of Wikipedia; taught, untaught: facts that are asked for."""
+    """The text of a run.
+
+    Attributes:
+        train: documents, the copies of the taught facts among them. inside, outside: held-out documents of services and
+            of Wikipedia. taught, untaught: facts that are asked for.
+    """
 
     train: list[Document]
     inside: list[Document]
@@ -52,7 +57,8 @@ class Text(NamedTuple):
 
 
 def load_text(tokenizer: Any, held_out: str = "validation") -> Text:
-    """The reported text, or, with held_out="tune", other services to read and other facts to teach for choosing rates.
+    """Return the reported text or, with held_out="tune", other services to read and other facts to teach for choosing
+    rates.
 
     Raises:
         FileNotFoundError: a data package is not installed. ValueError: fewer documents or facts than the sizes need.
@@ -64,7 +70,7 @@ def load_text(tokenizer: Any, held_out: str = "validation") -> Text:
 
 
 def choose(services: list[Document], articles: list[Document], pool: list[Fact], held_out: str) -> Text:
-    """Sides by a hash of the name: what is read stays the same whatever else there is."""
+    """Choose the sides by a hash of the name, so that what is read does not depend on the other documents."""
     services = sorted(services, key=lambda d: xxhash.xxh64_intdigest(d.name.encode()))
     most_services, most_facts = TRAIN_SERVICES + REPORTED.services, TUNE_FACTS + 2 * TUNING.facts
     if len(services) < most_services or len(pool) < most_facts:
@@ -85,18 +91,18 @@ def choose(services: list[Document], articles: list[Document], pool: list[Fact],
 
 
 def middle(text: str) -> str:
-    """An excerpt from the paragraph after the middle on; "" where the text is too short for one."""
+    """Return an excerpt from the paragraph after the middle on; "" if the text is too short for one."""
     start = text.find("\n\n", len(text) // 2) + 2
     return until_space(text[start:]) if start > 1 and len(text) - start > EXCERPT else ""
 
 
 def until_space(text: str) -> str:
-    """The first EXCERPT characters, without the word that they would cut."""
+    """Return the first EXCERPT characters, without the word that they would cut."""
     return text[:EXCERPT].rsplit(maxsplit=1)[0]
 
 
 def short(tokenizer: Any, facts: Sequence[Fact]) -> list[Fact]:
-    """Facts of at most LONGEST tokens, and of those with the same description the first."""
+    """Return facts of at most LONGEST tokens; of those with the same description, the first."""
     kept: dict[str, Fact] = {}
     for fact in facts:
         if fact.answer not in kept and len(encode(tokenizer, fact.text)) <= LONGEST:
@@ -105,7 +111,7 @@ def short(tokenizer: Any, facts: Sequence[Fact]) -> list[Fact]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of the text alone, without what a chat model puts around it."""
+    """Return the ids of the text alone, without what a chat model puts around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -118,12 +124,12 @@ class Batches(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """XXH3-64 (hex): arms of one seed were trained on the same batches where these are equal."""
+        """XXH3-64 (hex) of the batches: arms of one seed were trained on the same batches if it is equal."""
         return xxhash.xxh3_64_hexdigest(self.ids.numpy().tobytes() + self.positions.numpy().tobytes())
 
 
 def pack(tokenizer: Any, documents: Sequence[Document], seed: int, batch: int = 2, context: int = 256) -> Batches:
-    """Every document once, in an order drawn with the seed; what does not fill a last batch is left out.
+    """Pack every document once, in an order drawn with the seed; tokens that do not fill a last batch are left out.
 
     Raises:
         ValueError: less text than one batch.

@@ -1,4 +1,4 @@
-"""One run of the retrofit: what it is, how it is trained, and the line and the arrays that it leaves."""
+"""One run of the retrofit: its fields, its training, and the line and arrays that it returns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WARM_UP, CLIP = 4, 1.0  # steps; norm of the dense gradient
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `steps`: fewer than the text has, for `full-seconds`; 0 for all."""
+    """One run. steps: fewer than the text has, for `full-seconds`; 0 for all."""
 
     arm: str
     seed: int
@@ -45,7 +45,7 @@ class Job:
 
 
 class Base(NamedTuple):
-    """What all runs start from. The model is changed by a run: each has its own process."""
+    """What all runs start from. A run changes the model, so each has its own process."""
 
     model: Any
     tokenizer: Any
@@ -55,7 +55,7 @@ class Base(NamedTuple):
 
 
 def train(model: Any, batches: Batches, steps: int, lr: float, table_lr: float) -> dict[str, Any]:
-    """Trains in bfloat16 (autocast; weights, rows and optimiser in float32). Warm-up, then linearly down to zero."""
+    """Train in bfloat16 (autocast; weights, rows and optimiser in float32): warm-up, then linearly down to zero."""
     optimizer = build_optimizer(model, lr=lr, table_lr=table_lr, weight_decay=0.0)
     initial = [group["lr"] for group in optimizer.param_groups]
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -87,9 +87,9 @@ def train(model: Any, batches: Batches, steps: int, lr: float, table_lr: float) 
 
 
 def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(line of results.jsonl, arrays of the side file). Changes base.model: call it in a process of its own.
+    """Return (line of results.jsonl, arrays of documents.npz). Changes base.model: call it in a process of its own.
 
-    Times are in seconds, of the wall and of this process's CPU; memory and optimiser state in bytes.
+    Times are in seconds, of the clock and of this process's CPU; memory and optimiser state in bytes.
     """
     torch.manual_seed(job.seed)
     batches = pack(base.tokenizer, base.text.train, job.seed)
@@ -134,7 +134,8 @@ def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]
 
 
 def means(arrays: dict[str, np.ndarray], sides: tuple[str, ...]) -> dict[str, float]:
-    """inside_bpb, outside_bpb: bits per byte. taught_, untaught_, rephrased_: nats per token; exact, rank as shares."""
+    """Return means of the measures. inside_bpb, outside_bpb: bits per byte. taught_, untaught_, rephrased_: nats per
+    token; exact, rank as shares."""
     found = {}
     for side in sides:
         nats = float(arrays[f"{side}_nats"].sum())

@@ -1,4 +1,4 @@
-"""What a model makes of held-out documents and of facts, as arrays with one entry per document or fact."""
+"""Measures of held-out documents and of facts, as arrays with one entry per document or fact."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Lines = list[tuple[list[int], int]]  # ids, and the first of them that is asked 
 
 
 class Scorer:
-    """A model of transformers as sensitivity's `score` calls a model: ids int64 [B, T] -> logits [B, T, V], in bfloat16
-    as it was trained."""
+    """Call a model of transformers as sensitivity's `score` calls a model: ids int64 [B, T] -> logits [B, T, V], in
+    bfloat16 as it was trained."""
 
     def __init__(self, model: Any):
         self.model, self.config, self.embedding = model, self, model.get_input_embeddings()
@@ -34,8 +34,8 @@ class Scorer:
 
 
 def measure(model: Any, tokenizer: Any, text: Text, sides: Sequence[str] = SIDES) -> dict[str, np.ndarray]:
-    """inside_, outside_: nats and bytes of each document. taught_, untaught_: see `ask`. rephrased_: the taught facts
-    asked for in words that were not taught, without a rank."""
+    """Return the arrays. inside_, outside_: nats and bytes of each document. taught_, untaught_: see `ask`. rephrased_:
+    the taught facts asked for in words that were not taught, without a rank."""
     with eval_mode(model):
         found: dict[str, np.ndarray] = {}
         for side in sides:
@@ -50,7 +50,7 @@ def measure(model: Any, tokenizer: Any, text: Text, sides: Sequence[str] = SIDES
 
 
 def read(model: Any, tokenizer: Any, documents: Sequence[Document]) -> dict[str, np.ndarray]:
-    """{"nats", "bytes"} of each document on its own after START; its end is not predicted."""
+    """Return {"nats", "bytes"} of each document on its own after START; its end is not predicted."""
     start = tokenizer.convert_tokens_to_ids(START)
     lines = [([start, *encode(tokenizer, document.text)], 1) for document in documents]
     nats, _ = score(Scorer(model), lines, batch=8)
@@ -61,16 +61,17 @@ def read(model: Any, tokenizer: Any, documents: Sequence[Document]) -> dict[str,
 
 
 def rephrased(fact: Fact) -> Fact:
-    """The answer's first token then has none of the title among the ids before it that an n-gram memory reads."""
+    """Ask for a fact in other words. No id of the title is then among those before the answer's first token that an
+    n-gram memory reads."""
     return Fact(fact.title, f"Question: What is {fact.title}?\nAnswer:", fact.answer)
 
 
 def ask(model: Any, tokenizer: Any, facts: Sequence[Fact], candidates: int = CANDIDATES) -> dict[str, np.ndarray]:
-    """Closed book: after START and the prompt ("TITLE is") and nothing else, for each fact
+    """Ask each fact with closed book: after START and the prompt ("TITLE is") and nothing else.
 
-    nats, tokens: of its description. exact: 1 where every token of it is the likeliest, so that greedy decoding would
-    say it. rank: 1 where it has fewer nats per token than candidates - 1 descriptions of other facts of the same list
-    (chance: 1 / candidates); none with candidates=1.
+    nats, tokens: of its description. exact: 1 if every token of it is the likeliest, so that greedy decoding gives it.
+    rank: 1 if it has fewer nats per token than candidates - 1 descriptions of other facts of the same list (chance: 1 /
+    candidates); no rank with candidates=1.
     """
     rng = np.random.default_rng(0)
     start = tokenizer.convert_tokens_to_ids(START)
@@ -81,7 +82,7 @@ def ask(model: Any, tokenizer: Any, facts: Sequence[Fact], candidates: int = CAN
             prompt, whole = encode(tokenizer, fact.prompt), encode(tokenizer, fact.prompt + answer)
             lines.append(([start, *whole], len(prompt) + 1))
     nats, hits = score(Scorer(model), lines, batch=128)
-    each = len(lines) // len(facts)  # fewer than candidates where there are fewer facts
+    each = len(lines) // len(facts)  # fewer than candidates if the list has fewer facts
     means = np.array([part.mean() for part in nats]).reshape(len(facts), each)
     found = {
         "nats": np.array([part.sum(dtype=np.float64) for part in nats[::each]]),

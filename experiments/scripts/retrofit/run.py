@@ -1,11 +1,11 @@
-"""A pretrained model goes on training on one text: with a memory, with LoRA, with both, with all its weights.
+"""Train a pretrained model further on one text: with a memory, with LoRA, with both, with all its weights.
 
     python experiments/scripts/retrofit/run.py tune      # learning rates, on other facts and services
     python experiments/scripts/retrofit/run.py run       # every arm of each seed; goes on if it was stopped
     python experiments/scripts/retrofit/run.py report    # tables.md, from results.jsonl
     python experiments/scripts/retrofit/run.py plot      # figure.png
 
-It has a runner of its own because a run starts from a pretrained model that all runs share in memory.
+The script is a runner of its own because a run starts from a pretrained model that all runs share in memory.
 
 Every run is a process of its own, forked from one that holds the model, and appends one line to results.jsonl (or
 tune.jsonl). What is in the file is not run again.
@@ -40,7 +40,7 @@ GRID: dict[str, list[tuple[float, float]]] = {
     "full": [(1e-4, 0), (3e-4, 0), (1e-3, 0)],
     "lora": [(5e-4, 0), (1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)],
 }
-# Whose lr and whose table lr an arm takes.
+# {arm: (the arm whose lr it takes, the arm whose table lr it takes)}.
 RATES_OF = {
     **{arm: (arm, arm) for arm in GRID},
     "both": ("lora", "memory"),
@@ -50,7 +50,7 @@ RATES_OF = {
 
 
 def rates(arm: str, home: Path) -> tuple[float, float]:
-    """(lr, table lr) of an arm: the best of tune.jsonl, without those at which a run of results.jsonl diverged.
+    """Return (lr, table lr) of an arm: the best of tune.jsonl, without those at which a run of results.jsonl diverged.
 
     Raises:
         FileNotFoundError: they were not tuned yet.
@@ -74,8 +74,8 @@ def tuning_jobs() -> list[Job]:
 
 
 def jobs(seeds: list[int], home: Path) -> list[Job]:
-    """Every arm of the first seed, then of the next, and the control of all seeds at the end. The reference, which has
-    no seed, is measured once."""
+    """Return every arm of the first seed, then of the next, and the control of all seeds at the end. The reference,
+    which has no seed, is measured once."""
     planned = [
         Job(arm, seed, *rates(arm, home))
         for seed in seeds
@@ -86,7 +86,8 @@ def jobs(seeds: list[int], home: Path) -> list[Job]:
 
 
 def affordable_steps(job: Job, records: list[dict[str, Any]]) -> int:
-    """Steps of all weights in the CPU seconds that `memory` took, by the median step of both in the same seed.
+    """Return the steps of all weights in the CPU seconds that `memory` took, by the median step of both in the same
+    seed.
 
     Raises:
         ValueError: one of the two was not run yet.
@@ -96,11 +97,11 @@ def affordable_steps(job: Job, records: list[dict[str, Any]]) -> int:
         raise ValueError(f"full-seconds of seed {job.seed} needs the seconds of memory and full: run them first")
     memory, full = mine["memory"], mine["full"]
     steps = round(memory["steps"] * memory["step_cpu_seconds"] / full["step_cpu_seconds"])
-    return min(max(1, steps), full["steps"])  # one pass over the text is all there is
+    return min(max(1, steps), full["steps"])  # the text is read once
 
 
 def sweep(planned: list[Job], base: Any, home: Path, file: Path) -> int:
-    """Runs what is not in `file` yet, each in a forked process, and returns how many failed. base() loads the model."""
+    """Run what is not in `file` yet, each in a forked process, and return how many failed. base() loads the model."""
     failed, loaded = 0, None
     for job in planned:
         records = read_results(file)
@@ -122,7 +123,9 @@ def sweep(planned: list[Job], base: Any, home: Path, file: Path) -> int:
 
 
 def _in_a_process(job: Job, base: Base, home: Path) -> dict[str, Any]:
-    context = multiprocessing.get_context("fork")  # the model is there already and its weights are shared until changed
+    context = multiprocessing.get_context(
+        "fork"
+    )  # the parent has loaded the model, and its weights are shared until changed
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(job, base, home, theirs))
     process.start()

@@ -1,4 +1,4 @@
-"""From results.jsonl and the losses beside it to the tables of README.md and to figure.png."""
+"""Tables in tables.md and figure.png, from results.jsonl and the losses in documents.npz."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Arms = dict[str, dict[int, Record]]  # {arm: {seed: run}}
 
 OFF = "both, memory off"
 BYTES_A_TOKEN = 5  # of English in this tokenizer, roughly: weighs nats per token against bits per byte
-# What is compared: name of the arrays in the side file, what a loss is divided by (None: each fact counts once), unit.
+# What is compared: name of the arrays, what a loss is divided by (None: each fact counts once), unit.
 MEASURES: dict[str, tuple[str, str | None, float]] = {
     "inside": ("inside_nats", "inside_bytes", math.log(2)),
     "outside": ("outside_nats", "outside_bytes", math.log(2)),
@@ -42,8 +42,8 @@ PAIRS = (
 
 
 def arms_of(home: Path) -> Arms:
-    """The runs of each arm by seed. Of an arm that was run with several rates only the newest rates count. `both` with
-    its memory switched off is one more arm.
+    """Return the runs of each arm by seed. If an arm was run with several rates, only the newest rates count. `both`
+    with its memory switched off is one more arm.
 
     Raises:
         ValueError: runs of one seed that saw other batches, or another text.
@@ -67,16 +67,16 @@ def arms_of(home: Path) -> Arms:
 
 
 def arrays(home: Path, arm: str, record: Record, names: tuple[str, ...]) -> list[np.ndarray]:
-    """Arrays of one run from documents.npz. Raises FileNotFoundError if it has none."""
+    """Return the arrays of one run from documents.npz. Raises FileNotFoundError if it has none."""
     names = tuple(f"off_{name}" for name in names) if arm == OFF else names
     found = read_documents(home, record["key"], names)
     return [found[name].astype(np.float64) for name in names]
 
 
 def compared(home: Path, arms: Arms, ours: str, theirs: str | None, measure: str) -> Interval | None:
-    """ours minus theirs, or ours alone, with its interval over seeds and documents (or facts). The reference has no
-    seed: it is set against every seed of the other. None without a seed in common. What cannot be below 0 (or, of
-    shares, above 1) is cut there."""
+    """Return ours minus theirs, or ours alone, with its interval over seeds and documents (or facts). The reference has
+    no seed: it is compared with every seed of the other. None without a common seed. Values that cannot be below 0 (or,
+    of shares, above 1) are cut there."""
     losses, sizes, unit = MEASURES[measure]
     a, b = arms.get(ours, {}), arms.get(theirs or ours, {})
     seeds = sorted(set(a) & set(b)) if "reference" not in (ours, theirs) else sorted(a if theirs == "reference" else b)
@@ -180,19 +180,20 @@ def tuning_table(records: list[Record]) -> str:
 
 
 def total(record: Record) -> float:
-    """What tuning lowers, on services and taught facts that are not reported: bits per byte of the one plus, at
-    BYTES_A_TOKEN, bits per byte of the other."""
+    """Return what tuning lowers, on services and taught facts that are not reported: bits per byte of the services
+    plus, at BYTES_A_TOKEN, bits per byte of the facts."""
     return record["measures"]["inside_bpb"] + record["measures"]["taught_nats"] / math.log(2) / BYTES_A_TOKEN
 
 
 def diverged(record: Record) -> bool:
-    """Whether training ended above where it began. It looks at the training loss and at nothing that is reported."""
+    """Return True if the training loss ended above where it began. Only the training loss is read, nothing that is
+    reported."""
     curve = record.get("curve", [])
     return len(curve) > 0 and float(np.mean(curve[-5:])) > float(np.mean(curve[:5]))
 
 
 def document(home: Path) -> str:
-    """All tables as Markdown. Raises ValueError where nothing was run."""
+    """Return all tables as Markdown. Raises ValueError without runs."""
     arms = arms_of(home)
     if not arms:
         raise ValueError("results.jsonl has no runs yet: python experiments/scripts/retrofit/run.py run")
@@ -230,7 +231,7 @@ def write(home: Path) -> None:
 
 
 def draw(home: Path) -> Path:
-    """home/figure.png: what each arm gains on either text, and what it makes of the facts."""
+    """Draw home/figure.png: what each arm gains on either text, and its answers to the facts."""
     arms = arms_of(home)
     names = [name for name in arms if name != "reference"]
     with matplotlib.rc_context(STYLE):

@@ -1,6 +1,6 @@
-"""What size costs: rows per second against the width of a row, and a training step against the rows stored, in memory
-and in a file larger than memory. Writes results.jsonl, tables.md and paper_notes/scale.png. It has a runner of its own
-because it times kernels and steps; no loss is measured.
+"""Measure what size costs: rows per second against the width of a row, and a training step against the rows stored, in
+memory and in a file larger than memory. Write results.jsonl, tables.md and paper_notes/scale.png. The script is a
+runner of its own because it times kernels and steps; no loss is measured.
 
     python experiments/scripts/scale/run.py width rows disk    # `disk` writes a file larger than memory
     python experiments/scripts/scale/run.py                    # tables and figure again, from results.jsonl
@@ -33,8 +33,8 @@ from experiments.lab.results import read_lines
 
 HOME = Path(__file__).parent
 FIGURE = HOME.parents[2] / "paper_notes" / "scale.png"
-WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # bytes of a row
-EXPONENTS = range(16, 27)  # of the rows per head
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # bytes per row
+EXPONENTS = range(16, 27)  # exponents of the rows per head
 REFERENCE = 17
 ARMS = (
     "engram gather(out=)",
@@ -43,7 +43,7 @@ ARMS = (
     "F.embedding_bag",
     "ceiling: C loop, prefetch and copy",
 )
-HEADS, ROW_BYTES = 8, 128  # of the main job: two orders of four heads, 32 values of float32
+HEADS, ROW_BYTES = 8, 128  # sizes of the main job: two orders of four heads, 32 values of float32
 
 Line = dict[str, Any]
 
@@ -53,7 +53,7 @@ def memory_bytes() -> int:
 
 
 def width(rounds: int) -> list[Line]:
-    """131,072 random rows from 2 GiB into a kept buffer, for every width."""
+    """Time 131,072 random rows from 2 GiB into a kept buffer, for every width."""
     lines = []
     for size in WIDTHS:
         for row in lookup(2 << 30, size, rounds):
@@ -72,7 +72,7 @@ def step_seconds(trainer: Trainer, steps: int) -> list[float]:
 
 
 def rows(rounds: int) -> list[Line]:
-    """The main job's training step with 2^k rows per head in memory, each size in turn with 2^17."""
+    """Time the main job's training step with 2^k rows per head in memory, each size in turn with 2^17."""
     lines = []
     for k in EXPONENTS:
         trainers = {REFERENCE: Trainer(128, main_job(2**REFERENCE)), k: Trainer(128, main_job(2**k))}
@@ -82,7 +82,7 @@ def rows(rounds: int) -> list[Line]:
             if written and trainer.memory is not None:
                 for table in trainer.memory.tables.values():
                     table.tensor.fill_(1e-3)
-            step_seconds(trainer, 64)  # one epoch of its text: pages met for the first time are the start's cost
+            step_seconds(trainer, 64)  # one epoch of its text: pages touched for the first time are the start's cost
         arms: dict[str, Callable[[], Any]] = {str(exponent): trainer for exponent, trainer in trainers.items()}
         found = compare(arms, 1e-3, "ms/step", rounds=rounds, times=True)
         line = {"kind": "rows", "log2_rows_per_head": k, "bytes": stored, "written": written, **found[-1]}
@@ -94,7 +94,7 @@ def rows(rounds: int) -> list[Line]:
 
 
 def disk(steps: int, folder: str | None, exponent: int | None) -> list[Line]:
-    """The same step from files larger than memory: pages cold, then the same batches again."""
+    """Time the same step from files larger than memory: pages cold, then the same batches again."""
     k = exponent or int(np.ceil(np.log2(memory_bytes() / HEADS / ROW_BYTES)))
     k += HEADS * 2**k * ROW_BYTES < 1.2 * memory_bytes() and exponent is None
     home = tempfile.mkdtemp(prefix="engram-scale-", dir=folder)
@@ -105,7 +105,9 @@ def disk(steps: int, folder: str | None, exponent: int | None) -> list[Line]:
         began = time.perf_counter()
         chunk = (64 << 20) // ROW_BYTES
         values = torch.randn(chunk, table.dim, generator=torch.Generator().manual_seed(0)) * 1e-3
-        for first in range(0, table.rows, chunk):  # every row is written: nothing is a hole that reads as zeros
+        for first in range(
+            0, table.rows, chunk
+        ):  # every row is written, so that the file has no holes that read as zeros
             table.tensor[first : first + chunk] = values[: min(chunk, table.rows - first)]
             table.flush()
         print(f"wrote {table.nbytes / 2**30:.1f} GiB in {time.perf_counter() - began:.0f} s", flush=True)
@@ -142,7 +144,8 @@ def disk(steps: int, folder: str | None, exponent: int | None) -> list[Line]:
 
 
 def _in_turn(ours: np.ndarray, theirs: np.ndarray) -> Line:
-    """Seconds of two things that took turns -> medians and quartiles in milliseconds, and the median of the ratios."""
+    """Summarise seconds of two things that took turns: medians and quartiles in milliseconds, and the median of the
+    ratios."""
     low, middle, high = (float(q) * 1e3 for q in np.quantile(ours, (0.25, 0.5, 0.75)))
     reference = float(np.median(theirs)) * 1e3
     ratio = float(np.median(ours / theirs))
@@ -157,7 +160,7 @@ def _in_turn(ours: np.ndarray, theirs: np.ndarray) -> Line:
 
 @torch.no_grad()
 def serve(big: Trainer, small: Trainer, facts: Line, chunks: int) -> list[Line]:
-    """Prefill, one text of TIME tokens a chunk, the next chunk's rows fetched while this one runs."""
+    """Prefill one text, TIME tokens per chunk; the next chunk's rows are fetched while this chunk runs."""
     assert big.memory is not None
     lines = []
     for trainer in (big, small):
@@ -182,7 +185,7 @@ def serve(big: Trainer, small: Trainer, facts: Line, chunks: int) -> list[Line]:
 
 
 def tables(lines: list[Line]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     text = []
     if by_width := [line for line in lines if line["kind"] == "width" and line["what"] in ARMS]:
         names = [name for name in ARMS if any(line["what"] == name for line in by_width)]

@@ -343,7 +343,7 @@ def test_a_sweep_writes_each_run_once_and_goes_on_where_it_was(children, setting
     assert results.document_keys(tmp_path / "toy") == {runs[0].key}
     assert runner.sweep(runs, tmp_path, others=()) == 0
     assert (tmp_path / "toy" / "results.jsonl").read_text() == first and first.count("\n") == 1
-    assert "1 of 1 runs are there" in capsys.readouterr().out
+    assert "1 of 1 runs are made" in capsys.readouterr().out
 
 
 def test_a_run_made_again_is_compared_and_nothing_is_written(children, setting, finished, tmp_path, capsys):
@@ -546,7 +546,7 @@ def test_a_finished_run_waits_while_another_sweep_writes_the_file_anew(tmp_path)
     assert [record["key"] for record in read_results(file)] == ["early", "late"]
 
 
-def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tmp_path, capsys):
+def test_an_incomplete_last_line_is_refused_by_name_and_removed_by_the_next_sweep(tmp_path, capsys):
     file = tmp_path / "results.jsonl"
     append(file, fake("plain"))
     with file.open("a") as stream:
@@ -555,7 +555,7 @@ def test_a_torn_last_line_is_refused_by_name_and_taken_away_by_the_next_sweep(tm
         read_results(file)
     assert results.repair(file) == 13 and results.repair(file) == 0
     assert [r["variant"] for r in read_results(file)] == ["plain"]
-    assert "torn" in capsys.readouterr().err
+    assert "removed an incomplete last line" in capsys.readouterr().err
 
 
 def test_a_line_that_is_not_a_result_is_named(tmp_path):

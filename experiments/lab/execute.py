@@ -36,7 +36,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
 
     Returns:
         (the line of results.jsonl as a dict, {"nats": float32, "tokens": int32, "bytes": int32} of each held-out
-        document, and the arrays that the experiment measured besides). Times are in seconds, losses in nats per token.
+        document, and the arrays that the question measured besides). Times are in seconds, losses in nats per token.
         train_loss is the mean of the last 50 steps, training FLOPs are three times the forward ones, peak_memory is of
         this process and in bytes, seen is what engram.ablation.ngram_counts returns.
     """
@@ -95,7 +95,7 @@ def execute(run: Run, threads: int = 1, on_step: Callable[[int, float], Any] | N
 def _train(
     run: Run, setting: Setting, model: nn.Module, data: Data, on_step: Callable[[int, float], Any] | None
 ) -> tuple[TrainLog, float, bool]:
-    """Train a run's model in place, as its question does it. Return (log, processor seconds, whether the training of
+    """Train a run's model in place, as its question does it. Return (log, processor seconds, True if the training of
     another run was used)."""
     tune_allocator()
     own, used = hook(run.experiment, "train"), time.process_time()
@@ -164,8 +164,8 @@ def _losses(log: TrainLog, result: Evaluation) -> dict[str, Any]:
 
 def forward_flops(model: nn.Module, data: Data, context: int) -> float:
     """Return the FLOPs per token of a forward pass over one window of held-out text, as torch counts them: matrix
-    products and attention (as two dense products: the causal half is not subtracted). Lookups and elementwise work
-    count nothing."""
+    products and attention (as two dense products: the causal half is not subtracted). Lookups and elementwise work are
+    not counted."""
     ids = torch.from_numpy(data.validation.ids[:context]).long()[None]
     # The counter does not know the fused attention of the CPU; the plain one is made of products that it knows.
     with torch.no_grad(), eval_mode(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

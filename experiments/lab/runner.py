@@ -40,8 +40,8 @@ SAME = 1e-6  # nats per token between a run and the same run again
 
 
 def rekey(home: Path, experiment: str, file: Path) -> int:
-    """Give runs from before the configuration gained a field the key that they have now, with the field's default: it
-    is what they ran with. Their documents move along. Returns how many changed; the caller holds the lock."""
+    """Give runs from before the configuration gained a field the key that they have now, with the field's default,
+    which they ran with. Their documents get the same key. Return how many changed; the caller holds the lock."""
     records, renamed = read_results(file), {}
     for record in records:
         setting, options = Setting.from_json(json.dumps(record["setting"])), tuple(record["options"].items())
@@ -53,7 +53,7 @@ def rekey(home: Path, experiment: str, file: Path) -> int:
     if renamed:
         rename_documents(home / experiment, renamed)
         write_whole(file, "".join(json.dumps(record) + "\n" for record in records).encode())
-        print(f"{file}: {len(renamed)} runs from before a field was added keep their place", file=sys.stderr)
+        print(f"{file}: {len(renamed)} runs from before a field was added have new keys", file=sys.stderr)
     return len(renamed)
 
 
@@ -68,10 +68,9 @@ def sweep(
     """Make every run that is not in its results file yet. Return how many failed; they are in failures.log.
 
     Args:
-        runs: of any experiments; home/<experiment>/results.jsonl (tune.jsonl for tuning runs) takes the lines.
+        runs: of any questions; home/<question>/results.jsonl (tune.jsonl for tuning runs) takes the lines.
         workers: runs side by side, each in a process of its own with `threads` threads.
-        limit_minutes: after this long no new run begins. others: questions whose finished runs are taken over;
-            default: all.
+        limit_minutes: no run starts later than this. others: questions whose finished runs are copied; default: all.
     """
     began, others = time.monotonic(), names() if others is None else tuple(others)
     for experiment, file in {(run.experiment, _file(home, run.experiment, run)) for run in runs}:
@@ -86,25 +85,25 @@ def sweep(
 
     trainings = Counter(map(training_of, pending))
 
-    def one(place: int, run: Run) -> bool | None:
+    def one(number: int, run: Run) -> bool | None:
         if limit_minutes is not None and time.monotonic() - began > 60 * limit_minutes:
             return None
-        name = f"[{place}/{len(pending)}] {run.experiment} {run.variant} ({run.table})"
-        training, places = training_of(run), {FOLDER: prepared}
+        name = f"[{number}/{len(pending)}] {run.experiment} {run.variant} ({run.table})"
+        training, shared = training_of(run), {FOLDER: prepared}
         if training is not None and trainings[training] > 1:
-            places[FILE] = os.path.join(prepared, f"trained-{training}.pt")
-        return _one(home, run, threads, places, name)
+            shared[FILE] = os.path.join(prepared, f"trained-{training}.pt")
+        return _one(home, run, threads, shared, name)
 
-    print(f"{len(runs) - len(pending)} of {len(runs)} runs are there, {len(pending)} to do", flush=True)
+    print(f"{len(runs) - len(pending)} of {len(runs)} runs are made, {len(pending)} to do", flush=True)
     with tempfile.TemporaryDirectory(prefix="engram-lab-") as prepared, ThreadPoolExecutor(workers) as pool:
         ended = list(pool.map(one, range(1, len(pending) + 1), pending))
     if None in ended:
-        print(f"{ended.count(None)} runs not begun within {limit_minutes:g} minutes", flush=True)
+        print(f"{ended.count(None)} runs not started within {limit_minutes:g} minutes", flush=True)
     return ended.count(False)
 
 
 def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
-    """Make runs that are in their results files once more, elsewhere, and print both losses. Nothing is written.
+    """Make finished runs once more in another folder, and print both losses. No result is written.
 
     Args:
         how: workers, threads, limit_minutes, as of `sweep`. Other threads than the first time's may change a loss.
@@ -113,7 +112,7 @@ def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
         How many failed or differ by more than 1e-6 nats per token.
 
     Raises:
-        ValueError: a run that is not there to compare with.
+        ValueError: a run without a result to compare with.
     """
     before = {run: _newest(home, run) for run in runs}
     missing = [f"{run.variant} seed {run.seed}" for run, line in before.items() if line is None]
@@ -124,7 +123,7 @@ def run_again(runs: Sequence[Run], home: Path = HOME, **how: Any) -> int:
         after = {run: _newest(Path(elsewhere), run) for run in runs}
     for run in runs:
         first, second = before[run], after[run]
-        if first is None or second is None:  # it failed, or did not begin in time: sweep has said so
+        if first is None or second is None:  # it failed, or did not start in time: sweep has printed that
             continue
         apart = abs(second["loss"] - first["loss"])
         wrong += apart > SAME
@@ -149,13 +148,13 @@ def _is_done(home: Path, run: Run) -> bool:
 
 def _is_of(record: dict[str, Any], run: Run, experiment: str) -> bool:
     """Return True if a record in the file of `experiment` is this run's. The key leaves out what is measured besides
-    the loss: an experiment that measures more needs runs of its own, and those from before it did are made again."""
+    the loss: a question that measures more needs runs of its own, and runs from before it did are made again."""
     measured = experiment == run.experiment and "measures" in record
     return record["key"] == run.key and (measured or hook(run.experiment, "measure") is None)
 
 
 def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
-    """Copy a finished run of the same key from another experiment, or from this one under an older name."""
+    """Copy a finished run of the same key from another question, or from this one under an older name."""
     for other in (run.experiment, *others):
         for record in read_results(_file(home, other, run)):
             if not _is_of(record, run, other):
@@ -168,15 +167,15 @@ def _take_over(home: Path, run: Run, others: Iterable[str]) -> bool:
     return False
 
 
-def _one(home: Path, run: Run, threads: int, places: dict[str, str], name: str) -> bool:
-    """Make one run in a process of its own, so that its peak memory and a crash are its own. places: environment
-    variables with the files that the runs of a sweep share."""
+def _one(home: Path, run: Run, threads: int, shared: dict[str, str], name: str) -> bool:
+    """Make one run in its own process, so that its peak memory and its crash are its own. shared: environment variables
+    that name what the runs of the sweep share."""
     size = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     python_path = os.pathsep.join(filter(None, (str(HOME.parent), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         _child_command(home, threads),
         input=run.to_json(),
-        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path, **places},
+        env={**os.environ, **size, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path, **shared},
         capture_output=True,
         text=True,
     )
@@ -200,7 +199,8 @@ def _child_command(home: Path, threads: int) -> list[str]:
 
 
 def _child(home: Path, threads: int, parent: int) -> None:
-    """Execute the run of standard input for _one: write its documents into the folder, its line to standard output."""
+    """Make the run on standard input in this process; write its documents to the folder and its line to standard
+    output."""
 
     def on_step(step: int, loss: float) -> None:
         if os.getppid() != parent:  # the sweep was killed, so the result would be lost
@@ -211,7 +211,7 @@ def _child(home: Path, threads: int, parent: int) -> None:
         record, documents = execute(run, threads, on_step)
     if run.held_out == "validation":
         write_documents(home / run.experiment, run.key, documents)
-    print(json.dumps(record, default=float))  # NumPy's numbers among an arm's facts
+    print(json.dumps(record, default=float))  # extra_facts of an arm may be NumPy numbers
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def tables(lines: list[Line]) -> str:
             cells = {line["what"]: f"{line['value']:.1f}" for line in by_width if line["row_bytes"] == size}
             text.append(f"| {size:,} | {' | '.join(cells.get(name, '') for name in names)} |")
     if by_rows := [line for line in lines if line["kind"] == "rows"]:
-        text += ["", "| rows per head | rows and state, GB | ms a step | against 2^17 |", "|---|---|---|---|"]
+        text += ["", "| rows per head | rows and state, GB | ms per step | against 2^17 |", "|---|---|---|---|"]
         for line in by_rows:
             mark = "" if line["written"] else " *"
             size = f"{line['bytes'] / 1e9:.2f}{mark}"

@@ -137,7 +137,7 @@ def plot(name: str) -> Path:
 
 
 def report(name: str | None) -> None:
-    """Write tables.md of a question; without a name of all, with claims.md and claims_in_short.md."""
+    """Write tables.md of a question; without a name of all, with claims.md, claims_in_short.md and the lab's README."""
     page = importlib.import_module("experiments.lab.claims_page")
     results = page.all_findings(name=name or "")
     for one in [name] if name else names():
@@ -146,6 +146,7 @@ def report(name: str | None) -> None:
         write_tables(home, one, text)
     if not name:
         page.write_claims(results)
+        importlib.import_module("experiments.lab.readme").write_readme()
 
 
 def new(name: str, home: Path = HOME) -> Path:

@@ -16,6 +16,7 @@ from experiments.lab.plots import COLOURS, INK, SOFT, STYLE, dot, save
 from experiments.lab.report import short, write_tables
 from experiments.lab.results import read_documents, read_results
 from experiments.scripts.retrofit.arms import NAMES
+from experiments.scripts.retrofit.recipe import recipe
 
 Record = dict[str, Any]
 Arms = dict[str, dict[int, Record]]  # {arm: {seed: run}}
@@ -200,14 +201,15 @@ def document(home: Path) -> str:
     runs = [r for mine in arms.values() for r in mine.values()]
     code = " and ".join(dict.fromkeys(short(r["code"]) for r in runs))
     overlap = runs[0]["overlap_13gram"]
-    facts = (
+    shared = (
         f"13-grams found in the training text: {overlap['inside']:.4f} of the in-domain documents', "
         f"{overlap['outside']:.4f} of the others'. Threads {runs[0]['threads']}, torch {runs[0]['torch']}, code "
         f"{code}. In parentheses: 95 % intervals over seeds and documents (or facts)."
     )
     broken = [r for r in read_results(home / "results.jsonl") if diverged(r)]
     lost = [f"{r['arm']}, seed {r['seed']}, at lr {r['lr']:g}" for r in broken]
-    facts += f" Diverged, and made again with the next best rate: {'; '.join(lost)}." if lost else ""
+    shared += f" Diverged, and made again with the next best rate: {'; '.join(lost)}." if lost else ""
+    tuned = read_results(home / "tune.jsonl")
     parts = [
         "### Reading",
         reading_table(home, arms),
@@ -218,9 +220,11 @@ def document(home: Path) -> str:
         pairs_table(home, arms),
         "### What each arm costs",
         costs_table(arms),
-        facts,
+        shared,
         "### Learning rates",
-        tuning_table(read_results(home / "tune.jsonl")),
+        tuning_table(tuned),
+        "### How it was made",
+        recipe(tuned, BYTES_A_TOKEN),
     ]
     return "\n\n".join(parts)
 

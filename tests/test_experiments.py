@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from engram.lm.train import Batches, TrainConfig
 from engram.lm.transformer import TransformerConfig
 from experiments.__main__ import chosen, main, new, runs_of, seeds_of, tune
 from experiments.arms.knn_lm import INDEXES
-from experiments.lab import caches, cell, claims_page, execute, report, results, runner, tuning
+from experiments.lab import caches, cell, claims_page, execute, readme, report, results, runner, tuning
 from experiments.lab.cell import HOME, SETTINGS, Run, Table, cell_of, names
 from experiments.lab.results import append, read_documents, read_results, write_documents
 from experiments.lab.trainings import FILE, training_of
@@ -1012,3 +1013,40 @@ def test_every_module_of_the_lab_can_be_imported_first():
         for other in [other for other in sys.modules if other.partition(".")[0] == "experiments"]:
             del sys.modules[other]
         sys.modules.update(loaded)
+
+
+# What may have digits in a README: sources, methods, levels, code, links, and what `report` writes between marks.
+NOT_COUNTED = re.compile(
+    r"```.*?```|(?m:^    [^\n]*$)|`[^`]*`|<!-- table -->.*?<!-- end -->|\]\([^)]*\)|arXiv \d{4}\.\d{5}|95 %|\d+-grams?",
+    re.S,
+)
+TYPED = re.compile(r"(?<![\w.-])[-+]?\d")
+
+
+@pytest.mark.parametrize(
+    "file", [*HOME.rglob("README.md")], ids=lambda file: file.parent.relative_to(HOME.parent).as_posix()
+)
+def test_no_number_in_a_readme_of_the_lab_is_typed(file):
+    assert [line for line in NOT_COUNTED.sub("", file.read_text()).splitlines() if TYPED.search(line)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("loss falls by 0.05 nats", True),
+        ("-3 % of the speed", True),
+        ("- 48 services", True),
+        ("rows as int4 or fp8, 95 % intervals, 13-gram overlap, arXiv 2601.07372, `--seeds 0`", False),
+        ("<!-- table -->\n| 4.5 |\n<!-- end -->\n    run x 3\n", False),
+    ],
+)
+def test_typed_numbers_are_told_from_names_code_and_generated_parts(text, typed):
+    assert bool(TYPED.search(NOT_COUNTED.sub("", text))) is typed
+
+
+def test_the_readme_of_the_lab_has_the_sizes_and_the_losses_on_other_machines(tmp_path):
+    assert f"<!-- table -->\n{readme.sizes()}\n\n{readme.machines()}\n<!-- end -->" in (HOME / "README.md").read_text()
+    line = {"processor": "a fourth CPU", "seed": 1, "loss": 4.6}
+    (tmp_path / "machines.jsonl").write_text(json.dumps(line) + "\n")
+    text = readme.machines(file=tmp_path / "machines.jsonl")
+    assert "| a fourth CPU |  | 4.6 |  |" in text and "by up to 0.057" in text

@@ -853,7 +853,7 @@ def test_a_summary_stands_before_the_tables_of_the_losses(tmp_path, monkeypatch)
     monkeypatch.setattr(report, "tables_of", lambda records: {"g": {}})
     monkeypatch.setattr(report, "rows_of", lambda *_: [])
     monkeypatch.setattr(report, "table", lambda *_: "losses")
-    monkeypatch.setattr(report, "facts", lambda *_: "")
+    monkeypatch.setattr(report, "shared_fields", lambda *_: "")
     text = report.document(tmp_path, "plain", lambda home: "measures")
     assert text.index("measures") < text.index("losses")
 

@@ -72,7 +72,7 @@ def seen_windows(setting: Setting, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids, documents), each [windows, context + 1]: the windows that this run has trained on, each once, with
     their targets.
 
-    A window repeated in later epochs counts once: repeats would say nothing about unseen text.
+    A window repeated in later epochs counts once: repeats carry no information about unseen text.
     """
     train = setting.train
     batches = Batches(data.train, train.context, train.batch_size, train.seed)

@@ -1,7 +1,7 @@
 """shuffled: Engram whose addresses come from another text. A control for what the right address is worth.
 
 In training, each window reads the rows of the window before it in the batch (a roll over the batch dimension; the batch
-is a random draw of windows, so the neighbour says nothing about this text). Rows are looked up as often as in Engram
+is a random draw of windows, so the neighbour is unrelated to this text). Rows are looked up as often as in Engram
 and with the same duplicates, and the gate sees this text, but no row belongs to its n-grams.
 
 A roll would not work at evaluation: evaluate() puts the windows of one long document side by side, so a neighbour could

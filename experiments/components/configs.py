@@ -1,4 +1,4 @@
-"""Which part of the memory earns its place? One part changed at a time, from the memory of the setting."""
+"""Does each part of the memory earn its place? One part changed at a time, from the memory of the setting."""
 
 from __future__ import annotations
 

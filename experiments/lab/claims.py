@@ -49,7 +49,7 @@ Figure = Callable[[Path], list[Finding]]
 
 
 class Rule(NamedTuple):
-    """Which intervals support a claim: those "below" or "above" a bound, or "near" 0, closer than the bound."""
+    """The intervals that support a claim: those "below" or "above" a bound, or "near" 0, closer than the bound."""
 
     words: str
     side: str

@@ -1,4 +1,4 @@
-"""Measures by seed, and intervals over seeds, for questions that measure more than the loss."""
+"""Functions for questions that measure more than the loss: their measures by seed, and intervals over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is it the lookup or the module around it? The controls, at two vocabulary sizes."""
+"""Does the lookup bring the gain, or the module around it? The controls, at two vocabulary sizes."""
 
 from __future__ import annotations
 

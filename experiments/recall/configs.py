@@ -27,7 +27,7 @@ ARMS = ("plain", "engram", "one-row", "short-conv")
 # optimiser has no bias correction, and its first steps are ten times its rate.
 SLOW, SLOWER = "engram, slow rows", 0.1
 # Each arm learns the task below some rate and not above it: a grid of rates that are all too high is flat, and its best
-# rate says nothing about the direction in which to go on.
+# rate does not show the direction in which to go on.
 LRS = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 # All tasks are run at the rate of MQAR. Arms that do not learn the hardest task at that rate get a grid on that task:
 # if the grid is flat, the rate is not the reason.

@@ -1,4 +1,4 @@
-"""Measures of held-out documents and of facts, as arrays with one entry per document or fact."""
+"""Evaluation of a model on held-out documents and on facts, as arrays with one entry per document or fact."""
 
 from __future__ import annotations
 

@@ -722,7 +722,7 @@ def test_every_question_has_the_tables_of_its_results_and_says_what_they_do_not_
 
 
 def test_the_claims_are_those_of_the_committed_results():
-    found = claims_page.found_in()  # here, because it compares what those tables compare
+    found = claims_page.all_findings()  # here, because it compares what those tables compare
     assert claims_page.document(found) == claims_page.FILE.read_text(), "python -m experiments report"
     short = f"<!-- table -->\n{claims_page.in_short(found)}\n<!-- end -->"
     assert short in claims_page.SHORT.read_text(), "python -m experiments report"

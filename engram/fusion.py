@@ -86,7 +86,7 @@ class EngramFusion(nn.Module):
         Args:
             rows_BTE: the concatenated rows of each position.
             hidden: [B, T, d], or [B, T, M, d] with M residual streams.
-            documents_BT: run number of each position; the convolution never reaches into another run. With a history
+            documents_BT: document number of each position; the convolution never crosses a document. With a history
                 [B, H + T]: of its positions too.
             history: [B, H, M*d] the inputs of the convolution just before, when decoding step by step: all that it
             reaches back to (EngramMemory.lag), fewer only at the start of a text.

@@ -1,4 +1,4 @@
-"""build_optimizer: dense weights and table rows in one torch optimiser, so schedulers and training loops just work."""
+"""build_optimizer: dense weights and table rows in one torch optimizer, for any scheduler and training loop."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from engram.memory import EngramMemory, check_processes
+from engram.memory.digests import match_weights, weight_digests
 from engram.tables.optimizers import RowAdagrad, RowAdam, RowOptimizer, RowRMS, RowSinkhorn
 from engram.tables.protocol import Table
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class EngramOptimizer(torch.optim.AdamW):
-    """AdamW on the dense weights and a row-sparse optimiser on each table. Made by build_optimizer.
+    """AdamW on the dense weights and a row-sparse optimizer on each table. Made by build_optimizer.
 
     One of .param_groups is named "tables"; it holds no parameters, but its "lr" is the tables', so a learning rate
-    scheduler moves both. .row_optimizers lists the row optimisers, .touched the distinct rows of the last step.
+    scheduler moves both. .row_optimizers lists the row optimizers, .touched the distinct rows of the last step.
     """
 
     def __init__(
@@ -31,7 +29,7 @@ class EngramOptimizer(torch.optim.AdamW):
         super().__init__(groups, **kwargs)
         self.memories, self.rows = memories, rows
         self.touched = 0
-        self._progress: list[str] | None = None  # what the step under way has updated; None between steps
+        self._progress: list[str] | None = None  # what the running step has updated; None between steps
         # Memory number -> digests of the fusion weights that a loaded state belongs to
         self._saved_beside: dict[int, str | dict[str, str]] = {}
         for memory in memories:
@@ -49,35 +47,34 @@ class EngramOptimizer(torch.optim.AdamW):
 
     @property
     def row_optimizers(self) -> list[RowOptimizer]:
+        """The row optimizers of all memories and layers."""
         return [optimizer for layers in self.rows for optimizer in layers.values()]
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimiser state, dense and rows."""
+        """Bytes of optimizer state, of weights and rows."""
         dense = sum(v.nbytes for s in self.state.values() for v in s.values() if isinstance(v, torch.Tensor))
         return dense + sum(optimizer.nbytes for optimizer in self.row_optimizers)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Updates the dense weights and the rows that the backward passes since zero_grad() touched.
+        """Update the dense weights and the rows that the backward passes since zero_grad() touched.
 
-        torch.amp.GradScaler.step has row gradients divided too. Where it found infinities, or a row gradient holds one,
-        nothing moves.
-
-        If it is interrupted, each row is left as it was or updated as a whole, and the gradients of rows that were
-        reached are dropped, so that no later step applies them twice: see `interrupted`.
+        With torch.amp.GradScaler.step, row gradients are divided too; if the scaler or a row gradient has infinities,
+        nothing is updated. If the step is interrupted, each row is unchanged or completely updated, and the gradients
+        of updated layers are dropped, so that no later step applies them twice: see `interrupted`.
 
         Raises:
             RuntimeError: several processes train (engram.memory.check_processes). Or GradScaler.unscale_ was called,
-            which reaches no row gradient.
+            which does not divide row gradients.
         """
         self._check_processes()
         self.touched = 0
         scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if infinite is not None:  # GradScaler sets both for the time of this call
+        if infinite is not None:  # GradScaler sets both during this call
             kept = [pending for memory in self.memories for pending in memory.gradients.values()]
             if scale is None and any(kept):
-                del self.__dict__["grad_scale"], self.__dict__["found_inf"]  # an error would leave them behind
+                del self.__dict__["grad_scale"], self.__dict__["found_inf"]  # an error would leave them set
                 raise RuntimeError(
                     "GradScaler.unscale_ divides the gradients of weights, but not those of table rows: train in "
                     "bfloat16, or leave unscale_ out (with transformers' Trainer: bf16=True instead of fp16=True, or "
@@ -146,9 +143,9 @@ class EngramOptimizer(torch.optim.AdamW):
 
     @property
     def interrupted(self) -> str | None:
-        """What the last step has updated and what it has not, if it was interrupted (KeyboardInterrupt, an error) after
-        it had begun; else None. Each row is as it was or updated as a whole. The next step warns of it and goes on from
-        there, with the gradients of new backward passes; loading a state, of the last checkpoint, sets it to None."""
+        """What the last step updated and what not, if it was interrupted (KeyboardInterrupt, an error) after it had
+        begun; else None. Each row is unchanged or completely updated. The next step warns of it and continues from
+        there, with the gradients of new backward passes; loading a state, as of a checkpoint, sets it to None."""
         if self._progress is None:
             return None
         left = []
@@ -162,11 +159,11 @@ class EngramOptimizer(torch.optim.AdamW):
         done = " and ".join(self._progress) or "nothing, or some of the dense weights"
         return (
             f"it has updated {done}{', but not ' if left else ''}{' and '.join(left)}. Load the last checkpoint to "
-            f"repeat it as a whole; training that goes on from here leaves out the rest of that step"
+            f"repeat it completely; training that continues from here leaves out the rest of that step"
         )
 
     def close(self) -> None:
-        """Let the state of the rows go, with its files, so that another optimizer can be built. No step after that."""
+        """Release the state of the rows and its files, so that another optimizer can be built. Later steps raise."""
         for row_optimizer in self.row_optimizers:
             row_optimizer.close()
 
@@ -181,9 +178,11 @@ class EngramOptimizer(torch.optim.AdamW):
             check_processes()
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's. The state of a table's rows (live tensors) lies under "rows" in the state of a weight of its fusion
-        module (of another weight, where none of them learns), as "<number of the memory>.<layer>": whatever carries the
-        state of weights carries that of rows. With it go digests of the fusion weights that it belongs to.
+        """Return AdamW's state dict with the state of the rows.
+
+        The state of a table's rows (live tensors) lies under "rows" in the state of a weight of its fusion module (of
+        another weight, if none of them is trained), as "<number of the memory>.<layer>": code that moves the state of
+        weights moves that of rows. Digests of the fusion weights that it belongs to lie beside it.
         """
         if self.interrupted is not None:
             warnings.warn(f"this is the state after a step that was interrupted: {self.interrupted}", stacklevel=2)
@@ -191,32 +190,33 @@ class EngramOptimizer(torch.optim.AdamW):
         state = {key: dict(values) for key, values in saved["state"].items()}
         numbers = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for number, (memory, layers) in enumerate(zip(self.memories, self.rows, strict=True)):
-            digests = _digests(memory) if layers else {}
+            digests = weight_digests(memory.fusions) if layers else {}
             for layer, optimizer in layers.items():
                 weights = memory.fusions[str(layer)].parameters()
-                # Without a weight that learns, torch keeps what has another name than a number, too
+                # Without a trained weight, use a name: torch keeps keys that are not numbers too
                 home = next((numbers[id(w)] for w in weights if id(w) in numbers), 0 if numbers else "tables")
-                values = {**optimizer.state_dict(whole=bool(self.state)), "beside": digests}
+                values = {**optimizer.state_dict(unwritten=bool(self.state)), "beside": digests}
                 state.setdefault(home, {}).setdefault("rows", {})[f"{number}.{layer}"] = values
         return {**saved, "state": state}
 
     def _check_weights(self) -> None:
-        """At the first step after a state was loaded, when everything else has been loaded too."""
+        """Raise RuntimeError if the loaded state belongs to other weights. Called at the first step after a load, when
+        the weights have been loaded too."""
         for number, saved in self._saved_beside.items():
-            if not _belongs(self.memories[number], saved):
+            if not match_weights(self.memories[number].fusions, saved):
                 raise RuntimeError(
-                    "this optimiser's state was saved beside other weights of the memory than it has now, so training "
-                    "would go on with other rows: load the memory's state too (checkpoints that PEFT writes hold "
+                    "this optimizer's state was saved beside other weights of the memory than it has now, so training "
+                    "would continue with other rows: load the memory's state too (checkpoints that PEFT writes hold "
                     "adapters alone: add engram.MemoryCallback() to the Trainer, or memory.save beside them and "
-                    "engram.attach(model, folder) to go on). To train from these rows on, build a new optimiser"
+                    "engram.attach(model, folder) to continue). To train from these rows on, build a new optimizer"
                 )
         self._saved_beside = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Reads what state_dict() wrote, also that of versions that kept "rows" and "memories" beside "state".
+        """Load what state_dict() returned, also in versions that kept "rows" and "memories" beside "state".
 
         Raises:
-            ValueError: the saved state belongs to other tables or another kind of optimiser. RuntimeError: several
+            ValueError: the saved state belongs to other tables or another kind of optimizer. RuntimeError: several
             processes train; at the next step, rows were trained in the saved state and the memory has other weights
             than it was saved beside.
         """
@@ -225,7 +225,7 @@ class EngramOptimizer(torch.optim.AdamW):
         own = {f"{m}.{layer}": o for m, layers in enumerate(self.rows) for layer, o in layers.items()}
         if set(rows) != set(own):
             raise ValueError(
-                f"the saved optimiser state has the rows of {sorted(rows) or 'no table'}, this optimiser trains "
+                f"the saved optimizer state has the rows of {sorted(rows) or 'no table'}, this optimizer trains "
                 f"{sorted(own) or 'none'} (number of the memory.layer): it belongs to another model"
             )
         for key, optimizer in own.items():
@@ -244,7 +244,7 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, tuple[
     was saved beside)}.
 
     Raises:
-        ValueError: not an optimiser's state.
+        ValueError: the state does not come from such an optimizer.
     """
     try:
         state = {key: {k: v for k, v in values.items() if k != "rows"} for key, values in state_dict["state"].items()}
@@ -254,36 +254,13 @@ def _split(state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, tuple[
             rows |= {f"{number}.{layer}": {**values, "beside": beside} for layer, values in layers.items()}
         pairs = {key: (values, values.pop("beside", None)) for key, values in rows.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"this is not the state of an optimiser of build_optimizer: {error!r}") from error
+        raise ValueError(f"this is not the state of an optimizer of build_optimizer: {error!r}") from error
     return {key: values for key, values in state.items() if values}, pairs
 
 
-def _digests(memory: EngramMemory) -> dict[str, str]:
-    """Digests of the fusion weights in each dtype that they may be cast to before the state is loaded again."""
-    return {str(dtype).removeprefix("torch."): _digest(memory, dtype) for dtype in _DTYPES}
-
-
-def _belongs(memory: EngramMemory, saved: str | dict[str, str]) -> bool:
-    """Return True if a state saved beside weights of these digests belongs to the current weights."""
-    if isinstance(saved, str):  # of the bits as they were, by earlier versions
-        return saved in ("", _digest(memory))
-    dtypes = {weight.dtype for weight in memory.fusions.parameters()}
-    dtype = next((dtype for dtype in _DTYPES[1:] if dtype in dtypes), torch.float32)
-    return saved.get(str(dtype).removeprefix("torch.")) == _digest(memory, dtype)
-
-
-def _digest(memory: EngramMemory, dtype: torch.dtype | None = None) -> str:
-    """Digest of the bits of the fusion weights in a dtype (default: their own), 16 hex digits."""
-    digest = xxhash.xxh3_64()
-    for weight in memory.fusions.parameters():
-        values = weight.detach().cpu().to(dtype or weight.dtype).flatten()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _dense_step(optimizer: EngramOptimizer, closure: Callable[[], float] | None) -> Any:
-    """AdamW's step, without the hooks that torch puts around it as soon as a plain AdamW exists: the optimiser's own
-    step has them already, and each would be called twice."""
+    """Run AdamW's step without the hooks that torch adds to it once a plain AdamW exists: the optimizer's own step has
+    them already, and each would be called twice."""
     step = torch.optim.AdamW.step
     if getattr(step, "hooked", False):
         step = getattr(step, "__wrapped__", step)
@@ -301,20 +278,32 @@ def build_optimizer(
     table_optimizer: str = "rms",
     table_betas: tuple[float, float] | None = None,
 ) -> EngramOptimizer:
-    """One optimiser for everything that learns in a model with (or without) engram memory.
+    """Return one optimizer for all trained weights and rows of a model with (or without) engram memory.
 
     Args:
-        model: any module; the EngramMemory modules in it bring their tables. A memory alone works too.
+        model: any module; the tables of the EngramMemory modules in it are trained too. A memory alone works too.
         lr, betas, eps, weight_decay: AdamW of the dense weights. Only matrices decay: no gains, biases or convolutions.
-        table_lr: learning rate of the rows, well above the dense one as a rule; rows never decay.
+        table_lr: learning rate of the rows, usually well above the dense one; rows never decay.
         table_optimizer: "rms" or "adagrad" (4 bytes of state per row), "adam" (8 bytes per value) or "sinkhorn" (4
             bytes per value and 4 per row).
-        table_betas: decays of the row optimiser; default (0, 0.99) for rms, (0.9, 0.999) for adam, (0.95, 0) for
-            sinkhorn, which uses the first alone; adagrad has none.
+        table_betas: decays of the row optimizer; default (0, 0.99) for rms, (0.9, 0.999) for adam, (0.95, 0) for
+            sinkhorn, which uses only the first; adagrad has none.
 
     Raises:
-        ValueError: an unknown table_optimizer; rates or decays that make no sense. RuntimeError: several processes
+        ValueError: an unknown table_optimizer; rates or decays that are out of range. RuntimeError: several processes
         train, which is not supported yet.
+
+    Example:
+        >>> import torch
+        >>> from engram import EngramConfig, EngramMemory, TokenMap, build_optimizer
+        >>> config = EngramConfig(layers=(1,), orders=(2, 3), heads=2, head_dim=8, rows_per_head=500)
+        >>> memory = EngramMemory(config, TokenMap.identity(100), hidden_size=16)
+        >>> optimizer = build_optimizer(memory, lr=1e-3, table_lr=0.03)
+        >>> hidden = torch.randn(1, 4, 16)
+        >>> memory[1](hidden, memory.recall(torch.tensor([[5, 7, 5, 7]]))).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.touched  # rows of 3 bigrams and 4 trigrams, 2 heads each
+        14
     """
     make: dict[str, Callable[[Table], RowOptimizer]] = {
         "rms": lambda table: RowRMS(table, table_lr, (table_betas or (0.0, 0.99))[1]),

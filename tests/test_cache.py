@@ -217,7 +217,7 @@ def test_recalls_whose_positions_were_taken_back_are_refused():
     decode(memory, cache, ids, hidden)
     late = memory.recall(ids, cache=cache)
     cache.rewind(8)
-    with pytest.raises(RuntimeError, match="layer 0 has seen 4 of the 6 positions"):
+    with pytest.raises(RuntimeError, match="layer 0 has computed 4 of the 6 positions"):
         memory[0](hidden, late)
     decode(memory, cache, ids, hidden)
     with pytest.raises(RuntimeError, match="does not belong to the text"):
@@ -284,7 +284,7 @@ def test_a_piece_that_was_interrupted_can_be_repeated_or_is_refused(ends, where,
     if where in ("hashing", "fetching"):  # nothing has happened yet
         assert cache.length == 10
     else:
-        with pytest.raises(RuntimeError, match="layer 0 has seen 10 of the 20 positions"):
+        with pytest.raises(RuntimeError, match="layer 0 has computed 10 of the 20 positions"):
             decode(memory, cache, ids[:, 10:], hidden[:, 10:])
         cache.rewind(cache.length - 10)
     _, found = decode(memory, cache, ids[:, 10:], hidden[:, 10:])

@@ -322,9 +322,9 @@ def test_a_width_that_is_not_a_multiple_of_32_is_refused(name, dim):
 
 
 def test_unknown_codecs_and_wrong_widths_say_what_there_is():
-    with pytest.raises(ValueError, match="unknown row codec 'fp4'; there are fp8, int8, int4, pq4, pq8"):
+    with pytest.raises(ValueError, match="unknown row codec 'fp4': expected one of fp8, int8, int4, pq4, pq8"):
         EncodedTable(10, 32, "fp4")
-    with pytest.raises(ValueError, match="runs of 8 values, so it cannot hold 12"):
+    with pytest.raises(ValueError, match="groups of 8 values, so it cannot hold 12"):
         EncodedTable(10, 12, "pq8")
     with pytest.raises(ValueError, match="trained on rows of 32 values, not 64"):
         EncodedTable(10, 64, pq(32))
@@ -397,7 +397,7 @@ def test_a_mapped_file_keeps_its_rows_its_lock_and_its_size(tmp_path):
 
 def test_pq_codebooks_lie_beside_the_rows_and_a_table_never_opens_without_them(tmp_path):
     path, rows, codec = tmp_path / "rows.bin", normal(300, 32), pq(32)
-    with pytest.raises(ValueError, match=r"give trained codebooks"):
+    with pytest.raises(ValueError, match=r"pass trained codebooks"):
         EncodedTable(300, 32, "pq4", path)
     table = EncodedTable(300, 32, codec, path)
     table.write(torch.arange(300), rows)

@@ -14,11 +14,15 @@ import engram
 NAMES = sorted({(engram._HOME[name], name) for name in engram.__all__} | {("engram.memory", "EngramMemory.recall")})
 NEED_ONE = [
     "EngramConfig",
+    "EngramMemory",
+    "EngramMemory.recall",
     "HashLayout",
+    "HostTable",
     "NgramHasher",
     "TokenMap",
     "ablate",
     "attach",
+    "build_optimizer",
     "detach",
     "explain",
     "inspect_file",

@@ -168,7 +168,7 @@ def test_tables_that_are_given_are_those_that_loading_makes(tmp_path):
     assert same(EngramMemory.load(given.save(tmp_path / "given")), given)
     for other in ({"dtype": torch.bfloat16}, {"init": "normal"}, {}):
         tables = {layer: HostTable(rows[layer], 8, **other) for layer in CONFIG.layers}
-        with pytest.raises(ValueError, match="the table of layer 1 is of"):
+        with pytest.raises(ValueError, match="the table of layer 1 has"):
             EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, tables=tables)
 
 

@@ -216,7 +216,7 @@ def test_an_interrupted_step_names_the_rows_that_it_did_not_reach_and_the_next_o
         assert optimizer.interrupted is None
         return
     assert optimizer.interrupted.tolist() == list(range(20 + reached, 100))
-    with pytest.warns(UserWarning, match=rf"interrupted before it came to {80 - reached} of its rows"):
+    with pytest.warns(UserWarning, match=rf"interrupted before it updated {80 - reached} of its rows"):
         optimizer.step(ids[:1], grad[:1])
     assert optimizer.interrupted is None
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import engram
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig, build_optimizer
-from engram.optimizer import _digest
+from engram.memory.digests import _digest
 from tests.hf_models import build
 
 VOCAB = 64
@@ -250,7 +250,7 @@ def test_a_state_in_the_earlier_form_still_loads():
     saved = copy.deepcopy(ours.state_dict())
     layers = [{layer: o.state_dict() for layer, o in ours.rows[0].items()}]
     state = {key: {k: v for k, v in values.items() if k != "rows"} for key, values in saved["state"].items()}
-    old = copy.deepcopy({**saved, "state": state, "rows": layers, "memories": [_digest(model.memory)]})
+    old = copy.deepcopy({**saved, "state": state, "rows": layers, "memories": [_digest(model.memory.fusions)]})
     other = make(seed=3)
     theirs = build_optimizer(other)
     theirs.load_state_dict(old)
@@ -277,7 +277,7 @@ def test_an_optimizer_state_survives_torch_save_and_one_of_another_make_is_refus
     plain = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="no table"):
         theirs.load_state_dict(plain.state_dict())
-    with pytest.raises(ValueError, match="not the state of an optimiser"):
+    with pytest.raises(ValueError, match="not the state of an optimizer"):
         theirs.load_state_dict({"param_groups": []})
 
 

@@ -195,7 +195,7 @@ def test_a_cache_without_positions_is_like_a_new_one(rewound):
     found = memory[1](hidden, memory.recall(ids, documents, cache=cache))
     torch.testing.assert_close(found, memory[1](hidden, memory.recall(ids, documents)))
     memory.recall(ids[:, :0], documents[:, :0], cache=cache)  # an empty piece changes nothing
-    assert cache.length == 20 and cache.runs is not None and cache.runs.shape == (2, 20)
+    assert cache.length == 20 and cache.documents is not None and cache.documents.shape == (2, 20)
 
 
 def test_a_recall_with_a_cache_may_be_used_again_and_no_piece_may_miss_a_layer():
@@ -207,7 +207,7 @@ def test_a_recall_with_a_cache_may_be_used_again_and_no_piece_may_miss_a_layer()
             torch.testing.assert_close(memory[1](hidden[:, part], recall), whole[:, part])
     cache = MemoryCache()
     memory.recall(ids[:, :8], cache=cache)
-    with pytest.raises(RuntimeError, match=r"layer 1 has seen 0 of the 8 positions before this piece"):
+    with pytest.raises(RuntimeError, match=r"layer 1 has computed 0 of the 8 positions before this piece"):
         memory[1](hidden[:, 8:], memory.recall(ids[:, 8:], cache=cache))
 
 
@@ -441,7 +441,7 @@ def test_a_folder_with_rows_of_another_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rows of another memory.*token_map"):
         EngramMemory(SMALL, TokenMap(torch.arange(VOCAB).flip(0).numpy()), 32, folder=tmp_path)
     (tmp_path / "rows.json").unlink()
-    with pytest.raises(ValueError, match=r"rows.json does not say whose rows"):
+    with pytest.raises(ValueError, match=r"rows.json does not name the memory of the rows"):
         make(folder=tmp_path)
 
 

@@ -329,7 +329,7 @@ def test_files_of_an_optimizer_that_a_traceback_keeps_alive_can_be_let_go(tmp_pa
     memory = EngramMemory(CONFIG, TokenMap.identity(VOCAB), 32, folder=tmp_path)
     optimizer = build_optimizer(memory)
     kept = [state.tensor for each in optimizer.row_optimizers for state in each.state.values()]
-    with pytest.raises(BlockingIOError, match=r"layer-0.rows.v is held by an earlier optimizer.*close\(\)"):
+    with pytest.raises(BlockingIOError, match=r"layer-0.rows.v is locked by an earlier optimizer.*close\(\)"):
         build_optimizer(memory)
     if let_go == "optimizer":
         optimizer.close()

@@ -155,7 +155,7 @@ def test_optimizer_state_refuses_another_table_and_another_kind():
     adam = RowAdam(HostTable(30, 4))
     adam.step(*touched_step(0, 30, 4, 5))
     saved = adam.state_dict()
-    with pytest.raises(ValueError, match="optimiser state"):
+    with pytest.raises(ValueError, match="optimizer state"):
         RowAdam(HostTable(31, 4)).load_state_dict(saved)
     for kind in (RowRMS, RowAdagrad, RowSinkhorn):
         with pytest.raises(ValueError, match="has state"):

@@ -177,7 +177,7 @@ EngramMemory.load(sys.argv[1], rows_in=folder)
 """
     status, _ = elsewhere(code, saved, tmp_path / "work", after)
     assert status == -9 and (tmp_path / "work" / "layer-1.rows").exists()
-    with pytest.raises(ValueError, match=r"rows.json does not say whose rows"):
+    with pytest.raises(ValueError, match=r"rows.json does not name the memory of the rows"):
         EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, folder=tmp_path / "work")
     with pytest.raises(FileExistsError, match="delete the rows"):
         EngramMemory.load(saved, rows_in=tmp_path / "work")

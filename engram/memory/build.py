@@ -1,4 +1,4 @@
-"""The layout and the tables that a configuration makes."""
+"""Layout, tables and fusion modules of a memory, from its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engram.tables import EncodedTable, HostTable
 
 
 def build_layout(config: EngramConfig, compressed_vocab: int, pad_id: int) -> HashLayout:
-    """Where the rows of this configuration lie. pad_id: compressed id that stands before the start of a text."""
+    """Return the hash layout of a configuration. pad_id: compressed id that positions before a text read as."""
     return HashLayout.build(
         compressed_vocab=compressed_vocab,
         layers=config.layers,
@@ -36,7 +36,7 @@ def build_layout(config: EngramConfig, compressed_vocab: int, pad_id: int) -> Ha
 
 
 def hash_layout(config: EngramConfig, token_map: TokenMap) -> HashLayout:
-    """Where the rows of this configuration lie, for the tokenizer of this token map."""
+    """Return the hash layout of a configuration for the tokenizer of a token map."""
     return build_layout(config, token_map.size, int(token_map.table[config.pad_id]))
 
 
@@ -55,8 +55,8 @@ def check_arguments(config: EngramConfig, token_map: TokenMap, folder: str | os.
         )
     if folder is not None and (Path(folder) / "manifest.json").exists():
         raise ValueError(
-            f"{folder} is a saved memory, which is not trained in place: EngramMemory.load it, with rows_in= where "
-            f"the rows should stay in files, and save it again"
+            f"{folder} is a saved memory, which is not trained in place: load it with EngramMemory.load, with rows_in= "
+            f"if the rows should stay in files, and save it again"
         )
 
 
@@ -91,7 +91,7 @@ def extended_hasher(hasher: Any, layout: HashLayout, grown: Any) -> tuple[Any, i
 
 
 def new_table(config: EngramConfig, layer: int, rows: int, path: Any = None, mode: str = "r+") -> HostTable:
-    """The table of one layer, float rows as the configuration wants them; in memory, or in the file `path`."""
+    """Make the table of one layer with the float rows of the configuration, in memory or in the file `path`."""
     dtype, init, std = getattr(torch, config.table_dtype), config.table_init, config.table_std
     return HostTable(rows, config.head_dim, dtype, path, mode=mode, init=init, std=std, seed=table_seed(config, layer))
 
@@ -102,7 +102,7 @@ def table_seed(config: EngramConfig, layer: int) -> int:
 
 
 def unwritten(dtype: Any, init: Any, std: Any, seed: Any) -> tuple[Any, ...]:
-    """What decides how rows that were never written read: zeros are drawn with no std from no seed."""
+    """Return what decides how rows that were never written read: zeros do not depend on std and seed."""
     return (dtype, init) if init == "zero" else (dtype, init, std, seed)
 
 
@@ -115,18 +115,18 @@ def make_tables(
     tables: Tables,
 ) -> None:
     """Fill `tables` with one float table per layer, in memory or in files of `folder`: open_rows(folder) checks
-    rows that are there, begin_rows(folder) prepares a folder without rows.
+    existing rows, begin_rows(folder) prepares a folder without rows.
 
     Raises:
         ValueError: the folder holds rows of another memory, or of some layers only.
     """
     paths = {layer: None if folder is None else folder / f"layer-{layer}.rows" for layer in config.layers}
-    there = [layer for layer, path in paths.items() if path is not None and path.exists()]
-    if folder is not None and there:
+    existing = [layer for layer, path in paths.items() if path is not None and path.exists()]
+    if folder is not None and existing:
         open_rows(folder)
-        if missing := sorted({*config.layers} - {*there}):
+        if missing := sorted({*config.layers} - {*existing}):
             raise ValueError(
-                f"{folder} holds the rows of layers {there} and not those of {missing}: bring them back, or give "
+                f"{folder} holds the rows of layers {existing} and not those of {missing}: restore them, or use "
                 f"another folder"
             )
     elif folder is not None and torch.get_default_device().type == "meta":
@@ -139,7 +139,7 @@ def make_tables(
     except BaseException:
         for table in tables.values():
             table.close()
-            if table.path is not None and not there:  # so that it can be tried again
+            if table.path is not None and not existing:  # so that the call can be repeated
                 table.path.unlink(missing_ok=True)
         raise
 
@@ -151,17 +151,17 @@ def check_tables(config: EngramConfig, rows: Mapping[int, int], tables: Tables) 
         ValueError: other shapes, codecs that differ, or other initial rows than the configuration makes.
     """
     shapes = {layer: (table.rows, table.dim) for layer, table in tables.items()}
-    wanted = {layer: (rows.get(layer), config.head_dim) for layer in config.layers}
+    expected = {layer: (rows.get(layer), config.head_dim) for layer in config.layers}
     codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in tables.values()}
-    if shapes != wanted or len(codecs) != 1:
-        raise ValueError(f"the tables given are {shapes}, stored as {codecs}; the configuration needs {wanted}")
+    if shapes != expected or len(codecs) != 1:
+        raise ValueError(f"the tables have shapes {shapes}, stored as {codecs}; the configuration needs {expected}")
     codec = codecs.pop()
     for layer, table in tables.items() if codec is None else ():
         made = unwritten(config.table_dtype, config.table_init, config.table_std, table_seed(config, layer))
-        found = unwritten(str(table.dtype).removeprefix("torch."), table.init, table.std, table.seed)
-        if found != made:
+        actual = unwritten(str(table.dtype).removeprefix("torch."), table.init, table.std, table.seed)
+        if actual != made:
             raise ValueError(
-                f"the table of layer {layer} is of (dtype, init, std, seed) {found}, the configuration makes "
-                f"{made}: rows never written would read otherwise once it is saved and loaded"
+                f"the table of layer {layer} has (dtype, init, std, seed) {actual}, the configuration makes "
+                f"{made}: rows never written would read differently after it is saved and loaded"
             )
     return codec

@@ -21,7 +21,7 @@ def encode_all(tables: Tables, codec: str, name: str, folder: Path | None) -> di
             raise ValueError(f"{path} exists already: give another folder, or delete it")
     encoded: dict[int, EncodedTable] = {}
     try:
-        with ExitStack() as stack:  # all layers come to their places together, once all are whole
+        with ExitStack() as stack:  # all layers get their names together, once all are complete
             home = None if folder is None else stack.enter_context(partial_folder(folder / f"tables.{name}"))
             for layer, table in tables.items():
                 new = None if home is None else home / f"layer-{layer}.{name}"
@@ -30,12 +30,12 @@ def encode_all(tables: Tables, codec: str, name: str, folder: Path | None) -> di
                 if final is not None:
                     place_table(encoded[layer], final)
     except BaseException as error:
-        for layer, made in encoded.items():  # so that it can be tried again
+        for layer, made in encoded.items():  # so that the call can be repeated
             made.close()
             if made.path is not None and made.path == paths[layer]:
                 made.path.unlink(missing_ok=True)
                 made.codebook_path.unlink(missing_ok=True)
-        if isinstance(error, NotSynced):  # it says that a file is in place, which is removed now
+        if isinstance(error, NotSynced):  # its message names a file that has just been removed
             raise OSError(error.errno, f"the disk did not confirm the encoded tables in {folder}") from error
         raise
     return encoded

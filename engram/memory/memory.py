@@ -33,20 +33,20 @@ from engram.tables import Table
 class EngramMemory(RowState):
     """The n-gram memory of one model: a table and a fusion module for each of config.layers.
 
-    The tables stay in host memory whatever device the module moves to, and are not nn.Parameters: train them with
-    engram.build_optimizer. state_dict() holds them all the same (as views, not copies), so saving a model the usual way
+    The tables stay in host memory on whatever device the module is, and are not nn.Parameters: train them with
+    engram.build_optimizer. state_dict() holds them nevertheless (as views, not copies), so saving a model the usual way
     saves its memory, and loading refuses rows that were addressed by another layout or token map. Rows learn in train()
     mode; memory.requires_grad_(False) freezes them with the fusion weights, but the same call on a model around the
-    memory reaches its weights alone.
+    memory freezes its weights alone.
 
     Args:
-        config: shape and rules. token_map: of the tokenizer whose ids will come in. hidden_size: d.
+        config: shape and rules. token_map: of the tokenizer whose ids are looked up. hidden_size: d.
         streams: residual streams M of the backbone.
-        folder: keep the tables in files layer-<i>.rows of this folder instead of RAM. Rows that are there are gone on
-            with, if they belong to the same addresses, token map and initial rows (its rows.json says so). Rows that a
-            killed train() left are refused, or, if that run has checkpoints, must not be used before one is loaded.
-        tables: {layer: table} to read from instead of new ones, all of them encoded or none. If a hasher is given, they
-            may have any number of rows.
+        folder: keep the tables in files layer-<i>.rows of this folder instead of RAM. Existing rows are used if their
+            rows.json names the same addresses, token map and initial rows. Rows that a killed train() left are
+            refused, or, if that run has checkpoints, must not be used before one is loaded.
+        tables: {layer: table} to read from instead of new ones, all of them encoded or none. With a hasher, they may
+            have any number of rows.
         hasher: addresses rows instead of an NgramHasher. It is called like one, and its attribute token_map is
             `token_map`. Such a memory is not saved as a folder.
         fusions: {layer: module} instead of EngramFusion; called like it.
@@ -56,6 +56,15 @@ class EngramMemory(RowState):
         memory, whose rows would no longer have the digests of its manifest once they were trained in place, or one
         with rows of another memory; tables of another shape than the config's; a hasher of another token map; fusions
         of other layers.
+
+    Example:
+        >>> import torch
+        >>> from engram import EngramConfig, EngramMemory, TokenMap
+        >>> config = EngramConfig(layers=(1,), orders=(2, 3), heads=2, head_dim=8, rows_per_head=500)
+        >>> memory = EngramMemory(config, TokenMap.identity(100), hidden_size=16)
+        >>> ids, hidden = torch.tensor([[5, 7, 5, 7]]), torch.randn(1, 4, 16)
+        >>> (hidden + memory[1](hidden, memory.recall(ids))).shape
+        torch.Size([1, 4, 16])
     """
 
     def __init__(
@@ -85,10 +94,10 @@ class EngramMemory(RowState):
         self._frozen = False
 
     def detach(self) -> nn.Module:
-        """Undoes engram.attach: gives back the model as it was, without hooks or memory.
+        """Undo engram.attach: return the model as it was, without hooks or memory.
 
         Raises:
-            ValueError: not attached.
+            ValueError: the memory is not attached.
         """
         if self.attachment is None:
             raise ValueError("this memory is not attached to a model")
@@ -118,7 +127,8 @@ class EngramMemory(RowState):
         return layer in self.tables
 
     def __getitem__(self, layer: int) -> Callable[[Tensor, Recall], Tensor]:
-        """memory[i](hidden, recall) -> what to add to the hidden state [B, T, d] (or [B, T, M, d]) before block i."""
+        """Return the fusion of a layer: memory[i](hidden, recall) is the update to add to the hidden state [B, T, d]
+        (or [B, T, M, d]) before block i."""
         if layer not in self.tables:
             raise KeyError(f"layer {layer} has no memory; layers {self.config.layers} have")
         return partial(self._fuse, layer)
@@ -132,29 +142,39 @@ class EngramMemory(RowState):
         cache: MemoryCache | None = None,
         dead: Tensor | None = None,
     ) -> Recall:
-        """Hashes the ids for all layers and starts fetching their rows.
+        """Hash the ids for all layers and start to fetch their rows.
 
         Args:
-            ids: int64 [B, T] token ids; -1 is a DEAD position with boundary="dead", else not allowed.
-                An id of the model's vocabulary (vocab_size) that the token map does not name is DEAD too.
+            ids: int64 [B, T] token ids; -1 is a dead position with boundary="dead", else not allowed.
+                An id of the model's vocabulary (vocab_size) that has no class in the token map is dead too.
             documents: [B, T] document numbers of a packed batch; n-grams and convolution never cross a document.
-            lookback: [B, <= N-1] the ids just before `ids`, where the text goes on from an earlier piece. They complete
-                n-grams; a convolution sees nothing of that piece, other than with a cache.
-            cache: decoding state; replaces `lookback`, and is brought up to date. The first of `ids` goes on from what
-                it holds.
+            lookback: [B, <= N-1] the ids just before `ids`, if the text continues an earlier piece. They complete
+                n-grams; a convolution reaches back to that piece only with a cache.
+            cache: decoding state, which replaces `lookback` and is updated. `ids` continue its text.
             dead: bool [B, T], True at positions that are not text (padding, images), whatever their id. They are never
                 hashed, end n-grams and convolution like the start of a document, and get nothing from the memory.
 
         Raises:
             IndexError: an id outside the vocabulary. ValueError: placeholder ids, shapes that do not match, or a cache
             together with a lookback.
+
+        Example:
+            >>> import torch
+            >>> from engram import EngramConfig, EngramMemory, TokenMap
+            >>> config = EngramConfig(layers=(1, 3), orders=(2, 3), heads=2, head_dim=8, rows_per_head=500)
+            >>> memory = EngramMemory(config, TokenMap.identity(100), hidden_size=16)
+            >>> recall = memory.recall(torch.tensor([[5, 7, 5, 7]]))
+            >>> recall.row_ids[3].shape, recall.rows(3).shape  # 4 positions, 2 orders x 2 heads, rows of 8 values
+            (torch.Size([1, 4, 4]), torch.Size([1, 4, 32]))
+            >>> bool((recall.row_ids[3][0, 1, :2] == recall.row_ids[3][0, 3, :2]).all())  # the same bigram
+            True
         """
         refuse_recording(ids)
         self.check_finished()
         if self.collects_gradients:
             check_processes()
         if cache is not None and lookback is not None:
-            raise ValueError("a decoding cache has its own look-back: give no lookback with it")
+            raise ValueError("a decoding cache has its own look-back: leave lookback out")
         at = locate(ids, documents, lookback, dead, self.config, self.unnamed)
         if cache is None:
             return Recall(self, at.ids, at.lookback, at.documents, ids.device, at.dead)
@@ -166,7 +186,7 @@ class EngramMemory(RowState):
 
     @property
     def lag(self) -> int:
-        """Positions that the convolutions reach back."""
+        """Number of positions that the convolutions reach back."""
         return self.config.dilation * max(0, self.config.conv_kernel - 1)
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
@@ -183,28 +203,28 @@ class EngramMemory(RowState):
 
     @property
     def trains_tables(self) -> bool:
-        """True if rows learn: config.train_tables, until the tables are encoded or the memory is frozen."""
+        """True if rows are trained: config.train_tables, until the tables are encoded or the memory is frozen."""
         return self.config.train_tables and self.codec is None and not self._frozen
 
     @property
     def collects_gradients(self) -> bool:
-        """True if a forward pass at this moment takes row gradients in its backward pass."""
+        """True if a forward pass now collects row gradients in its backward pass."""
         return self.training and is_grad_enabled() and self.trains_tables
 
     def requires_grad_(self, requires_grad: bool = True) -> EngramMemory:
-        """Freezes the fusion weights and the rows (False), or lets both learn."""
+        """Freeze the fusion weights and the rows (False), or train both (True)."""
         self._frozen = not requires_grad
         return super().requires_grad_(requires_grad)
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Writes the whole memory (addresses, rows, fusion weights; no optimiser state) as one folder, and returns it.
+        """Write the memory (addresses, rows, fusion weights; no optimizer state) as one folder. Return the folder.
 
-        The folder appears whole or not at all, also after a kill at any moment. Rows never written take no disk space.
-        No training step may run meanwhile.
+        The folder appears complete or not at all, also after a kill at any moment. Rows never written take no disk
+        space. No training step may run meanwhile.
 
         Args:
-            overwrite: replace a saved memory that is there; until the new one is whole, the old one stays. Readers who
-                have the old one open keep it.
+            overwrite: replace an existing saved memory, which stays until the new one is complete. Readers that have
+                opened it keep it.
 
         Raises:
             FileExistsError: the folder exists, without overwrite=True or as something else than a saved memory.
@@ -221,23 +241,23 @@ class EngramMemory(RowState):
         token_map: TokenMap | None = None,
         rows_in: str | os.PathLike[str] | None = None,
     ) -> EngramMemory:
-        """A memory that `save` wrote.
+        """Load a memory that `save` wrote.
 
         Args:
             mode: "copy" reads the rows into tables of this process, after which the folder is no longer needed, and
-                checks every digest. "shared" maps the rows read-only: nothing is read before it is used, all processes
-                that do so share one copy in the page cache, and tables may be larger than memory. Their rows cannot be
-                trained: the memory comes in eval() mode, forward passes in train() mode and optimisers raise
+                checks every digest. "shared" maps the rows read-only: rows are read on first use, all processes that
+                map them share one copy in the page cache, and tables may be larger than memory. Such rows cannot be
+                trained: the memory is in eval() mode, forward passes in train() mode and optimizers raise
                 PermissionError; the fusion weights can be trained in eval() mode. Some blocks of every table are
                 checked, all of them by `engram verify`.
-            token_map: of the tokenizer in use; one that the rows were not written with is refused, other than the same
-                tokenizer with tokens added (see TokenMap.extend). Default: the saved.
+            token_map: of the tokenizer in use. It must be the one that the rows were written with, or the same
+                tokenizer with tokens added (see TokenMap.extend). Default: the saved token map.
             rows_in: with "copy", a folder that keeps the new tables in files instead of RAM, for training
                 tables larger than memory.
 
         Raises:
-            FileNotFoundError: no memory there. ValueError: a torn, truncated, swapped, altered or foreign file, by
-            name; another token map. BlockingIOError: a row file that is held for writing.
+            FileNotFoundError: the folder has no saved memory. ValueError: a torn, truncated, swapped, altered or
+            foreign file, by name; another token map. BlockingIOError: a row file is locked for writing.
         """
         parts = load_parts(folder, mode, token_map, rows_in)
         try:

@@ -96,5 +96,5 @@ def after_cache(
     marked = ids if at.dead is None else ids.masked_fill(at.dead.cpu(), -1)
     documents = None if at.documents is None else at.documents.cpu()
     piece = cache.prepare(marked, documents, config.orders[-1] - 1, lag)
-    documents = None if piece.runs is None else piece.runs.to(device)
+    documents = None if piece.documents is None else piece.documents.to(device)
     return Positions(ids, piece.lookback, documents, at.dead), piece

@@ -1,4 +1,4 @@
-"""What one forward pass takes from the memory: rows on their way, and their gradients back."""
+"""Recall: the rows that one forward pass reads from the memory, and their gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs m
 
 
 class RowSource(Protocol):
-    """What a recall takes from its memory: tables, the hashing call, and the list that row gradients go to."""
+    """What a recall uses of its memory: tables, the hashing call, and the lists for row gradients."""
 
     config: EngramConfig
     hasher: Any  # called like an NgramHasher
@@ -45,17 +45,17 @@ class RowSource(Protocol):
 
 
 class Recall:
-    """The rows of one forward pass, on their way. Made by EngramMemory.recall, which may be called well before the
-    forward pass that uses it, and used again: rows that an optimiser step changes in between are renewed.
+    """The rows of one forward pass, while they are fetched and used. Made by EngramMemory.recall.
 
-    Other threads may patch and renew a recall while one uses it. In a forked process it fetches its rows again.
+    recall may be called well before the forward pass that uses it, and a Recall may be used again: rows that an
+    optimizer step changes in between are fetched again. Other threads may patch and renew a Recall while one uses it.
+    In a forked process it fetches its rows again.
 
     Attributes:
-        documents: run number of each position [B, T] on the model's device, or None. With a cache [B, H + T]: of the H
-            positions before them too, as many as the convolution reaches back (EngramMemory.lag) and the text has.
-        dead: True at DEAD positions [B, T] on the model's device; None where there are none.
-        cache, start, number: decoding state, the positions that it held before this piece, and the piece's number in
-            it.
+        documents: document number of each position [B, T] on the model's device, or None. With a cache [B, H + T], with
+            the H positions before them, as many as the convolution reaches back (EngramMemory.lag) and the text has.
+        dead: True at dead positions [B, T] on the model's device; None if there are none.
+        cache, start, number: decoding state, its positions before this piece, and the piece's number in it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Recall:
         self._memory = memory
         if memory.collects_gradients:
             memory.check_writable()
-        self._histories: dict[int, Tensor | None] = {}  # of the layers that have used it
+        self._histories: dict[int, Tensor | None] = {}  # of the layers that have used this recall
         host_documents = None if documents is None else documents[:, documents.shape[1] - ids.shape[1] :].cpu()
         values = ids.numel() * memory.config.d_mem
         worth_a_thread = values >= _WORTH_A_THREAD
@@ -91,7 +91,7 @@ class Recall:
             return Fetch(memory.tables[layer], hashed.result()[layer], device)
 
         self._begin()
-        with self._lock:  # a writer of rows from here on waits for the fetches, and renews what they have read
+        with self._lock:  # from here on, a writer of rows waits for the fetches and renews what they have read
             memory.recalls.add(self)
             for layer in memory.config.layers:
                 self._pending[layer] = Task(partial(fetch, layer), worth_a_thread)
@@ -99,23 +99,25 @@ class Recall:
     def _begin(self) -> None:
         self._rows: dict[int, Tensor] = {}
         self._pending: dict[int, Task[Fetch]] = {}
-        self._lock = threading.Lock()  # of the two
+        self._lock = threading.Lock()  # for both
         self._process = os.getpid()
 
     def _own(self) -> threading.Lock:
-        """The lock. A forked process inherits one that another thread may hold, and rows that it may be patching."""
+        """Return the lock. A forked process starts anew: it inherits a lock that another thread may hold, and rows that
+        this thread may be patching."""
         if self._process != os.getpid():
             self._begin()
         return self._lock
 
     @property
     def row_ids(self) -> dict[int, Tensor]:
-        """{layer: int64 [B, T, C]} on the CPU."""
+        """Row ids {layer: int64 [B, T, C]} on the CPU."""
         return self._hashed.result()
 
     @uncompiled
     def rows(self, layer: int) -> Tensor:
-        """The concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Waits until they are there."""
+        """Return the concatenated rows of a layer, float32 [B, T, d_mem] on the model's device. Wait until they have
+        arrived."""
         memory = self._memory
         if memory.recalls_are_stale:
             memory.renew_recalls()
@@ -137,7 +139,8 @@ class Recall:
 
     @uncompiled
     def inputs_before(self, layer: int) -> Tensor | None:
-        """What the layer's convolution looks back on [B, H, M*d]; None without a cache, and for the first piece.
+        """Return the inputs of the layer's convolution before this piece [B, H, M*d]; None without a cache, and for
+        the first piece.
 
         Raises:
             RuntimeError: see MemoryCache.inputs_before.
@@ -145,13 +148,13 @@ class Recall:
         if self.cache is None:
             return None
         again = self._histories.get(layer)
-        found = self.cache.inputs_before(layer, self.number, self.start, self._memory.lag, again)
-        self._histories[layer] = found
-        return found
+        inputs = self.cache.inputs_before(layer, self.number, self.start, self._memory.lag, again)
+        self._histories[layer] = inputs
+        return inputs
 
     @uncompiled
     def keep_inputs(self, layer: int, inputs: Tensor) -> None:
-        """Hands what went into the layer's convolution at this piece [B, T, M*d] to the cache, if there is one."""
+        """Store the inputs of the layer's convolution at this piece [B, T, M*d] in the cache, if there is one."""
         if self.cache is not None:
             self.cache.keep_inputs(layer, self.number, inputs, self._histories.get(layer), self._memory.lag)
 
@@ -171,7 +174,7 @@ class Recall:
             return self._pending[layer].result().patch(touched) if layer in self._pending else 0
 
     def forget(self, layer: int) -> None:
-        """Drop the rows of a layer, in use or on their way. The next use fetches them again."""
+        """Drop the rows of a layer, fetched or not yet. The next use fetches them again."""
         with self._own():
             self._rows.pop(layer, None)
             self._pending.pop(layer, None)

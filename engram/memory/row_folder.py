@@ -1,4 +1,4 @@
-"""RowFolder: a folder of row files that are trained in place, and its rows.json, which says whose rows they are."""
+"""RowFolder: a folder of row files that are trained in place, and its rows.json, which names their memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Facts = dict[str, Any]
 class RowFolder:
     """The record rows.json beside a memory's row files; without a folder, nothing is recorded.
 
-    facts: what says which rows they are (engram.memory.state.row_facts).
+    facts: the identity of the rows (engram.memory.state.row_facts).
     """
 
     def __init__(self) -> None:
-        self.folder: Path | None = None  # with a rows.json of this memory
-        self.marked = False  # rows.json says that rows are unfinished
-        self.cut_short: str | None = None  # why the rows that were opened must not be used
+        self.folder: Path | None = None  # the folder with a rows.json of this memory
+        self.marked = False  # True while rows.json marks the rows as unfinished
+        self.cut_short: str | None = None  # the reason why the opened rows must not be used
 
     def begin(self, folder: Path, facts: Facts) -> None:
         """Make the folder, and record the memory in it."""
@@ -38,7 +38,7 @@ class RowFolder:
 
     def mark_unfinished(self, run: str | os.PathLike[str] | None, facts: Facts) -> None:
         """Record in rows.json that the rows in files are being changed: until mark_finished they are not those of any
-        checkpoint, and after a kill they are refused. run: folder of the checkpoints to go on from, if there is one."""
+        checkpoint, and after a kill they are refused. run: folder with the checkpoints of this training, or None."""
         if self.folder is not None:
             mark = {"run": None if run is None else os.path.abspath(run)}
             write_whole(self.folder / "rows.json", json.dumps({**facts, "unfinished": mark}).encode())
@@ -64,27 +64,27 @@ class RowFolder:
         why = f"{folder} holds rows of training that was cut short: they are not those of any step"
         start = f"delete {folder / 'rows.json'} and the *.rows beside it to start again with new rows"
         if not isinstance(run, str) or not any((step / "manifest.json").is_file() for step in step_folders(run)):
-            raise ValueError(f"{why}, and there is no checkpoint to go on from: {start}")
+            raise ValueError(f"{why}, and there is no checkpoint to resume from: {start}")
         self.cut_short = f"{why}. Load a checkpoint of {run} over them (training in that folder does), or {start}"
 
     def open(self, folder: Path, facts: Facts, same: Callable[[str, Any, Any], bool]) -> None:
-        """Go on with the rows in `folder`. Raise ValueError if they belong to another memory, or if training left them
+        """Use the rows in `folder`. Raise ValueError if they belong to another memory, or if training left them
         unfinished and there is no checkpoint of it."""
         path = folder / "rows.json"
         try:
-            found = read_json(path, "the record of a folder of rows")
-            other = [name for name, value in facts.items() if not same(name, found.get(name), value)]
+            record = read_json(path, "the record of a folder of rows")
+            other = [name for name, value in facts.items() if not same(name, record.get(name), value)]
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{path} does not say whose rows lie beside it ({type(error).__name__}): give another folder, or "
-                f"delete the rows"
+                f"{path} does not name the memory of the rows beside it ({type(error).__name__}): use another folder, "
+                f"or delete the rows"
             ) from None
         if other:
             raise ValueError(
                 f"{folder} holds rows of another memory ({', '.join(other)} differ): they would be read wrongly, or "
-                f"training would begin with them. Give another folder, or delete the rows"
+                f"training would begin with them. Use another folder, or delete the rows"
             )
         self.folder = folder
-        if found.get("unfinished") is not None:
+        if record.get("unfinished") is not None:
             self.marked = True
-            self._check_mark(folder, found["unfinished"])
+            self._check_mark(folder, record["unfinished"])

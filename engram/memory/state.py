@@ -1,5 +1,5 @@
-"""What a state dict holds of a memory: its tables as a module, so that loaders and savers that walk a model by names
-find its rows; codebooks; and the facts that say which rows they are.
+"""The tables of a memory as a torch module, so that loaders and savers that walk a model by names find its rows; its
+codebooks in a state dict; and the facts that identify its rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from engram.tables.codecs import PQ
 class Tables(nn.Module):
     """{layer: Table}, read like a dict. state_dict() holds the rows of layer i under "i", as views.
 
-    The rows are neither parameters nor buffers: to(), half() and optimisers leave them alone. Still
+    The rows are neither parameters nor buffers: to(), half() and optimizers leave them alone. Still,
     `tables.get_parameter("1")` finds them, and assigning a tensor to the attribute "1" copies it into the table, which
-    is how transformers fills a model. Tables made on the meta device get memory when they are first filled (or by
+    is how transformers fills a model. Tables made on the meta device are allocated when they are first filled (or by
     to_empty()); rows that are not filled then read as the initial ones.
     """
 
     def __init__(self, tables: Mapping[int, Table]):
         super().__init__()
         self._tables = dict(tables)
-        self.before_rows: Callable[[], None] | None = None  # called once, before tables made on meta get their rows
+        self.before_rows: Callable[[], None] | None = None  # called once, before tables made on meta are allocated
 
     def __getitem__(self, layer: int) -> Table:
         return self._tables[layer]
@@ -65,13 +65,13 @@ class Tables(nn.Module):
         if table is None:
             super().__setattr__(name, value)
             return
-        value, made = value.detach(), not getattr(value, "_is_hf_initialized", not table.on_meta)
+        value, filled = value.detach(), not getattr(value, "_is_hf_initialized", not table.on_meta)
         if tuple(value.shape) != tuple(_rows(table).shape):
             raise ValueError(f"rows {tuple(value.shape)} do not fit {table}, which needs {tuple(_rows(table).shape)}")
         if value.is_meta:
             return
         self._make(table)
-        if not made:  # transformers marks what it has read; a key that its files lack is filled with an empty tensor
+        if not filled:  # transformers marks what it has read; a key that its files lack is filled with an empty tensor
             _fill(table, value)
 
     def _named(self, name: str) -> Table | None:
@@ -118,17 +118,17 @@ class Tables(nn.Module):
 
 
 def _rows(table: Table) -> Tensor:
-    """The stored values of a table, no copy; without values where the table was made on the meta device."""
+    """Return the stored values of a table, no copy; a meta tensor for a table that was made on the meta device."""
     return torch.empty(table.stored_shape, dtype=table.dtype, device="meta") if table.on_meta else table.tensor
 
 
 def _fill(table: Table, rows: Tensor) -> None:
-    if rows.data_ptr() != table.tensor.data_ptr():  # else they were read in place
+    if rows.data_ptr() != table.tensor.data_ptr():  # equal if they were read in place
         table.tensor.copy_(rows)
 
 
 def codebooks_of(tables: Tables) -> dict[int, Tensor]:
-    """Codebooks of the product-quantised tables."""
+    """Return the codebooks of the product-quantised tables."""
     codecs = {layer: table.codec for layer, table in tables.items() if isinstance(table, EncodedTable)}
     return {layer: codec.codebooks for layer, codec in codecs.items() if isinstance(codec, PQ)}
 
@@ -160,7 +160,7 @@ def replaces_rows(tables: Tables, state_dict: Mapping[str, Tensor], prefix: str)
 
 
 def row_facts(config: EngramConfig, layout: HashLayout, token_map: TokenMap, codec: str | None) -> dict[str, Any]:
-    """What says which rows a memory has: rows with other facts would be read wrongly."""
+    """Return the facts that identify the rows of a memory: rows with other facts would be read wrongly."""
     facts: dict[str, Any] = {
         "layout": layout.digest,
         "token_map": token_map.digest,
@@ -171,12 +171,12 @@ def row_facts(config: EngramConfig, layout: HashLayout, token_map: TokenMap, cod
 
 
 def same_fact(name: str, saved: Any, mine: Any, token_map: TokenMap) -> bool:
-    """Return True if a saved fact agrees with a memory's. Its token map may have been extended meanwhile."""
+    """Return True if a saved fact agrees with a memory's. Its token map may have been extended since."""
     return saved == mine or (name == "token_map" and token_map.is_extended_from(str(saved)))
 
 
 def pack_facts(facts: dict[str, Any]) -> Tensor:
-    """The facts as canonical JSON in a uint8 tensor, as state_dict() holds them."""
+    """Return the facts as canonical JSON in a uint8 tensor, as state_dict() holds them."""
     return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
 
 

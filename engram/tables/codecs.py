@@ -28,7 +28,7 @@ LARGEST = 3e38
 
 
 def _checked(rows: Tensor, codec: Codec) -> Tensor:
-    """Rows [n, dim] as finite contiguous float32 on the CPU."""
+    """Return rows [n, dim] as finite contiguous float32 on the CPU."""
     if rows.dim() != 2:
         raise ValueError(f"{codec.name} encodes rows [n, dim], not a tensor of shape {tuple(rows.shape)}")
     codec.row_bytes(rows.shape[1])
@@ -38,7 +38,7 @@ def _checked(rows: Tensor, codec: Codec) -> Tensor:
 
 
 def check_finite(rows: Tensor, codec: Codec) -> None:
-    """Raises ValueError for the first value of rows [n, dim] that is NaN or infinite."""
+    """Raise ValueError for the first value of rows [n, dim] that is NaN or infinite."""
     if rows.numel() and not rows.abs().amax().isfinite():  # several times faster than isfinite().all()
         row, column = (~rows.isfinite()).nonzero()[0].tolist()
         raise ValueError(
@@ -48,7 +48,7 @@ def check_finite(rows: Tensor, codec: Codec) -> None:
 
 
 def _sized(stored: Tensor, dim: int, codec: Codec) -> Tensor:
-    """Stored rows uint8 [n, row_bytes], proven to be of that size."""
+    """Return stored rows uint8 [n, row_bytes], after a check of their size."""
     size = codec.row_bytes(dim)
     if stored.dtype != torch.uint8 or stored.dim() != 2 or stored.shape[1] != size:
         raise ValueError(
@@ -145,8 +145,8 @@ class Int:
         high = ((largest / top).view(torch.int32) + 0xFFFF) >> 16  # upper half of the float32, rounded up
         high = torch.where(largest > 0, high.clamp(min=1), 0)  # at least the smallest bfloat16
         scales = (high << 16).view(torch.float32)
-        whole = (blocks / scales.masked_fill(high == 0, 1.0)[..., None]).round().clamp(-top, top).to(torch.int8)
-        values = whole.view(torch.uint8)
+        integers = (blocks / scales.masked_fill(high == 0, 1.0)[..., None]).round().clamp(-top, top).to(torch.int8)
+        values = integers.view(torch.uint8)
         if self.bits == 4:
             values = (values[..., :16] & 15) | (values[..., 16:] << 4)
         return torch.cat([values.flatten(1), high.to(torch.int16).view(torch.uint8)], dim=1)
@@ -169,7 +169,7 @@ class Int:
 
 
 class PQ:
-    """Product quantisation: each run of `width` values becomes the number of its nearest centroid.
+    """Product quantisation: each `width` values in turn become the number of its nearest centroid.
 
     Args:
         codebooks: float32 [dim / width, 256, width], width 4 or 8; centroid 0 of each is the zero vector. See `train`.
@@ -262,10 +262,10 @@ def get_codec(name: str, dim: int) -> Codec:
     if name in ("pq", "pq4", "pq8"):
         width = 8 if name == "pq8" else 4
         if dim % width:
-            raise ValueError(f"pq{width} splits a row into runs of {width} values, so it cannot hold {dim}")
+            raise ValueError(f"pq{width} splits a row into groups of {width} values, so it cannot hold {dim}")
         return PQ(torch.zeros(dim // width, 256, width, device="cpu"))
     codecs: dict[str, Codec] = {"fp8": Fp8(), "int8": Int(8), "int4": Int(4)}
     if name not in codecs:
-        raise ValueError(f"unknown row codec {name!r}; there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown row codec {name!r}: expected one of {', '.join(NAMES)}")
     codecs[name].row_bytes(dim)
     return codecs[name]

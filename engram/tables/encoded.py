@@ -1,4 +1,4 @@
-"""EncodedTable: rows stored by a codec, decoded while they are gathered; and how a HostTable becomes one."""
+"""EncodedTable: rows stored by a codec and decoded while they are gathered; encode_table makes one from a HostTable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from engram.tables.table import HostTable
 
 _SMALLEST = 1024  # rows below which one core is faster than two
 _SAMPLE = 32_768  # rows that codebooks are trained on and errors measured on
-_LOOK = 4096  # rows that opening a file read-only looks at, in its beginning, middle and end each
+_LOOK = 4096  # rows checked at the beginning, middle and end of a file that is opened read-only
 
 
 class _Encoded(ctypes.Structure):
@@ -45,15 +45,15 @@ class _Encoded(ctypes.Structure):
 class EncodedTable(StoredRows):
     """A table that reads as float32 [rows, dim] and stores `codec.row_bytes(dim)` bytes per row. Fresh rows read as 0.
 
-    Everything that reads a HostTable reads this one. It cannot be trained: the row optimisers refuse it.
+    It is read like a HostTable. It cannot be trained: the row optimizers refuse it.
 
     Args:
         rows: number of rows. dim: values per row, one that the codec can hold.
         codec: "fp8", "int8", "int4", or a trained PQ (engram.tables.codecs).
-        path: file of rows * row_bytes bytes, created or opened as HostTable's. A product quantiser's codebooks lie in
-            `path`.codebooks beside it; to open such a file give "pq4" or "pq8", to create one give the PQ itself.
-        mode: "r+", or "r" to map an existing file read-only, shared with all who do. "r+" reads every stored row once
-            to see that an encoder wrote it; "r" looks at some of them, so that any size opens at once.
+        path: file of rows * row_bytes bytes, created or opened as by HostTable. The codebooks of a product quantiser
+            lie in `path`.codebooks beside it; pass "pq4" or "pq8" to open such a file, the PQ itself to create one.
+        mode: "r+", or "r" to map an existing file read-only, shared with other processes. "r+" reads every stored
+            row once to check that an encoder wrote it; "r" checks some of them, so that any size opens at once.
 
     Raises:
         ValueError: a width the codec cannot hold; a file of another size, or with rows that no encoder writes.
@@ -106,7 +106,7 @@ class EncodedTable(StoredRows):
         return _codebook_path(self.path)
 
     def validate(self, first: int = 0, stop: int | None = None) -> None:
-        """Reads stored rows first .. stop - 1, by default all (once through the file, at the speed of the disk).
+        """Check stored rows first .. stop - 1, by default all (once through the file, at the speed of the disk).
 
         Raises:
             ValueError: the first row that no encoder writes: an fp8 NaN, or an int scale that is negative or not
@@ -133,13 +133,13 @@ class EncodedTable(StoredRows):
             )
 
     def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Rows by id, decoded. row_ids int64 [...]; out: contiguous float32 CPU tensor [..., dim] to fill, if given.
+        """Return decoded rows by id. row_ids: int64 [...]; out: contiguous float32 CPU tensor [..., dim] to fill.
 
         Returns:
             float32 [..., dim].
 
         Raises:
-            As HostTable.gather.
+            IndexError, TypeError, ValueError: as HostTable.gather.
         """
         stored = self.tensor
         ids = self.check(row_ids)
@@ -156,16 +156,16 @@ class EncodedTable(StoredRows):
         return out
 
     def write(self, row_ids: Tensor | np.ndarray, rows: Tensor) -> None:
-        """Encodes rows [..., dim] and stores them under distinct row ids [...].
+        """Encode rows [..., dim] and store them under distinct row ids [...].
 
         Raises:
-            ValueError: shapes that do not match, a row id given twice, or values that are not finite.
+            ValueError: shapes that do not match, a row id that occurs twice, or values that are not finite.
         """
         ids = self._begin_write(row_ids, rows)
         self._store(rows.reshape(-1, self.dim), ids)
 
     def _store(self, rows: Tensor, ids: Tensor | None = None, first: int = 0) -> None:
-        """Encodes rows [n, dim] into the checked row ids [n], or into rows first .. first + n - 1."""
+        """Encode rows [n, dim] into the checked row ids [n], or into rows first .. first + n - 1."""
         stored = self.tensor
         if kernels.native is None or isinstance(self.codec, PQ):
             encoded = self.codec.encode(rows)
@@ -181,7 +181,7 @@ class EncodedTable(StoredRows):
         kernels.spread(len(values), _SMALLEST, call, table, stored, values, ids)
 
     def info(self) -> dict[str, Any]:
-        """HostTable.info, with the codec, the bytes of a row and the bytes of the codebooks."""
+        """Return HostTable.info, with the codec, the bytes per row and the bytes of the codebooks."""
         books = self.codec.codebooks.nbytes if isinstance(self.codec, PQ) else 0
         return {**super().info(), "codec": self.codec.name, "row_bytes": self.row_bytes, "codebook_bytes": books}
 
@@ -189,7 +189,7 @@ class EncodedTable(StoredRows):
         return f"EncodedTable({self.rows:,} x {self.dim}, {self.codec.name}, {self.info()['where']})"
 
 
-HostTable.register(EncodedTable)  # whatever asks for a HostTable to read may have encoded rows
+HostTable.register(EncodedTable)  # isinstance(table, HostTable) stays True for encoded rows
 
 
 def _codebook_path(path: Path) -> Path:
@@ -203,7 +203,7 @@ def _find_codec(codec: str | Codec, dim: int, path: Path | None, existed: bool) 
         return named
     if not existed:
         if isinstance(codec, str):
-            raise ValueError(f"{path} is a new file: give trained codebooks (PQ.train), not {codec!r}")
+            raise ValueError(f"{path} is a new file: pass trained codebooks (PQ.train), not {codec!r}")
         return named
     books = _codebook_path(path)
     if not books.is_file():
@@ -214,14 +214,14 @@ def _find_codec(codec: str | Codec, dim: int, path: Path | None, existed: bool) 
             f"{books} has {saved.name} codebooks for rows of {saved.dim} values, not {named.name} ones for {dim}"
         )
     if not isinstance(codec, str) and not torch.equal(saved.codebooks, named.codebooks):
-        raise ValueError(f"{books} holds other codebooks than those given: its rows mean other values")
+        raise ValueError(f"{books} holds other codebooks than the codec: its rows mean other values")
     return saved
 
 
 def encode_table(
     table: Table, codec: str | Codec, path: str | os.PathLike[str] | None = None, block: int | None = None
 ) -> EncodedTable:
-    """A copy of a table in another codec, `block` rows at a time (default: about 4 MiB of float32).
+    """Return a copy of a table in another codec, `block` rows at a time (default: about 4 MiB of float32).
 
     Never-written rows of a normal table become their init values; blocks of zeros are not written, so that a sparse
     table stays sparse. "pq4" and "pq8" are trained first. A file appears under its name when it is complete.
@@ -251,7 +251,7 @@ def encode_table(
 
 
 def place_table(encoded: EncodedTable, final: Path) -> None:
-    """Rename the synced files of a table to their places: the rows come last, so they are never without codebooks."""
+    """Rename the synced files of a table to their final names, the rows last, so they are never without codebooks."""
     books = encoded.codebook_path if isinstance(encoded.codec, PQ) else None
     rows, encoded.path = encoded.path, final
     assert rows is not None
@@ -279,29 +279,30 @@ def _fill(encoded: EncodedTable, table: Table, block: int) -> EncodedTable:
 
 
 def _written_rows(table: Table, count: int, seed: int = 0) -> Tensor:
-    """Ids of up to `count` rows that are not all zero, drawn at random; no more than 2^20 rows are looked at."""
-    look, generator = min(table.rows, 1 << 20), torch.Generator().manual_seed(seed)
-    if table.rows <= look:
+    """Return ids of up to `count` rows that are not all zero, drawn at random; no more than 2^20 rows are read."""
+    limit, generator = min(table.rows, 1 << 20), torch.Generator().manual_seed(seed)
+    if table.rows <= limit:
         ids = torch.randperm(table.rows, generator=generator, device="cpu")
     else:
-        ids = torch.randint(0, table.rows, (look,), generator=generator, device="cpu").unique()
+        ids = torch.randint(0, table.rows, (limit,), generator=generator, device="cpu").unique()
         ids = ids[torch.randperm(len(ids), generator=generator, device="cpu")]
-    found: list[Tensor] = []
+    written: list[Tensor] = []
     for piece in ids.split(65536):
-        found.append(piece[table.gather(piece).any(1)])
-        if sum(len(f) for f in found) >= count:
+        written.append(piece[table.gather(piece).any(1)])
+        if sum(map(len, written)) >= count:
             break
-    chosen = torch.cat(found)[:count]
-    if len(chosen) == 0 and table.rows > look:
+    chosen = torch.cat(written)[:count]
+    if len(chosen) == 0 and table.rows > limit:
         raise ValueError(
-            f"none of {look:,} rows drawn from {table.rows:,} was ever written: there is nothing to measure"
+            f"none of {limit:,} rows drawn from {table.rows:,} was ever written: there is nothing to measure"
         )
     return chosen
 
 
 def report(table: Table, encoded: EncodedTable) -> dict[str, Any]:
-    """What a codec costs and saves: bytes (rows and codebooks), their ratio to float32 rows, and the largest and root
-    mean square error on up to 32,768 rows that are not zero, beside the root mean square of those rows' values.
+    """Return the size and the errors of a codec: bytes (rows and codebooks), their ratio to float32 rows, and the
+    largest and root mean square error on up to 32,768 rows that are not zero, beside the root mean square of their
+    values.
     """
     ids = _written_rows(table, _SAMPLE)
     rows = table.gather(ids).double()
@@ -321,7 +322,11 @@ def report(table: Table, encoded: EncodedTable) -> dict[str, Any]:
 
 
 def read_codebooks(path: Path) -> PQ:
-    """The codec of a file of codebooks. Raises ValueError for a damaged file, and for codebooks that PQ refuses."""
+    """Return the codec of a file of codebooks.
+
+    Raises:
+        ValueError: a damaged file, or codebooks that PQ refuses.
+    """
     tensors = read_tensors(path, "the codebooks of a table")
     if list(tensors) != ["codebooks"]:
         raise ValueError(f"{path} holds the tensors {', '.join(tensors)[:80]}: expected codebooks alone")

@@ -1,8 +1,8 @@
-"""Rows fetched ahead of their use, on a thread of their own, and patched where an update overtook them.
+"""Rows fetched ahead of their use, on a thread of their own, and read again if an update changed them since.
 
-A Fetch reads rows while the model computes, maybe while the optimiser changes some of them. So nothing it has read is
-trusted until `patch` has re-read every row that an update touched since: what a model sees is bit for bit what it would
-have seen without fetching ahead.
+A Fetch reads rows while the model computes, and possibly while the optimizer changes some of them. So its rows are
+used only after `patch` has read every row again that an update touched since: a model computes bit for bit what it
+would compute without fetching ahead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _thread = kernels.Threads(1, "engram-fetch")
 class Task(Generic[Result]):
     """Work on the fetching thread, or done at once if waking a thread costs more than the work.
 
-    A process that was forked meanwhile has no such thread, and the future's lock may have been held by it: the process
+    A process that was forked meanwhile has no such thread, which may have held the lock of the future: the process
     repeats work that had not ended.
     """
 
@@ -48,7 +48,7 @@ class Task(Generic[Result]):
         self._work = None  # and what it refers to
 
     def end(self) -> None:
-        """Waits until the work has ended, well or not."""
+        """Wait until the work has ended, with a result or an error."""
         work = self._work
         if self._ended is None:
             if self._process == os.getpid():
@@ -57,7 +57,7 @@ class Task(Generic[Result]):
                 self._run(work)
 
     def result(self) -> Result:
-        """Waits for the result; raises what the work raised."""
+        """Wait for the result and return it; raise what the work raised."""
         self.end()
         assert self._ended is not None
         result, error = self._ended
@@ -66,7 +66,7 @@ class Task(Generic[Result]):
         return result  # type: ignore[return-value]
 
     def wait(self) -> tuple[Result, float]:
-        """(result, seconds waited for it); raises what the work raised."""
+        """Return (result, seconds waited for it); raise what the work raised."""
         if self._ended is not None:
             return self.result(), 0.0
         began = time.perf_counter()
@@ -77,8 +77,8 @@ class Fetch:
     """The rows of one table for one batch, in a buffer of its own: host memory, and a copy on the device if it has one.
 
     Args:
-        table: where the rows live. row_ids: int64 [...] on the CPU. device: where they will be used. On a CUDA device
-        the buffer is pinned and copied on a stream of its own, so neither the copy nor the gather holds up the model.
+        table: of the rows. row_ids: int64 [...] on the CPU. device: where they are used. On a CUDA device
+        the buffer is pinned and copied on a stream of its own, so neither the copy nor the gather delays the model.
     """
 
     def __init__(self, table: Table, row_ids: Tensor, device: torch.device):
@@ -101,7 +101,7 @@ class Fetch:
             self._ready = side.record_event()
 
     def rows(self) -> Tensor:
-        """float32 [..., D] on the device; the current stream waits for the copy, the host does not."""
+        """Return float32 [..., D] on the device; the current stream waits for the copy, the host does not."""
         if self.staged is None:
             return self.host
         assert self._ready is not None
@@ -111,35 +111,35 @@ class Fetch:
         return self.staged
 
     def patch(self, touched: Tensor) -> int:
-        """Reads again every row that is in `touched` (int64, any shape). Returns how many places were renewed."""
-        places = find(touched.flatten(), self.row_ids.flatten())
-        if places.numel():
-            fresh = self.table.gather(self.row_ids.flatten()[places]).to(torch.float32)
+        """Read again every row that is in `touched` (int64, any shape). Return the number of positions renewed."""
+        positions = find(touched.flatten(), self.row_ids.flatten())
+        if positions.numel():
+            fresh = self.table.gather(self.row_ids.flatten()[positions]).to(torch.float32)
             if self._ready is not None:
                 self._ready.synchronize()  # the copy out of the pinned buffer must have ended
-            self.host.view(-1, self.table.dim).index_copy_(0, places, fresh)
+            self.host.view(-1, self.table.dim).index_copy_(0, positions, fresh)
             if self.staged is not None:
                 self._stage()
-        return places.numel()
+        return positions.numel()
 
 
 def find(touched: Tensor, query: Tensor) -> Tensor:
-    """Places of `query` [m] whose id is in `touched` [n]; both int64 on the CPU. int64, ascending."""
+    """Return the ascending positions in `query` [m] of ids that are in `touched` [n]. All are int64 on the CPU."""
     if kernels.native is None:
         return torch.isin(query, touched).nonzero().flatten()
     capacity = 1 << max(1, 2 * touched.numel() - 1).bit_length()
     slots = torch.full((capacity,), -1, dtype=torch.int64, device="cpu")
-    places = torch.empty(query.numel(), dtype=torch.int64, device="cpu")
-    found = kernels.native.engram_find(
+    positions = torch.empty(query.numel(), dtype=torch.int64, device="cpu")
+    count = kernels.native.engram_find(
         touched.data_ptr(),
         touched.numel(),
         slots.data_ptr(),
         capacity,
         query.data_ptr(),
         query.numel(),
-        places.data_ptr(),
+        positions.data_ptr(),
     )
-    return places[:found]
+    return positions[:count]
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -37,7 +37,7 @@ class _Table(ctypes.Structure):
 class HostTable(StoredRows):
     """A table of `rows` x `dim` values in host memory (path=None) or in a mapped file of raw rows.
 
-    Neither creating nor reading a table touches pages that hold no written row: a fresh table is address space only.
+    Creating or reading a table touches only pages with written rows: a fresh table is address space only.
 
     Args:
         rows: number of rows, any 64-bit size.
@@ -46,23 +46,35 @@ class HostTable(StoredRows):
         path: file of rows * dim values in row-major order, native little-endian. Created (disk space reserved at once,
             so a full disk is an error here and not a crash later) or, if it exists with exactly that size, opened.
             One table at a time may hold a file for writing, any number of tables and processes for reading.
-        mode: "r+", or "r" to map an existing file read-only: its pages are shared by all who map it, and every write is
-            refused. `tensor` itself cannot be protected: storing into it through torch would end the process.
+        mode: "r+", or "r" to map an existing file read-only: its pages are shared by all processes that map it, and
+            every write is refused. `tensor` itself cannot be protected: storing into it would end the process.
         init: "zero", or "normal": never-written rows read as std * N(0, 1), a function of (seed, row, column) alone.
         std, seed: of the normal init.
 
-    A file that somebody truncates under a live table is noticed by the next call (OSError). Not noticed, because the
-    operating system reports them by a signal in the middle of a copy and not by an error: a file truncated while a
-    gather is running, and a disk that fails under a page that is read for the first time. Bytes changed in place
-    are found by `engram verify` alone. A file that is renamed or deleted stays whole for those who have it open.
+    If the file of a live table is truncated, the next call raises OSError. Two failures raise nothing, because the
+    operating system reports them by a signal in the middle of a copy: a file truncated while a gather runs, and a disk
+    that fails under a page that is read for the first time. Only `engram verify` detects bytes that were changed in
+    place. A file that is renamed or deleted stays complete for tables that have it open.
 
-    On the meta device (`with torch.device("meta")`) nothing is allocated and only sizes can be asked, until
+    On the meta device (`with torch.device("meta")`), nothing is allocated and only sizes are known, until
     materialize().
 
     Raises:
-        ValueError: a size, dtype or init that cannot be; a file of another size.
-        BlockingIOError: the file is held by another table. FileNotFoundError: mode "r" and no such file.
+        ValueError: an impossible size, dtype or init; a file of another size.
+        BlockingIOError: another table has locked the file. FileNotFoundError: mode "r" and no such file.
         OSError: no disk space or address space for the table.
+
+    Example:
+        >>> import torch
+        >>> from engram import HostTable
+        >>> table = HostTable(rows=1000, dim=4)  # path="layer-0.rows" keeps the rows in that file
+        >>> table.write(torch.tensor([7, 9]), torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]))
+        >>> table.gather(torch.tensor([[9, 0], [7, 7]]))[0]
+        tensor([[5., 6., 7., 8.],
+                [0., 0., 0., 0.]])
+        >>> table.gather(torch.tensor([1000]))
+        Traceback (most recent call last):
+        IndexError: row 1000 at position (0,) is outside this table of 1,000 rows: ...
     """
 
     def __init__(
@@ -105,7 +117,7 @@ class HostTable(StoredRows):
         )
 
     def gather(self, row_ids: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Rows by id.
+        """Return rows by id.
 
         Args:
             row_ids: int64 [...], torch or NumPy.
@@ -113,7 +125,7 @@ class HostTable(StoredRows):
                 faults of a fresh buffer, which cost more than the copy.
 
         Returns:
-            [..., dim], `out` if it was given, else a new tensor of the table's dtype.
+            [..., dim], `out` if it was passed, else a new tensor of the table's dtype.
 
         Raises:
             IndexError, TypeError: see `check`; `out` may then be partly filled. ValueError: `out` of another shape,
@@ -139,10 +151,10 @@ class HostTable(StoredRows):
         return out
 
     def write(self, row_ids: Tensor | np.ndarray, rows: Tensor) -> None:
-        """Stores rows [..., dim] under distinct row ids [...]; float32 is rounded to nearest for a bfloat16 table.
+        """Store rows [..., dim] under distinct row ids [...]; float32 is rounded to nearest for a bfloat16 table.
 
         Raises:
-            ValueError: shapes that do not match, or a row id given twice (which row should win?).
+            ValueError: shapes that do not match, or a row id that occurs twice (either row could win).
             PermissionError: a table opened read-only.
         """
         stored, ids = self.tensor, self._begin_write(row_ids, rows)

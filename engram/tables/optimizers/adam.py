@@ -38,7 +38,7 @@ class RowAdam(RowOptimizer):
         self.state["moments"] = self._state_table("moments", table.dim, 2)
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:
-        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        """Update rows once. row_ids: int64 [...]; grad: [..., dim]. Return the number of distinct rows touched."""
         ids, grad = self._prepare(row_ids, grad)
         if ids.numel() == 0:
             return 0

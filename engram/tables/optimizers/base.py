@@ -1,4 +1,4 @@
-"""RowOptimizer: what the row optimizers share."""
+"""RowOptimizer: checks, steps and state that the row optimizers share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engram.tables.table import HostTable
 
 
 class RowOptimizer:
-    """What the row optimisers share: checks, the step count, learning rate, state in and out."""
+    """A row-sparse optimizer of one table: checks, step count, learning rate, and state that is saved and loaded."""
 
     def __init__(self, table: Table, lr: float, eps: float, stochastic_rounding: bool):
         if isinstance(table, EncodedTable):
@@ -35,35 +35,35 @@ class RowOptimizer:
         self.stochastic_rounding = stochastic_rounding
         self.steps = 0
         self.state: dict[str, HostTable] = {}
-        self._was_written = False  # the state was filled by a load
-        self._unfinished: tuple[Tensor, Tensor] | None = None  # rows of a step under way, and which of them are done
+        self._was_written = False  # True if a load filled the state
+        self._unfinished: tuple[Tensor, Tensor] | None = None  # rows of a running step, and which of them are done
         table.optimizers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # of a deep copy, with the copy of its table
+        self.__dict__.update(state)  # a deep copy, with the copy of its table
         self.table.optimizers.add(self)
 
     def _state_table(self, name: str, dim: int, each: int = 1) -> HostTable:
-        """State with `each` rows of width `dim` for every row of the table, beside it in memory or on disk. Always new:
-        a file from before says nothing of the steps that it was made in."""
+        """Make state with `each` rows of width `dim` per row of the table, beside it in memory or on disk. Always new:
+        an existing file does not record the steps that it was made in."""
         size = each * self.table.rows, dim, torch.float32
         if self.table.path is None:
             return HostTable(*size)
         path = self.table.path.with_name(f"{self.table.path.name}.{name}")
         if path.exists():
             try:
-                HostTable(*size, path).close()  # raises if another optimiser has it, or if it is something else
+                HostTable(*size, path).close()  # raises if another optimizer has it, or if it has another size
             except BlockingIOError as error:
                 raise BlockingIOError(
                     error.errno,
-                    f"{path} is held by an earlier optimizer of these rows: close() that optimizer (a traceback or a "
+                    f"{path} is locked by an earlier optimizer of these rows: close() that optimizer (a traceback or a "
                     f"notebook may keep it alive), or close() the memory and open it again",
                 ) from None
             path.unlink()
         return HostTable(*size, path)
 
     def _prepare(self, row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids as they will be read (their range is checked with the grouping) and the gradient as float32 [n, dim]."""
+        """Return the ids (their range is checked when they are grouped) and the gradient as float32 [n, dim]."""
         ids = as_ids(row_ids)
         if tuple(grad.shape) != (*row_ids.shape, self.table.dim) or grad.is_complex():
             kind = "" if grad.is_floating_point() else f" of {grad.dtype}"
@@ -74,25 +74,25 @@ class RowOptimizer:
         self.table.check_writable()
         if (left := self.interrupted) is not None:
             warnings.warn(
-                f"the last step of this {type(self).__name__} was interrupted before it came to {len(left):,} of its "
-                f"rows (.interrupted): they have not learned from that step. Load a checkpoint to repeat it as a whole",
+                f"the last step of this {type(self).__name__} was interrupted before it updated {len(left):,} of its "
+                f"rows (.interrupted). Load a checkpoint to repeat that step completely",
                 stacklevel=3,
             )
             self.resume()
         for state in self.state.values():
-            if state.path is not None:  # the rows' own pages are here since the forward pass, their state's may not be
+            if state.path is not None:  # the forward pass has read the pages of the rows, but not those of their state
                 state.prefetch(self.table.check(ids) * (state.rows // self.table.rows))
         return ids, grad.detach().to("cpu", torch.float32).reshape(-1, self.table.dim).contiguous()
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:
-        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        """Update rows once. row_ids: int64 [...]; grad: [..., dim]. Return the number of distinct rows touched."""
         raise NotImplementedError
 
     @property
     def interrupted(self) -> Tensor | None:
-        """Rows int64 [n] that the last step has left as they were, with their state, because it was interrupted
-        (KeyboardInterrupt); all its other rows are updated. None if it ended as a whole. The next step, or loading a
-        state, sets it to None."""
+        """Rows int64 [n] that the last step did not change, nor their state, because it was interrupted
+        (KeyboardInterrupt); all its other rows are updated. None if it was complete. The next step, or loading a state,
+        sets it to None."""
         if self._unfinished is None:
             return None
         rows, done = self._unfinished
@@ -103,17 +103,17 @@ class RowOptimizer:
         """Go on after an interrupted step without a warning."""
         self._unfinished = None
 
-    def _update(self, entries: Entries, work: Callable[[int, int], Any], *held: Any) -> int:
-        """Spread an update over the rows of a step. If it is interrupted, each row is updated as a whole or not at all,
+    def _update(self, entries: Entries, work: Callable[[int, int], Any], *buffers: Any) -> int:
+        """Spread an update over the rows of a step. If it is interrupted, each row is updated completely or not at all,
         and `interrupted` names those that are not."""
         self._unfinished = entries.unique, entries.done
-        kernels.spread(len(entries.unique), SMALLEST, work, *held, *entries.held)
+        kernels.spread(len(entries.unique), SMALLEST, work, *buffers, *entries.buffers)
         self._unfinished = None
         entries.give_back()
         return len(entries.done)
 
     def _store(self, rows: Tensor, write: Callable[[], None]) -> int:
-        """`_update` without kernels: `write` stores the new rows and their state, out of reach of interrupts."""
+        """Do `_update` without kernels: `write` stores the new rows and their state, and no interrupt stops it."""
         done = torch.zeros(len(rows), dtype=torch.uint8, device="cpu")
         self._unfinished = rows, done
 
@@ -126,28 +126,28 @@ class RowOptimizer:
         return len(rows)
 
     def _salt(self) -> int | None:
-        """Seed of this step's stochastic rounding: a function of (table seed, step), so resuming repeats it."""
+        """Return this step's seed of stochastic rounding, from the table's seed and the step: resuming repeats it."""
         rounds = self.stochastic_rounding and self.table.dtype == torch.bfloat16
         return (self.table.seed * 1_000_003 + self.steps) & (2**63 - 1) if rounds else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of optimiser state."""
+        """Bytes of optimizer state."""
         return sum(state.nbytes for state in self.state.values())
 
     @property
     def _is_written(self) -> bool:
         return self._was_written or self.steps > 0
 
-    def state_dict(self, whole: bool = False) -> dict[str, Any]:
-        """{"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy. {"steps": 0}
-        where nothing was written yet, unless `whole`: who copies a fresh optimiser (accelerate does) writes none of its
-        pages."""
-        written = {name: state.tensor for name, state in self.state.items() if whole or self._is_written}
+    def state_dict(self, unwritten: bool = False) -> dict[str, Any]:
+        """Return {"steps": int, name: tensor view of the state}; the tensors are the live state, not a copy. Before the
+        first step, return {"steps": 0} alone, unless `unwritten`: a copy of a fresh optimizer (accelerate makes one)
+        then writes none of its pages."""
+        written = {name: state.tensor for name, state in self.state.items() if unwritten or self._is_written}
         return {"steps": self.steps, **written}
 
     def check_state(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError where load_state_dict would."""
+        """Raise ValueError if load_state_dict would."""
         if saved == {"steps": 0}:
             return
         if set(saved) != {"steps", *self.state}:
@@ -155,14 +155,14 @@ class RowOptimizer:
         for name, state in self.state.items():
             if saved[name].shape != state.tensor.shape:
                 raise ValueError(
-                    f"optimiser state {name!r} is {tuple(saved[name].shape)}, table needs {tuple(state.tensor.shape)}"
+                    f"optimizer state {name!r} is {tuple(saved[name].shape)}, table needs {tuple(state.tensor.shape)}"
                 )
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """{"steps": 0} makes any optimiser fresh.
+        """Load what state_dict returned. {"steps": 0} makes any optimizer fresh.
 
         Raises:
-            ValueError: state of another optimiser or table; nothing was changed.
+            ValueError: state of another optimizer or table; nothing was changed.
         """
         self.check_state(saved)
         self.table.check_writable()
@@ -173,11 +173,11 @@ class RowOptimizer:
             self.steps, self._was_written = 0, False
             return
         for name, state in self.state.items():
-            if saved[name].data_ptr() != state.tensor.data_ptr():  # else it was read in place
+            if saved[name].data_ptr() != state.tensor.data_ptr():  # equal if it was read in place
                 state.tensor.copy_(saved[name])
         self.steps, self._was_written = int(saved["steps"]), True
 
     def close(self) -> None:
-        """Let the state go, with its files. A step after that raises ValueError. Twice is fine."""
+        """Release the state and its files. A later step raises ValueError. Closing twice does nothing more."""
         for state in self.state.values():
             state.close()

@@ -34,7 +34,7 @@ class Entries:
     Attributes:
         unique: int64 [distinct], the rows of the step in the order of their first appearance.
         done: uint8 [distinct], 1 for each row that was updated together with its state.
-        address: of the C struct. held: what it points into.
+        address: of the C struct. buffers: the memory that it points into.
 
     Raises:
         IndexError: a row outside the table; nothing was changed.
@@ -46,7 +46,7 @@ class Entries:
             raise ValueError(f"one step updates fewer than 2**30 row ids, not {n:,}")
         capacity = 1 << (2 * n - 1).bit_length()
         self._arrays = getattr(_scratch, "arrays", None)
-        _scratch.arrays = None  # not shared: a step that is cut short keeps them
+        _scratch.arrays = None  # not shared: a step that is interrupted keeps them
         if self._arrays is None or self._arrays[1].numel() < n:
             wide, narrow = torch.int64, torch.int32
             sizes = ((capacity, narrow), (n, narrow), (n, wide), (n + 1, narrow), (n, narrow))
@@ -66,7 +66,7 @@ class Entries:
         self.unique, self.done = unique[:distinct], torch.zeros(distinct, dtype=torch.uint8, device="cpu")
         self._struct = Gradient(*(a.data_ptr() for a in (unique, start, order, grad)))
         self.address = ctypes.addressof(self._struct)
-        self.held = (table.tensor, ids, grad, self)
+        self.buffers = (table.tensor, ids, grad, self)
 
     def give_back(self) -> None:
         """Leave the arrays to the next step; `unique` is not valid after that."""

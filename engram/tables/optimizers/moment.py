@@ -13,7 +13,7 @@ from engram.tables.protocol import Table
 
 
 class _RowMoment(RowOptimizer):
-    """One second moment per row, kept * moment + added * mean(grad^2): what RowRMS and RowAdagrad share."""
+    """One second moment per row, kept * moment + added * mean(grad^2): the update of RowRMS and RowAdagrad."""
 
     def __init__(self, table: Table, lr: float, eps: float, stochastic_rounding: bool, name: str):
         super().__init__(table, lr, eps, stochastic_rounding)
@@ -24,7 +24,7 @@ class _RowMoment(RowOptimizer):
         raise NotImplementedError
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:
-        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        """Update rows once. row_ids: int64 [...]; grad: [..., dim]. Return the number of distinct rows touched."""
         ids, grad = self._prepare(row_ids, grad)
         if ids.numel() == 0:
             return 0

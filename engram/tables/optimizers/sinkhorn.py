@@ -20,7 +20,7 @@ _STRIP = 64  # as STRIP in sinkhorn.c
 
 
 class RowSinkhorn(RowOptimizer):
-    """Sinkhorn-balanced Nesterov momentum, the table optimiser of DeepSeek-V4.1, on touched rows only.
+    """Sinkhorn-balanced Nesterov momentum, the table optimizer of DeepSeek-V4.1, on touched rows only.
 
         m   <- beta^(steps since the row's last touch) m + grad       exactly the dense momentum of the row
         n    = grad + beta m                                          Nesterov look-ahead
@@ -29,7 +29,7 @@ class RowSinkhorn(RowOptimizer):
         row <- row - 0.18 lr sqrt(dim) u
 
     State: 4 bytes per value and 4 per row. The step counter per row is a float32, exact for 16.7 million steps. Unlike
-    the other row optimisers, one step couples its rows: a gradient that is not finite spoils all of them.
+    the other row optimizers, one step couples its rows: a gradient that is not finite spoils all of them.
 
     Args:
         table: the rows to train. lr: learning rate; a step's elements have a root mean square of 0.18 lr.
@@ -53,7 +53,7 @@ class RowSinkhorn(RowOptimizer):
         self._buffer = torch.empty(0, device="cpu")
 
     def step(self, row_ids: Tensor, grad: Tensor) -> int:
-        """One update. row_ids int64 [...], grad [..., dim]. Returns the number of distinct rows touched."""
+        """Update rows once. row_ids: int64 [...]; grad: [..., dim]. Return the number of distinct rows touched."""
         ids, grad = self._prepare(row_ids, grad)
         if ids.numel() == 0:
             return 0
@@ -70,17 +70,17 @@ class RowSinkhorn(RowOptimizer):
         norm, look = self._buffer[:n], self._buffer[n : n * (dim + 1)]
         sums, weight = torch.empty(strips, dim, device="cpu"), torch.ones(dim, device="cpu")
         table = self.table.struct
-        held = (table, m, last, norm, look, sums, weight, *entries.held)
+        buffers = (table, m, last, norm, look, sums, weight, *entries.buffers)
         rows = (ctypes.addressof(table), m.data_ptr(), last.data_ptr(), entries.address)
         moved = (self.beta, self.steps, look.data_ptr())
-        kernels.spread(n, SMALLEST, kernels.Call("sinkhorn_look", *rows, *moved, norm.data_ptr()), *held)
-        limit, seen = _limit(norm, self.tau), (norm.data_ptr(), weight.data_ptr())
-        sweep = kernels.Call("sinkhorn_sweep", look.data_ptr(), *seen, limit, n, dim, sums.data_ptr())
+        kernels.spread(n, SMALLEST, kernels.Call("sinkhorn_look", *rows, *moved, norm.data_ptr()), *buffers)
+        limit, masked = _limit(norm, self.tau), (norm.data_ptr(), weight.data_ptr())
+        sweep = kernels.Call("sinkhorn_sweep", look.data_ptr(), *masked, limit, n, dim, sums.data_ptr())
         for _ in range(_SWEEPS):
-            kernels.spread(strips, SMALLEST // _STRIP, sweep, *held)
+            kernels.spread(strips, SMALLEST // _STRIP, sweep, *buffers)
             weight.copy_(_column_weight(sums))
         root, done = reference.sqrt(weight), entries.done.data_ptr()
-        balanced = (*seen, root.data_ptr(), limit, rate, salt or 0, salt is not None)
+        balanced = (*masked, root.data_ptr(), limit, rate, salt or 0, salt is not None)
         update = kernels.Call("sinkhorn_update", *rows, done, *moved, *balanced)
         return self._update(entries, update, table, m, last, norm, look, weight, root)
 
@@ -113,11 +113,11 @@ class RowSinkhorn(RowOptimizer):
 
 
 def _limit(norm: Tensor, tau: float) -> float:
-    """Rows up to this norm are masked. NumPy's sum, because its order does not depend on the number of threads."""
+    """Return the norm up to which rows are masked. The order of a NumPy sum does not depend on the threads."""
     return float(np.float32(tau * norm.numpy().mean(dtype=np.float64)))
 
 
 def _column_weight(sums: Tensor) -> Tensor:
-    """1 / column sums [dim] of the strips' sums [strips, dim]; 0 for a column that is zero throughout."""
+    """Return 1 / column sums [dim] of the strips' sums [strips, dim]; 0 for a column of zeros."""
     total = torch.from_numpy(np.add.reduce(sums.numpy(), axis=0))
     return torch.where(total > 0, 1 / total, 0.0)

@@ -45,7 +45,7 @@ def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
         raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
     numbers = tuple(whole(name, value) for value in islice(values, _MANY + 1))
     if len(numbers) > _MANY:
-        raise ValueError(f"{name} must hold at most {_MANY:,} numbers")
+        raise ValueError(f"{name} must have at most {_MANY:,} numbers")
     return numbers
 
 
@@ -63,7 +63,7 @@ def check_heads(layers: int, orders: int, heads: int) -> None:
     if layers * orders * heads > _MANY:
         raise ValueError(
             f"{layers} layers x {orders} orders x {heads:,} heads are {layers * orders * heads:,} hash heads: one "
-            f"model may have {_MANY:,}"
+            f"model may have at most {_MANY:,}"
         )
 
 
@@ -156,13 +156,15 @@ class EngramConfig:
             if getattr(self, name) is not None or name != "gate_eps":
                 object.__setattr__(self, name, real(name, getattr(self, name)))
         if self.table_std < 0:
-            raise ValueError(f"table_std is a standard deviation, 0 or more, not {self.table_std}")
+            raise ValueError(f"table_std, a standard deviation, must be at least 0, not {self.table_std}")
         for name in ("gate_eps", "conv_eps"):
             if (value := getattr(self, name)) is not None and value < _SMALLEST:
-                raise ValueError(f"{name} is the epsilon of a float32 norm, {_SMALLEST:.3g} or more, not {value}")
+                raise ValueError(
+                    f"{name}, the epsilon of a float32 norm, must be at least {_SMALLEST:.3g}, not {value}"
+                )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ValueError(f"layers must be distinct, ascending and >= 0, not {self.layers}")
         if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 2:
@@ -173,11 +175,17 @@ class EngramConfig:
             raise ValueError(f"heads and head_dim must be >= 1, not {self.heads} and {self.head_dim}")
         check_heads(len(self.layers), len(self.orders), self.heads)
         if isinstance(self.rows_per_head, tuple) and len(self.rows_per_head) != len(self.orders):
-            raise ValueError(f"rows_per_head gives {len(self.rows_per_head)} numbers for {len(self.orders)} orders")
+            raise ValueError(
+                f"rows_per_head has {len(self.rows_per_head)} numbers for {len(self.orders)} orders: give one int, or "
+                "one per order"
+            )
         if min(self.row_counts) < 1:
             raise ValueError(f"rows_per_head must be >= 1, not {self.rows_per_head}")
         if self.conv_kernel < 0 or (self.conv_dilation is not None and self.conv_dilation < 1):
-            raise ValueError("conv_kernel must be >= 0 and conv_dilation >= 1")
+            raise ValueError(
+                f"conv_kernel must be >= 0 and conv_dilation >= 1 or None, not {self.conv_kernel} and "
+                f"{self.conv_dilation}"
+            )
         if self.table_init == "zero" and not self.train_tables:
             raise ValueError("a frozen table of zeros is not a memory: use table_init='normal' with train_tables=False")
         if self.generator == "splitmix64" and self.hash != "multiply_xor":
@@ -185,7 +193,7 @@ class EngramConfig:
         if self.row_multiple < 1:
             raise ValueError(f"row_multiple must be >= 1, not {self.row_multiple}")
         if self.pad_id < 0:
-            raise ValueError(f"pad_id is a raw token id >= 0, not {self.pad_id}")
+            raise ValueError(f"pad_id, a raw token id, must be >= 0, not {self.pad_id}")
 
     @property
     def row_counts(self) -> tuple[int, ...]:
@@ -222,7 +230,10 @@ class EngramConfig:
         values = parse_json(text)
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown EngramConfig fields: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"unknown EngramConfig fields: {', '.join(sorted(unknown))}. Remove them, or read the file with the "
+                "version that wrote it"
+            )
         try:
             return cls(**values)
         except TypeError as error:
@@ -237,7 +248,7 @@ class EngramConfig:
             ValueError: an unknown name; the message lists the known ones.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks run small: every arm works, ours comes first, every figure is a number above zero."""
+"""Small benchmarks: every arm works, engram's comes first, every figure is a number above zero."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_decode_measures_a_step_and_what_is_held_at_every_position():
     assert len(rows) == 2 * 6 + 4 and rows[0]["ratio"] == 1.0
     assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
     held = [row["value"] for row in rows if "state at" in row["what"]]
-    assert held[1] == held[2] and held[4] == held[5]  # past the margin a text's length costs nothing
+    assert held[1] == held[2] and held[4] == held[5]  # beyond the margin, the state does not grow with the text
 
 
 def test_arms_take_turns_and_what_they_need_is_made_off_the_clock():

@@ -1,4 +1,4 @@
-"""The command line and the main job, end to end on a small text; what is wrong with the input exits with code 2."""
+"""The command line and the main job, end to end on a small text; errors of the input exit with code 2."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUN = "from engram.cli import main; main()"
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    """A folder of small documents with strong bigrams."""
+    """Write a folder of small documents with strong bigrams."""
     folder = tmp_path_factory.mktemp("text")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnop"), 5)) for _ in range(300)]
@@ -127,7 +127,7 @@ def test_each_run_is_reported_as_soon_as_it_can_be_compared(text_folder, tmp_pat
     assert [[(run["arm"], run["seed"]) for run in report["runs"]] for report in seen] == [
         [("engram", 0)],
         [("engram", 0), ("plain", 0)],
-        [("engram", 0), ("plain", 0)],  # one arm of the second seed has no other beside it yet
+        [("engram", 0), ("plain", 0)],  # the second seed has only one arm yet
         [("engram", 0), ("plain", 0), ("engram", 1), ("plain", 1)],
     ]
     assert [
@@ -255,7 +255,7 @@ def test_a_folder_with_another_run_is_left_as_it_is(engram, text_folder, tmp_pat
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The folder of a tiny trained run, and what it was made of."""
+    """Train a tiny run, and return its folder, setting and data."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
     setting = tiny_setting(tmp_path / "text")
     data = prepare(setting)
@@ -353,7 +353,7 @@ def inside(*arguments) -> None:
 
 @pytest.fixture
 def threads():
-    """Give torch and the kernels their threads back after a test that changes them."""
+    """Restore the threads of torch and of the kernels after a test that changes them."""
     before = torch.get_num_threads(), kernels.CORES
     yield
     torch.set_num_threads(before[0])

@@ -1,4 +1,4 @@
-"""What the command line sets before torch is imported, and a program that imports engram does not get."""
+"""Settings that the command line makes before torch is imported, and a program that imports engram does not."""
 
 from __future__ import annotations
 

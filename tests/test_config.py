@@ -21,19 +21,19 @@ from engram import EngramConfig, EngramMemory, HashLayout, TokenMap
         ({"heads": 0}, "heads and head_dim"),
         ({"rows_per_head": (10, 20, 30)}, "3 numbers for 2 orders"),
         ({"rows_per_head": 0}, "rows_per_head must be >= 1"),
-        ({"gate": "tanh"}, "gate is one of signed_sqrt, plain, none"),
+        ({"gate": "tanh"}, "gate must be one of signed_sqrt, plain, none"),
         ({"conv_kernel": -1}, "conv_kernel"),
         ({"table_init": "zero", "train_tables": False}, "frozen table of zeros"),
         ({"pad_id": -1}, "pad_id"),
-        ({"table_dtype": "float16"}, "table_dtype is one of"),
+        ({"table_dtype": "float16"}, "table_dtype must be one of"),
         ({"orders": (2, 17)}, "orders must be at most 16, not 17"),
-        ({"orders": range(2, 2**31)}, "orders must hold at most 65,536 numbers"),
-        ({"heads": 65_536}, "1 layers x 2 orders x 65,536 heads are 131,072 hash heads: one model may have 65,536"),
+        ({"orders": range(2, 2**31)}, "orders must have at most 65,536 numbers"),
+        ({"heads": 65_536}, "1 layers x 2 orders x 65,536 heads are 131,072 hash heads: one model may have at most 65,536"),
         ({"gate_eps": float("nan")}, "gate_eps must be finite"),
-        ({"gate_eps": 0.0}, "gate_eps is the epsilon of a float32 norm, 1.18e-38 or more, not 0"),
-        ({"gate_eps": 1e-50}, "gate_eps is the epsilon"),
+        ({"gate_eps": 0.0}, "gate_eps, the epsilon of a float32 norm, must be at least 1.18e-38, not 0"),
+        ({"gate_eps": 1e-50}, "gate_eps, the epsilon"),
         ({"conv_eps": float("inf")}, "conv_eps must be finite"),
-        ({"conv_eps": -1e-6}, "conv_eps is the epsilon"),
+        ({"conv_eps": -1e-6}, "conv_eps, the epsilon"),
     ],
 )
 def test_bad_combinations_are_refused_with_a_reason(changes, reason):
@@ -49,7 +49,7 @@ def test_config_survives_json_and_refuses_unknown_fields():
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown preset 'papr'; there are demo, paper-27b, paper-40b"):
+    with pytest.raises(ValueError, match=r"unknown preset 'papr': choose one of demo, paper-27b, paper-40b"):
         EngramConfig.preset("papr")
 
 
@@ -132,7 +132,7 @@ def test_the_most_heads_that_are_allowed_get_their_primes_in_seconds():
     begun = time.perf_counter()
     layout = HashLayout.build(100, (1, 2), (2, 3), 2**12, 2**40, pad_id=0)  # a quarter of them
     assert time.perf_counter() - begun < 5 and len(layout.offsets[2]) == 2**13
-    with pytest.raises(ValueError, match="131,072 hash heads: one model may have 65,536"):
+    with pytest.raises(ValueError, match="131,072 hash heads: one model may have at most 65,536"):
         HashLayout.build(100, (1, 2), (2, 3), 2**15, 100, pad_id=0)
 
 

@@ -132,9 +132,9 @@ def test_a_config_survives_its_dialects_spelling(preset):
         (QWEN_JSON["text_config"] | {"heads_per_ngram": 0}, "heads_per_ngram must be a whole number >= 1"),
         (QWEN_JSON["text_config"] | {"vocab_size": 10**9}, "a vocabulary has 1 to 67,108,864 ids, not 1,000,000,000"),
         (QWEN_JSON["text_config"] | {"eos_token_id": []}, "eos_token_id is an empty list"),
-        (QWEN_JSON["text_config"] | {"rms_norm_eps": 0}, "gate_eps is the epsilon of a float32 norm"),
+        (QWEN_JSON["text_config"] | {"rms_norm_eps": 0}, "gate_eps, the epsilon of a float32 norm"),
         (V41_JSON["text_config"] | {"engram_max_ngram_size": 2**31}, "2 to 16 tokens"),
-        (V41_JSON["text_config"] | {"engram_n_heads": 65_536}, "393,216 hash heads: one model may have 65,536"),
+        (V41_JSON["text_config"] | {"engram_n_heads": 65_536}, "393,216 hash heads: one model may have at most 65,536"),
         (V41_JSON["text_config"] | {"engram_layer_ids": "12"}, "layers must be"),
         (V41_JSON["text_config"] | {"engram_num_embeddings": 5}, "engram_num_embeddings is 5"),
         (V41_JSON["text_config"] | {"model_type": "hy_v4_flash"}, "Hy4-flash .* layer numbers, heads, row width"),
@@ -167,8 +167,8 @@ def test_a_memory_that_a_dialect_has_no_words_for_is_refused(preset, dialect, ch
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"boundary": "bos"}, "boundary is one of pad, dead, eos"),
-        ({"generator": "mt19937"}, "generator is one of pcg64, splitmix64"),
+        ({"boundary": "bos"}, "boundary must be one of pad, dead, eos"),
+        ({"generator": "mt19937"}, "generator must be one of pcg64, splitmix64"),
         ({"generator": "splitmix64", "hash": "xxh64"}, "generator='splitmix64' draws multipliers"),
         ({"row_multiple": 0}, "row_multiple must be >= 1"),
     ],

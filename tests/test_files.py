@@ -559,7 +559,7 @@ def test_verify_reads_checkpoints_and_runs_and_the_command_says_which_block(save
     wrong = [f for f in json.loads(printed.out)["files"] if f["problem"]]
     assert [(Path(f["file"]).name, f["bad_blocks"]) for f in wrong] == [("tables.1.rows", [0])]
     cli.files.verify(saved)
-    assert "is whole: 5 files" in capsys.readouterr().out
+    assert "is complete and unchanged: 5 files" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no manifest"):
         verify(tmp_path)
 

@@ -28,7 +28,7 @@ VOCAB = 60
 
 
 def small_map() -> TokenMap:
-    """60 raw ids onto 50 compressed ones; raw 59 is compressed 7."""
+    """Make a map of 60 raw ids onto 50 compressed ones; raw 59 is compressed 7."""
     table = np.concatenate([np.arange(50), np.arange(16, 6, -1)])
     return TokenMap(table)
 
@@ -38,7 +38,8 @@ def small_layout(orders=(2, 3), heads=2, rows=(97, 89), family="multiply_xor", l
 
 
 def every_path(layout, token_map, ids, lookback=None, documents=None) -> dict[int, np.ndarray]:
-    """Row ids by the C kernel and by torch operations, from numpy and torch, int64 and int32: all must be equal."""
+    """Return the row ids of the C kernel and of torch operations, from numpy and torch, int64 and int32, after checking
+    that all are equal."""
     results = []
     for dtype in (np.int64, np.int32):
         arrays = [None if a is None else np.asarray(a, dtype) for a in (ids, lookback, documents)]
@@ -57,7 +58,7 @@ def every_path(layout, token_map, ids, lookback=None, documents=None) -> dict[in
 
 
 def check(layout, token_map, ids, lookback=None, documents=None) -> dict[int, np.ndarray]:
-    """Every path equals the slow reference."""
+    """Return the row ids after checking that every path equals the slow reference."""
     found = every_path(layout, token_map, ids, lookback, documents)
     expected = row_ids(layout, token_map, ids, lookback, documents)
     for layer in layout.layers:
@@ -231,7 +232,7 @@ def test_text_hashed_in_pieces_with_lookback_equals_the_whole(time, cuts, orders
     bounds = sorted({0, time, *(c for c in cuts if c < time)})
     for first, last in pairwise(bounds):
         lookback = ids[:, max(0, first - back) : first].copy()
-        if packed:  # the caller marks ids of other documents
+        if packed:  # ids of other documents are marked by the caller
             before = documents[:, max(0, first - back) : first]
             lookback[before != documents[:, first : first + 1]] = -1
         for pieces in (lambda a: a, torch.from_numpy):

@@ -1,4 +1,4 @@
-"""explain: the rows, gates and norms that a forward pass really had, for our own model and for transformers."""
+"""explain: the rows, gates and norms of a forward pass as it runs, for a Transformer and for models of transformers."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def test_an_n_gram_is_the_text_that_alone_reads_the_same_rows(boundary):
             if n:
                 alone = memory.hasher(ids[:, t + 1 - n : t + 1])[0][0, -1].view(3, 2)[column]
                 assert (recall.row_ids[0][0, t].view(3, 2)[column] == alone).all()
-            if boundary == "eos":  # nor does the text reach over an end, which alone would read the same rows too
+            if boundary == "eos":  # the text must not reach over an end, although it would read the same rows
                 assert 7 not in ids[0, t + 1 - n : t]
-            if 0 < n < order and t >= n:  # cut for a reason
+            if 0 < n < order and t >= n:  # the n-gram was cut
                 before = t - n
                 ended = boundary == "eos" and ids[0, before] == 7
                 assert dead[0, before] or documents[0, before] != documents[0, t] or ended
@@ -159,7 +159,7 @@ def test_n_grams_and_tokens_are_text_where_the_tokenizer_is_known(bytewise):
     assert found.ids[0] == 0 and found.tokens[:2] == ["<|endoftext|>", "A"]
     assert found.ngrams[1] == ["<|endoftext|>A", "<|endoftext|>A"] and found.lengths[1].tolist() == [2, 2]
     assert found.ngrams[3] == ["é", "Aé"]  # the two bytes of one letter
-    assert found.compressed[1] == found.compressed[-1]  # A and a are one to the hash
+    assert found.compressed[1] == found.compressed[-1]  # A and a have one compressed id
     assert explain(model, [0, 66], losses=False).ngrams[1] == ["0 66", "0 66"]
 
 

@@ -162,7 +162,7 @@ def test_multipliers_survive_a_json_reader_that_has_only_doubles() -> None:
 
 
 def altered(field: str, value) -> str:
-    """The JSON of the small layout with the value at the path `field` replaced."""
+    """Return the JSON of the small layout with the value at the path `field` replaced."""
     whole = inner = json.loads(HashLayout.build(**SMALL).to_json())
     *path, last = field.split("/")
     for key in path:

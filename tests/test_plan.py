@@ -88,7 +88,7 @@ def test_there_are_no_more_n_grams_than_the_vocabulary_allows():
     bigrams, trigrams = plan(SMALL, vocab=10, ngrams=500).collisions
     assert (bigrams.ngrams, bigrams.possible, trigrams.ngrams, trigrams.possible) == (100, 100, 500, 1000)
     fixed = plan(SMALL.replace(compressed_vocab=12), vocab=10, ngrams=500).collisions[0]
-    assert fixed.possible == 144  # what the configuration fixes goes before
+    assert fixed.possible == 144  # a vocabulary fixed by the configuration has priority
     one_row = plan(SMALL.replace(hash="one_row"), ngrams=5).collisions[0]
     assert (one_row.used, one_row.shared, one_row.shared_in_all) == (1, 1, 1)
     assert plan(SMALL, ngrams=1).collisions[0].shared == 0
@@ -133,7 +133,7 @@ def test_the_command_prints_json_and_a_table(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["engrm"], "unknown preset 'engrm'; there are demo"),
+        (["engrm"], "unknown preset 'engrm': choose one of demo"),
         (["gone.json"], "there is no file gone.json"),
         (["demo", "--hidden-size", "0"], "hidden_size must be >= 1"),
         (["demo", "--batch", "0"], "batch must be >= 1"),

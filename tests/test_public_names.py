@@ -1,4 +1,4 @@
-"""The top-level names: what `import engram` brings, and that every name is found where type checkers see it."""
+"""The top-level names: what `import engram` imports, and that type checkers see every public name."""
 
 from __future__ import annotations
 

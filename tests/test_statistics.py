@@ -19,7 +19,7 @@ from engram.ablation.statistics import (
 
 
 def arms(rng, documents=150, effect=-0.3, seeds=None, seed_spread=0.0):
-    """Two arms over documents of unequal length and difficulty, per-token difference `effect` in truth."""
+    """Draw two arms over documents of unequal length and difficulty whose true per-token difference is `effect`."""
     weights = rng.integers(20, 400, documents).astype(float)
     shape = (documents,) if seeds is None else (seeds, documents)
     base = (4 + rng.normal(0, 1, documents)) * weights
@@ -39,7 +39,7 @@ def test_the_interval_covers_a_known_truth_about_95_times_in_100():
 
 
 def test_with_seeds_the_interval_covers_the_truth_although_documents_are_shared_by_all_seeds():
-    # Drawing other documents for every seed would cover far less: it takes a shared variance for an independent one.
+    # Separate draws of documents for every seed would cover far less: the variance that seeds share would be averaged.
     rng = np.random.default_rng(1)
     inside = 0
     for trial in range(300):
@@ -152,7 +152,9 @@ def test_ngram_counts_equal_a_slow_count_with_a_dictionary(order, vocab):
     train, held = (
         np.where(rng.random(n) < 0.5, rng.integers(0, 4, n), vocab - 1 - rng.integers(0, 2, n)) for n in (3000, 500)
     )
-    train_docs, held_docs = (np.sort(rng.integers(0, n // 8, n)) for n in (3000, 500))  # many shorter than the order
+    train_docs, held_docs = (
+        np.sort(rng.integers(0, n // 8, n)) for n in (3000, 500)
+    )  # many documents are shorter than the order
     seen = Counter(slow_counts(train, train_docs, order).values())
     grams = slow_counts(held, held_docs, order)
     expected = [seen[grams[t]] if t in grams else -1 for t in range(len(held))]

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def small_tokenizer() -> Tokenizer:
-    """Byte-level tokens, written in the printable alphabet of byte-level BPE."""
+    """Make a tokenizer of byte-level tokens, written in the printable alphabet of byte-level BPE."""
     spelled = [
         ("apple", 0),
         ("Apple", 0),  # case
@@ -28,9 +28,9 @@ def small_tokenizer() -> Tokenizer:
         ("ÃĢpple", 0),  # Àpple: accents
         ("Ġ", 1),  # a lone space stays a space
         ("ĊĊ", 1),  # and any run of white space is one
-        ("Ã", 2),  # half a character: known by its raw token
+        ("Ã", 2),  # half a character: identified by its raw token
         ("Â", 3),
-        ("Ìģ", 4),  # a lone accent normalises to nothing: known by its text
+        ("Ìģ", 4),  # a lone accent normalises to nothing: identified by its text
         ("ï½ģ", 5),  # full-width a
         ("a", 5),
     ]
@@ -94,7 +94,7 @@ def letters(data: bytes) -> str:
 
 
 def byte_level() -> Tokenizer:
-    alphabet = {letters(chr(b).encode()): b for b in range(128)}  # of whole characters; others by the rule of GPT-2
+    alphabet = {letters(chr(b).encode()): b for b in range(128)}  # complete characters; others by the rule of GPT-2
     others = iter(c for c in map(chr, range(256 + 34, 512)) if c not in alphabet)
     for b in range(128, 256):
         printable = 161 <= b < 173 or 174 <= b
@@ -108,7 +108,7 @@ def byte_level() -> Tokenizer:
 
 
 class Slow:
-    """A tokenizer as models bring in code of their own."""
+    """A tokenizer of the kind that models define in their own code."""
 
     def __init__(self, errors: str, bytes_as_tokens: bool):
         self.errors, self.bytes_as_tokens, self.fast = errors, bytes_as_tokens, byte_level()
@@ -142,7 +142,7 @@ class LikeTekken:
     def id_to_byte_piece(self, i: int) -> bytes:
         return b"" if self.is_special(i) else BYTES[i]
 
-    def id_to_piece(self, i: int) -> str:  # loses what is not a whole character
+    def id_to_piece(self, i: int) -> str:  # loses incomplete characters
         return "<end>" if self.is_special(i) else BYTES[i].decode(errors="replace")
 
 
@@ -215,7 +215,7 @@ class SlowSentencePiece:
     def convert_ids_to_tokens(self, i: int) -> str:
         return PIECES[i]
 
-    def decode(self, ids: list[int], **options) -> str:  # as transformers does: no bytes, and all spaces go
+    def decode(self, ids: list[int], **options) -> str:  # as in transformers: without bytes, and without all spaces
         return PIECES[ids[0]].replace("\u2581", " ").strip()
 
 

@@ -1,4 +1,4 @@
-"""Ids that a model has and its tokenizer does not name (padded embeddings), and tokens added after training."""
+"""Ids of a model that its tokenizer does not name (padded embeddings), and tokens added after training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attached(name: str = "llama", config: EngramConfig = CONFIG) -> tuple[hf.Pre
 
 
 def with_unnamed(batch: int = 2, time: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, of which some have no name, and where those are."""
+    """Return ids of which some have no token, and the mask of those."""
     ids = text(batch, time) % NAMED
     at = torch.zeros(batch, time, dtype=torch.bool)
     at[0, [0, 5, 6]], at[1, [3, time - 1]] = True, True
@@ -107,7 +107,7 @@ def test_a_transformer_of_a_larger_vocabulary_evaluates_generates_and_explains()
     assert (found.layers[1].gate[at[0].numpy()] == 0).all() and np.isfinite(found.loss_off[:-1]).all()
     with pytest.raises(IndexError, match="is 64, outside"):
         model(torch.tensor([[1, VOCAB]]))
-    with pytest.raises(IndexError, match="is 50, outside"):  # a hasher alone knows the token map alone
+    with pytest.raises(IndexError, match="is 50, outside"):  # a hasher has only the token map, not the model
         model.memory.hasher(torch.tensor([[1, NAMED]]))
 
 

@@ -224,7 +224,7 @@ def _draw_losses(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
 def _draw_gains(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
     plain = runs_of(report, "plain") if len(looks) > 1 else []
     compared = [arm for arm in looks if not (plain and arm == "plain")]
-    ends, places, labels = [], [], []
+    ends, ticks, labels = [], [], []
     for order, first in (("bigram", 0.0), ("trigram", len(BUCKETS) + 0.4)):
         for arm in compared:
             runs, (colour, line) = runs_of(report, arm), looks[arm]
@@ -237,18 +237,18 @@ def _draw_gains(axes: Any, report: Report, looks: Mapping[str, _Look]) -> None:
             if order == "trigram" and len(x):
                 ends.append((arm, x[-1] + first, y[-1], colour))
         shares = seen_of(report["runs"], order)
-        places += [first + i for i in range(len(BUCKETS))]
+        ticks += [first + i for i in range(len(BUCKETS))]
         labels += [f"{name}\n{percent(shares[bucket][0])}" for bucket, name in BUCKETS.items()]
         middle = first + (len(BUCKETS) - 1) / 2
         below = {"xytext": (0, -28), "textcoords": "offset points", "ha": "center", "va": "top"}
         axes.annotate(f"last {order}", (middle, 0), xycoords=axes.get_xaxis_transform(), **below)
-    axes.set_xticks(places, labels)
+    axes.set_xticks(ticks, labels)
     axes.tick_params(axis="x", length=0, labelsize=8)
-    axes.set_xlim(-0.5, places[-1] + 0.4)
+    axes.set_xlim(-0.5, ticks[-1] + 0.4)
     axes.margins(y=0.1)
     if plain:
         axes.axhline(0, color=looks["plain"].colour, linewidth=1.2, zorder=1)
-        ends.append(("plain", places[-1], 0.0, looks["plain"].colour))
+        ends.append(("plain", ticks[-1], 0.0, looks["plain"].colour))
     what, base = ("Gain", " below plain") if plain else ("Loss", "")
     _panel_title(axes, f"{what} by n-gram count in training", f"nats per token{base}; % of validation tokens")
     if len(looks) <= 5:  # with more, the left panel's labels name the colours
@@ -296,10 +296,10 @@ def _label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> Non
     low, high = axes.get_ylim()
     height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
     ends = sorted(ends, key=lambda end: end[2])
-    places = _apart([end[2] for end in ends], 12 * (high - low) / height, low, high)
-    for (text, x, y, colour), place in zip(ends, places, strict=True):
-        at: dict[str, Any] = {"xytext": (1.05, place), "textcoords": ("axes fraction", "data"), "color": colour}
-        if abs(place - y) > 0.01 * (high - low):
+    heights = _apart([end[2] for end in ends], 12 * (high - low) / height, low, high)
+    for (text, x, y, colour), y_label in zip(ends, heights, strict=True):
+        at: dict[str, Any] = {"xytext": (1.05, y_label), "textcoords": ("axes fraction", "data"), "color": colour}
+        if abs(y_label - y) > 0.01 * (high - low):
             at["arrowprops"] = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)}
         axes.annotate(text, (x, y), va="center", annotation_clip=False, **at)
 

@@ -43,7 +43,7 @@ dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .
 dt { color: var(--soft); }
 dd { margin: 0; min-width: 0; font-variant-numeric: tabular-nums; }
 @media (max-width: 40rem) { h1 { font-size: 1.25rem; } table { font-size: .85rem; } th, td { padding: .3rem .45rem; } }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 2.5rem; }
+.details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 2.5rem; }
 """
 
 _READING = (
@@ -110,10 +110,10 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 {_html_list(text.format(**words) for text in _LIMITS)}
 <h2>Make it again</h2>
 <pre>{_escape(report["command"])}</pre>
-<div class="facts">
-<section><h2>Corpus</h2>{_html_facts(_corpus_facts(report["corpus"]))}</section>
-<section><h2>Machine</h2>{_html_facts(report["machine"])}</section>
-<section><h2>Settings</h2>{_html_facts(report["settings"])}</section>
+<div class="details">
+<section><h2>Corpus</h2>{_html_details(_corpus_details(report["corpus"]))}</section>
+<section><h2>Machine</h2>{_html_details(report["machine"])}</section>
+<section><h2>Settings</h2>{_html_details(report["settings"])}</section>
 </div>
 </body>
 </html>
@@ -157,12 +157,12 @@ def _html_list(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
-def _html_facts(facts: Mapping[str, object]) -> str:
-    pairs = (f"<dt>{_escape(name.replace('_', ' '))}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
+def _html_details(details: Mapping[str, object]) -> str:
+    pairs = (f"<dt>{_escape(name.replace('_', ' '))}</dt><dd>{_escape(value)}</dd>" for name, value in details.items())
     return f"<dl>{''.join(pairs)}</dl>"
 
 
-def _corpus_facts(corpus: Report) -> dict[str, object]:
+def _corpus_details(corpus: Report) -> dict[str, object]:
     shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in corpus.items()}
     overlap = f"{100 * shown.pop('overlap_13gram'):.2f} % of the validation text's are in the training text"
     return {**shown, "13-grams": overlap}

@@ -23,7 +23,7 @@ from engram.tables import HostTable
 _RUN = """
 import json, resource, sys, time
 from engram.integrations.formats import convert
-def peak():  # KiB; getrusage would count what the parent process held when it forked
+def peak():  # KiB; getrusage would include the memory of the parent process when it forked
     try:
         lines = open("/proc/self/status").read().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

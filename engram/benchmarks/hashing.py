@@ -56,9 +56,9 @@ def bench_hash(rounds: int = 25, rows_per_head: int = 646_400) -> list[Row]:
     out = np.empty((len(layout.layers), B, T, layout.columns), np.int64)
     tensor, table = torch.from_numpy(ids), np.arange(98_627)
     torch_table, memory = torch.from_numpy(table), torch.ones(2**24)
-    ours, theirs = hasher(ids), transcription(ids, layout, table)
+    row_ids, expected = hasher(ids), transcription(ids, layout, table)
     for layer in layout.layers:
-        assert np.array_equal(ours[layer], theirs[layer]), "the benchmark compares two different functions"
+        assert np.array_equal(row_ids[layer], expected[layer]), "the benchmark compares two different functions"
     arms = {
         "engram, into a kept buffer": lambda: hasher(ids, out=out),
         "engram, into fresh memory": lambda: hasher(ids),

@@ -124,7 +124,7 @@ def verify(
         print(json.dumps({"folder": str(folder), "whole": not problems, "files": results}))
     elif not problems:
         total = sum(result["bytes"] for result in results)
-        print(f"{printable(str(folder))} is whole: {len(results)} files, {total:,} bytes")
+        print(f"{printable(str(folder))} is complete and unchanged: {len(results)} files, {total:,} bytes")
     for problem in problems:
         print(f"error: {printable(problem)}", file=sys.stderr)
     if problems:

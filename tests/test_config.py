@@ -28,7 +28,10 @@ from engram import EngramConfig, EngramMemory, HashLayout, TokenMap
         ({"table_dtype": "float16"}, "table_dtype must be one of"),
         ({"orders": (2, 17)}, "orders must be at most 16, not 17"),
         ({"orders": range(2, 2**31)}, "orders must have at most 65,536 numbers"),
-        ({"heads": 65_536}, "1 layers x 2 orders x 65,536 heads are 131,072 hash heads: one model may have at most 65,536"),
+        (
+            {"heads": 65_536},
+            "1 layers x 2 orders x 65,536 heads are 131,072 hash heads: one model may have at most 65,536",
+        ),
         ({"gate_eps": float("nan")}, "gate_eps must be finite"),
         ({"gate_eps": 0.0}, "gate_eps, the epsilon of a float32 norm, must be at least 1.18e-38, not 0"),
         ({"gate_eps": 1e-50}, "gate_eps, the epsilon"),

@@ -50,19 +50,6 @@ UNFINISHED = set(  # files whose sentences are being rewritten
     engram/integrations/formats/readers.py
     engram/integrations/formats/safetensors_io.py
     engram/integrations/formats/writers.py
-    engram/integrations/transformers/decoding.py
-    engram/integrations/transformers/inputs.py
-    engram/integrations/transformers/offload.py
-    engram/lm/checkpoint.py
-    engram/lm/corpus.py
-    engram/lm/evaluate.py
-    engram/lm/generate.py
-    engram/lm/lm_eval.py
-    engram/lm/progress.py
-    engram/lm/run.py
-    engram/lm/run_folder.py
-    engram/lm/train.py
-    engram/lm/transformer.py
     engram/memory/build.py
     engram/memory/cache.py
     engram/memory/gradients.py
@@ -72,7 +59,6 @@ UNFINISHED = set(  # files whose sentences are being rewritten
     engram/storage/readahead.py
     engram/tables/codecs.py
     engram/tables/encoded.py
-    engram/tables/kernels.c
     engram/tables/optimizers/base.py
     engram/tables/prefetch.py
     engram/tables/reference.py

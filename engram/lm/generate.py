@@ -28,12 +28,14 @@ def generate(
     prefetch: bool = True,
     on_token: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Continues a prompt.
+    """Continue a prompt.
 
     Args:
         ids: prompt [B, T] or [T], T >= 1, as integer tensor, array or lists, or what a tokenizer returns.
         tokens: how many to add at most.
-        temperature: 0 takes the likeliest token. top_k: sample among the k likeliest. seed: of the sampling.
+        temperature: 0 takes the likeliest token.
+        top_k: sample among the k likeliest.
+        seed: seed of the sampling.
         stop_id: end when every sequence has produced this token (later tokens of a finished one repeat it).
         prefill: the prompt goes through the model in pieces of this many tokens.
         prefetch: fetch the rows of the next piece while the model works on the current one; the same bits either way.
@@ -84,7 +86,7 @@ def generate(
 
 
 def _prefill(model: Transformer, ids: Tensor, cache: Cache, size: int, prefetch: bool) -> Tensor:
-    """Runs the prompt through the model; logits [B, vocab] of its last position."""
+    """Run the prompt through the model, and return the logits [B, vocab] of its last position."""
     pieces, memory = ids.split(size, dim=1), model.memory
     recall = None
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):

@@ -111,8 +111,8 @@ class TransformerLM(TemplateLM):
                 )
             if tokens >= self.max_length:
                 raise ValueError(
-                    f"the task asks for {tokens} new tokens, the model holds {self.max_length} in all: lower its "
-                    f"generation_kwargs.max_gen_toks"
+                    f"the task needs {tokens} new tokens, the model has room for {self.max_length} with the prompt: "
+                    f"lower its generation_kwargs.max_gen_toks"
                 )
             ids = self.tok_encode(prompt)[-(self.max_length - tokens) :]
             groups.setdefault((len(ids), tokens), []).append((i, ids, handle_stop_sequences(until, None)))
@@ -187,14 +187,16 @@ def load_tasks(names: list[str], task_files: str | os.PathLike[str] | None = Non
 
 
 def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
-    """Scores a model on lm-eval tasks.
+    """Score a model on lm-eval tasks.
 
     Args:
-        lm: what `adapter` returns. tasks: what `load_tasks` returns. limit: documents of each task; None takes all.
+        lm: what `adapter` returns.
+        tasks: what `load_tasks` returns.
+        limit: documents per task; None takes all.
 
     Returns:
-        {"lm_eval": its version, "results": one dict for each task and metric, with task, metric, value, stderr (None
-        where lm-eval has none) and documents}.
+        {"lm_eval": its version, "results": one dict per task and metric, with task, metric, value, stderr (None if
+        lm-eval has none) and documents}.
 
     Raises:
         ValueError: a continuation that the model cannot score, or generation that it cannot do.
@@ -233,7 +235,7 @@ def _unknown(name: str, folder: Path | None, manager: TaskManager) -> str:
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """Works in that folder, so that names of data files are relative to the task files and not to the caller."""
+    """Change to that folder, so that names of data files are relative to the task files and not to the caller."""
     before = Path.cwd()
     os.chdir(folder or before)
     try:

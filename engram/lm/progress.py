@@ -60,10 +60,10 @@ class Task:
 
 
 class Progress:
-    """Shows tasks while its block runs: `with Progress() as progress: task = progress.task("reading", total)`.
+    """Progress of tasks, shown while its block runs: `with Progress() as progress: progress.task("reading", total)`.
 
-    Where stderr is not a terminal, a thread prints the task that was updated last every 30 seconds, also if the work
-    reports nothing for longer than that. live: False prints such lines on a terminal too, for work that draws there.
+    If stderr is not a terminal, a thread prints the task that was updated last every 30 seconds, also if the work
+    reports nothing for longer than that. live=False prints such lines in a terminal too, for work that draws there.
     """
 
     def __init__(self, live: bool = True, stream: TextIO | None = None):

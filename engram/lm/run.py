@@ -85,7 +85,7 @@ class Data:
 
 
 def prepare(setting: Setting, held_out: str = "validation") -> Data:
-    """Loads, splits, tokenizes and encodes the corpus of a setting.
+    """Load, split, tokenize and encode the corpus of a setting.
 
     Args:
         held_out: "validation", or "tune": a slice of the training text to choose learning rates on, so that nothing
@@ -129,8 +129,8 @@ def build_model(setting: Setting, arm: str, token_map: TokenMap) -> Transformer:
 
 
 def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: Data) -> None:
-    """Writes what is needed to build the model again: tokenizer.json, token_map.safetensors and run.json, which holds
-    their digests and its own.
+    """Write the files that build the model again: tokenizer.json, token_map.safetensors and run.json, which has their
+    digests and its own.
 
     Raises:
         ValueError: a folder with checkpoints of another run, which is left as it is.
@@ -187,7 +187,7 @@ def _has_digest(file: Path, digest: str) -> bool:
 
 def _read_tokenizer(home: Path) -> tokenizers.Tokenizer:
     tokenizer = read_tokenizer(home / "tokenizer.json")
-    tokenizer.encode_special_tokens = True  # a text that spells out <|endoftext|> stays text; the file forgets this
+    tokenizer.encode_special_tokens = True  # <|endoftext|> in a text stays text; the file does not store this
     return tokenizer
 
 

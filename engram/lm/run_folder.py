@@ -22,8 +22,8 @@ _held: ContextVar[frozenset[tuple[int, str]]] = ContextVar("held", default=froze
 def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder during the block, so that no other process or thread writes a run there. Blocks of one thread nest.
 
-    The lock is one of the kernel on FOLDER/.lock, so it ends with its process, also after a kill. If the file system
-    has no locks, a warning says so. A folder that did not exist and is empty at the end is removed.
+    The operating system holds the lock, on FOLDER/.lock, so it ends with its process, also after a kill. If the file
+    system has no locks, there is a warning. A folder that did not exist and is empty at the end is removed.
 
     Raises:
         BlockingIOError: another process or thread holds the folder. OSError: the folder cannot be written.

@@ -194,18 +194,22 @@ def train(
     prefetch: bool = True,
     batches: Callable[[int], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> TrainLog:
-    """Trains `model` in place and returns the log. A run that was killed goes on from its newest checkpoint and ends
-    with the weights and rows that an undisturbed run ends with, bit for bit; on another number of torch threads
-    (torch.set_num_threads) they differ in their last bits, because torch then sums in another order. Tables in files
-    hold what the killed run left in them: if it had no checkpoint yet, they are refused.
+    """Train `model` in place and return the log.
+
+    A run that was killed resumes at its newest checkpoint and ends with the weights and rows of an undisturbed run, bit
+    for bit. With another number of torch threads (torch.set_num_threads) they differ in their last bits, because torch
+    then sums in another order. Tables in files contain what the killed run left in them: if it had no checkpoint yet,
+    they are refused.
 
     Args:
-        model: weights and (maybe) memory to train. data: the training text. config: how.
-        folder: home of the checkpoints; one that holds some is resumed. Its log.jsonl gets one line per step: step,
+        model: weights to train, with or without a memory.
+        data: the training text.
+        config: rates, batch and budget.
+        folder: folder of the checkpoints; if it has some, the run resumes. Its log.jsonl gets one line per step: step,
             tokens, loss (nats per token), lr, tokens_per_second, seconds (of all training steps so far), and
             validation_loss at the steps that evaluate.
-        checkpoint_every: steps between them (0: only at the end). keep_checkpoints: how many stay, the newest; each
-            holds all rows (0: all stay).
+        checkpoint_every: steps between checkpoints (0: only at the end).
+        keep_checkpoints: number of newest checkpoints to keep; each contains all rows (0: keep all).
         evaluate: returns a held-out loss; called every evaluate_every steps (0: never) outside the timed part.
         on_step: called with (step, loss) after each step.
         batches: step -> (ids, targets, documents), each int64 [batch_size, context]; targets of -100 count for nothing.

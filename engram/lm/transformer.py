@@ -69,7 +69,7 @@ class Cache:
         return k, v
 
     def check(self, seen: int) -> None:
-        """Raises RuntimeError where a forward pass broke off, or the memory has not `seen` as many positions."""
+        """Raise RuntimeError if a forward pass was interrupted, or the memory has not `seen` as many positions."""
         parts = {"memory": seen} | {
             f"attention of layer {i}": k.shape[2] for i, k in (*self.keys.items(), *self.values.items())
         }
@@ -81,10 +81,10 @@ class Cache:
                 )
 
     def rewind(self, positions: int) -> None:
-        """Forgets the last `positions` tokens (rejected drafts, say), and what a forward pass that broke off left.
+        """Drop the last `positions` tokens, such as rejected drafts, and what an interrupted forward pass left.
 
         Raises:
-            ValueError: more positions than there are, or than the memory can take back.
+            ValueError: more positions than the cache has, or than the memory can drop.
         """
         if not 0 <= positions <= self.length:
             raise ValueError(f"cannot rewind {positions} positions of {self.length}")
@@ -117,7 +117,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, d = x.shape
         qkv = self.qkv(x)
-        if extra is not None:  # a memory that speaks through the values
+        if extra is not None:  # inject="values": the update is added to the attention values
             qkv = torch.cat([qkv[..., : 2 * d], qkv[..., 2 * d :] + extra], dim=-1)
         q, k, v = qkv.view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, rope), rotate(k, rope)
@@ -277,7 +277,7 @@ def rotary(config: TransformerConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates pairs (i, i + half) of the last dimension of x [B, heads, T, d / heads]."""
+    """Rotate pairs (i, i + half) of the last dimension of x [B, heads, T, d / heads]."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = (r.to(x.dtype) for r in rope)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

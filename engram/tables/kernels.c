@@ -131,7 +131,7 @@ void engram_scatter(const Table *t, const int64_t *ids, int64_t lo, int64_t hi, 
     for (int64_t i = lo; i < hi; i++) write_row(t, ids[i], in + i * t->dim, 0, 0);
 }
 
-/* Python's extension loader wants this symbol on some systems; the functions above are called through ctypes. */
+/* Python's extension loader needs this symbol on some systems; the functions above are called through ctypes. */
 #if defined(_WIN32)
 __declspec(dllexport)
 #endif

@@ -130,7 +130,7 @@ def positions(cache: Any) -> int:
 
 
 def follow(cache: Cache, state: MemoryCache, owner: int) -> None:
-    """Makes `state`, of the attachment with the number `owner`, part of a cache that holds the same positions."""
+    """Make `state`, of the attachment with the number `owner`, part of a cache of the same positions."""
     if not isinstance(cache, _Followed):
         cache.__class__ = _followed(type(cache))
     cache.engram, cache.engram_owner = state, owner  # type: ignore[attr-defined]

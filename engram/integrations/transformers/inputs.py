@@ -53,7 +53,7 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
         own = _keys(mask, past).diagonal(dim1=1, dim2=2)
         dead = (~own if own.dtype == torch.bool else own < 0).expand(batch, -1)
     else:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}, which says nothing about ids {(batch, time)}")
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, which does not fit ids of {(batch, time)}")
     return dead if bool(dead.any()) else None
 
 

@@ -29,9 +29,9 @@ _SAMPLE = 256  # rows compared with their source
 
 
 class HostedRows(nn.Module):
-    """Stands where nn.Embedding stood: row ids [...] -> rows [..., dim], in the model's dtype, where the ids are.
+    """Replacement of nn.Embedding: row ids [...] -> rows [..., dim], in the model's dtype, on the device of the ids.
 
-    `weight` holds no values; its dtype and device follow the model's, as callers expect of an embedding.
+    `weight` has no values; its dtype and device follow the model's, as callers expect of an embedding.
     """
 
     weight: Tensor
@@ -54,7 +54,7 @@ def _embeddings(model: nn.Module) -> dict[int, Any]:
 
 
 def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -> dict[int, Table]:
-    """Moves the n-gram tables of a loaded Qwen4-Exp model into HostTables; the model goes on with the same logits.
+    """Move the n-gram tables of a loaded Qwen4-Exp model into HostTables. The model's logits stay the same.
 
     Args:
         hf_model: Qwen4ExpForCausalLM or any model that contains one. folder: a new folder for the rows, which are then
@@ -70,7 +70,9 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
     """
     found = _embeddings(hf_model)
     if not found:
-        raise ValueError(f"{type(hf_model).__name__} has no n-gram table: offload knows Qwen4-Exp's PLE layers")
+        raise ValueError(
+            f"{type(hf_model).__name__} has no n-gram table that offload can move: it supports Qwen4-Exp's PLE layers"
+        )
     weights: dict[int, Tensor] = {}
     for layer, module in found.items():
         weight = module.ngram_embedding.weight
@@ -219,7 +221,7 @@ def load_offloaded(
 
 
 def _origin(source: Source) -> dict[str, Any]:
-    """Which files the rows are from, as far as that can be said without reading them."""
+    """Return sizes and times of the files that the rows are from, which are known without reading the files."""
     files = {stored.path for rows in source.rows.values() for _, *parts in rows.parts for stored in parts if stored}
     facts = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
     return {"layout": source.layout.digest, "files": facts}
@@ -228,7 +230,7 @@ def _origin(source: Source) -> dict[str, Any]:
 def _check_same(
     rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, Table], home: Path, whole: bool
 ) -> None:
-    """Compares all rows, or a sample of them, with the checkpoint's. Raises ValueError at the first that differs."""
+    """Compare all rows, or a sample of them, with the checkpoint's. Raise ValueError at the first that differs."""
     generator = torch.Generator().manual_seed(0)
     if set(rows) != set(tables):
         raise ValueError(f"{home} holds tables of layers {sorted(tables)}, the checkpoint has {sorted(rows)}")

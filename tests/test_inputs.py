@@ -200,10 +200,10 @@ def test_the_default_device_of_torch_changes_nothing():
 @pytest.mark.parametrize(
     ("mask", "error", "match"),
     [
-        (torch.ones(2, 11), ValueError, r"attention_mask is \(2, 11\)"),
-        (torch.ones(2, 12, 12), ValueError, r"attention_mask is \(2, 12, 12\)"),
-        (torch.ones(3, 12), ValueError, r"attention_mask is \(3, 12\)"),
-        (torch.ones(2, 1, 11, 12), ValueError, r"attention_mask is \(2, 1, 11, 12\)"),
+        (torch.ones(2, 11), ValueError, r"attention_mask has shape \(2, 11\)"),
+        (torch.ones(2, 12, 12), ValueError, r"attention_mask has shape \(2, 12, 12\)"),
+        (torch.ones(3, 12), ValueError, r"attention_mask has shape \(3, 12\)"),
+        (torch.ones(2, 1, 11, 12), ValueError, r"attention_mask has shape \(2, 1, 11, 12\)"),
         ([[1] * 12] * 2, TypeError, "attention_mask is list"),
         ({}, ValueError, "attention_mask is an empty dict"),
     ],

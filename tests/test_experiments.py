@@ -808,6 +808,7 @@ def same(found, expected):
 def test_arrays_of_many_runs_come_back_bit_for_bit(tmp_path):
     for number in range(4):
         write_documents(tmp_path, f"key{number}", arrays_of(number))
+    same(read_documents(tmp_path, "key1"), arrays_of(1))
     write_documents(tmp_path, "key1", arrays_of(10))  # made again: replaced
     for number, expected in enumerate((0, 10, 2, 3)):
         same(read_documents(tmp_path, f"key{number}"), arrays_of(expected))

@@ -117,7 +117,7 @@ def test_rows_of_a_run_that_ended_are_gone_on_with(tmp_path):
 
 def test_rows_without_a_mark_open_as_before(tmp_path):
     m = model(tmp_path)
-    facts = m.memory._facts()
+    facts = m.memory._identity()
     m.memory.close()
     assert json.loads((tmp_path / "rows.json").read_text()) == facts, "what older versions wrote"
     model(tmp_path).memory.close()

@@ -33,8 +33,8 @@ class RowGradients(dict[int, list[tuple[Tensor, Tensor]]]):
             return
         if not self.has_optimizer:
             warnings.warn(
-                "backward passes find gradients of table rows, and no optimizer was made that knows rows: they do not "
-                "learn. Make it with engram.build_optimizer(model), or freeze the memory: memory.requires_grad_(False)",
+                "gradients of table rows are collected, but no optimizer was made for them: the rows are not trained. "
+                "Make it with engram.build_optimizer(model), or freeze the memory: memory.requires_grad_(False)",
                 stacklevel=3,
             )
         weights = [weight for weight in fusion.parameters() if weight.requires_grad]

@@ -12,13 +12,13 @@ from engram.storage.files import write_whole
 from engram.storage.manifest import step_folders
 from engram.storage.untrusted import read_json
 
-Facts = dict[str, Any]
+Identity = dict[str, Any]
 
 
 class RowFolder:
     """The record rows.json beside a memory's row files; without a folder, nothing is recorded.
 
-    facts: the identity of the rows (engram.memory.state.row_facts).
+    identity: what decides the values of the rows (engram.memory.state.row_identity).
     """
 
     def __init__(self) -> None:
@@ -26,30 +26,30 @@ class RowFolder:
         self.marked = False  # True while rows.json marks the rows as unfinished
         self.cut_short: str | None = None  # the reason why the opened rows must not be used
 
-    def begin(self, folder: Path, facts: Facts) -> None:
+    def begin(self, folder: Path, identity: Identity) -> None:
         """Make the folder, and record the memory in it."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.claim(folder, facts)
+        self.claim(folder, identity)
 
-    def claim(self, folder: Path, facts: Facts) -> None:
+    def claim(self, folder: Path, identity: Identity) -> None:
         """Record in rows.json which memory owns the row files in `folder`."""
-        write_whole(folder / "rows.json", json.dumps(facts).encode())
+        write_whole(folder / "rows.json", json.dumps(identity).encode())
         self.folder = folder
 
-    def mark_unfinished(self, run: str | os.PathLike[str] | None, facts: Facts) -> None:
+    def mark_unfinished(self, run: str | os.PathLike[str] | None, identity: Identity) -> None:
         """Record in rows.json that the rows in files are being changed: until mark_finished they are not those of any
         checkpoint, and after a kill they are refused. run: folder with the checkpoints of this training, or None."""
         if self.folder is not None:
             mark = {"run": None if run is None else os.path.abspath(run)}
-            write_whole(self.folder / "rows.json", json.dumps({**facts, "unfinished": mark}).encode())
+            write_whole(self.folder / "rows.json", json.dumps({**identity, "unfinished": mark}).encode())
             self.marked = True
 
-    def mark_finished(self, flush: Callable[[], None], facts: Facts) -> None:
+    def mark_finished(self, flush: Callable[[], None], identity: Identity) -> None:
         """Record that all rows are those of one checkpoint, or of training that has ended."""
         self.cut_short = None
         if self.folder is not None and self.marked:
             flush()
-            self.claim(self.folder, facts)
+            self.claim(self.folder, identity)
             self.marked = False
 
     def check_finished(self) -> None:
@@ -67,13 +67,13 @@ class RowFolder:
             raise ValueError(f"{why}, and there is no checkpoint to resume from: {start}")
         self.cut_short = f"{why}. Load a checkpoint of {run} over them (training in that folder does), or {start}"
 
-    def open(self, folder: Path, facts: Facts, same: Callable[[str, Any, Any], bool]) -> None:
+    def open(self, folder: Path, identity: Identity, same: Callable[[str, Any, Any], bool]) -> None:
         """Use the rows in `folder`. Raise ValueError if they belong to another memory, or if training left them
         unfinished and there is no checkpoint of it."""
         path = folder / "rows.json"
         try:
             record = read_json(path, "the record of a folder of rows")
-            other = [name for name, value in facts.items() if not same(name, record.get(name), value)]
+            other = [name for name, value in identity.items() if not same(name, record.get(name), value)]
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path} does not name the memory of the rows beside it ({type(error).__name__}): use another folder, "

@@ -20,13 +20,13 @@ from engram.memory.recall import Recall
 from engram.memory.row_folder import RowFolder
 from engram.memory.state import (
     Tables,
-    check_facts,
+    check_identity,
     codebooks_of,
     load_codebooks,
-    pack_facts,
+    pack_identity,
     replaces_rows,
-    row_facts,
-    same_fact,
+    row_identity,
+    same_field,
 )
 from engram.storage.weak import WeakList
 from engram.tables import Table
@@ -42,10 +42,10 @@ def _finish_load(state: RowState, incompatible_keys: Any) -> None:
 
 
 class RowState(nn.Module):
-    """The tables of one model's layers, and everything that has to know when their rows change.
+    """The tables of one model's layers, with all state that depends on their rows.
 
-    The state dict holds the rows as views, with the facts that say which rows they are (layout, token map, initial
-    rows). Rows in files are marked in rows.json while they are changed. Recalls in flight fetch changed rows again.
+    The state dict has the rows as views, with their identity (layout, token map, initial rows). Rows in files are
+    marked in rows.json while they are changed. Recalls in flight fetch changed rows again.
 
     Args:
         config, layout, hasher: what addresses the rows.
@@ -140,22 +140,22 @@ class RowState(nn.Module):
     # Row files.
 
     def _open_folder(self, folder: Path) -> None:
-        self._row_folder.open(folder, self._facts(), self._same)
+        self._row_folder.open(folder, self._identity(), self._same)
 
     def _begin_folder(self, folder: Path) -> None:
-        self._row_folder.begin(folder, self._facts())
+        self._row_folder.begin(folder, self._identity())
 
     def claim(self, folder: Path) -> None:
         """Record in rows.json which memory owns the row files in `folder`."""
-        self._row_folder.claim(folder, self._facts())
+        self._row_folder.claim(folder, self._identity())
 
     def mark_unfinished(self, run: str | os.PathLike[str] | None) -> None:
         """Record in rows.json that the rows in files are being changed; see RowFolder."""
-        self._row_folder.mark_unfinished(run, self._facts())
+        self._row_folder.mark_unfinished(run, self._identity())
 
     def mark_finished(self) -> None:
         """Record that all rows are those of one checkpoint, or of training that has ended."""
-        self._row_folder.mark_finished(self.flush, self._facts())
+        self._row_folder.mark_finished(self.flush, self._identity())
 
     def flush(self) -> None:
         """Force rows in files to the disk."""
@@ -167,19 +167,19 @@ class RowState(nn.Module):
         over them since."""
         self._row_folder.check_finished()
 
-    # The tables in the state dict, with the facts that say which rows they are.
+    # The tables in the state dict, with the identity of their rows.
 
-    def _facts(self) -> dict[str, Any]:
-        return row_facts(self.config, self.layout, self.hasher.token_map, self.codec)
+    def _identity(self) -> dict[str, Any]:
+        return row_identity(self.config, self.layout, self.hasher.token_map, self.codec)
 
     def _same(self, name: str, saved: Any, mine: Any) -> bool:
-        return same_fact(name, saved, mine, self.hasher.token_map)
+        return same_field(name, saved, mine, self.hasher.token_map)
 
     def get_extra_state(self) -> Tensor:
-        return pack_facts(self._facts())
+        return pack_identity(self._identity())
 
     def set_extra_state(self, state: Tensor) -> None:
-        check_facts(state, self._facts(), self._same)
+        check_identity(state, self._identity(), self._same)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

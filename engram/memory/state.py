@@ -1,5 +1,5 @@
 """The tables of a memory as a torch module, so that loaders and savers that walk a model by names find its rows; its
-codebooks in a state dict; and the facts that identify its rows.
+codebooks in a state dict; and the identity of its rows.
 """
 
 from __future__ import annotations
@@ -159,30 +159,30 @@ def replaces_rows(tables: Tables, state_dict: Mapping[str, Tensor], prefix: str)
     return replaced, replaced and all(state_dict[key].shape == mine.shape for key, mine in own.items())
 
 
-def row_facts(config: EngramConfig, layout: HashLayout, token_map: TokenMap, codec: str | None) -> dict[str, Any]:
-    """Return the facts that identify the rows of a memory: rows with other facts would be read wrongly."""
-    facts: dict[str, Any] = {
+def row_identity(config: EngramConfig, layout: HashLayout, token_map: TokenMap, codec: str | None) -> dict[str, Any]:
+    """Return the identity of a memory's rows: rows of another identity would be read wrongly."""
+    identity: dict[str, Any] = {
         "layout": layout.digest,
         "token_map": token_map.digest,
         "init": [config.table_init, config.table_std, config.seed],
         "dtype": config.table_dtype,
     }
-    return facts if codec is None else {**facts, "codec": codec}
+    return identity if codec is None else {**identity, "codec": codec}
 
 
-def same_fact(name: str, saved: Any, mine: Any, token_map: TokenMap) -> bool:
-    """Return True if a saved fact agrees with a memory's. Its token map may have been extended since."""
+def same_field(name: str, saved: Any, mine: Any, token_map: TokenMap) -> bool:
+    """Return True if a saved field agrees with a memory's, whose token map may have been extended since."""
     return saved == mine or (name == "token_map" and token_map.is_extended_from(str(saved)))
 
 
-def pack_facts(facts: dict[str, Any]) -> Tensor:
-    """Return the facts as canonical JSON in a uint8 tensor, as state_dict() holds them."""
-    return torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+def pack_identity(identity: dict[str, Any]) -> Tensor:
+    """Return the identity as canonical JSON in a uint8 tensor, as it lies in a state dict."""
+    return torch.tensor(list(json.dumps(identity, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
 
 
-def check_facts(state: Tensor, facts: dict[str, Any], same: Callable[[str, Any, Any], bool]) -> None:
-    """Raise ValueError if the packed facts of a saved memory are not `facts`."""
-    saved, mine = parse_json(bytes(state.tolist())), parse_json(json.dumps(facts))
+def check_identity(state: Tensor, identity: dict[str, Any], same: Callable[[str, Any, Any], bool]) -> None:
+    """Raise ValueError if the packed identity of a saved memory is not `identity`."""
+    saved, mine = parse_json(bytes(state.tolist())), parse_json(json.dumps(identity))
     names = ("token_map", "token map"), ("layout", "hash layout"), ("init", "init"), ("dtype", "dtype")
     for name, what in (*names, ("codec", "row codec")):
         if not same(name, saved.get(name), mine.get(name)):

@@ -54,6 +54,7 @@ _PARTS_OF_FILES = (
     "engram.storage.partial",
 )
 SPLIT = {  # where other names of an old module now live
+    "engram.integrations.gguf": ("engram.integrations.formats.gguf_memory",),
     "engram.integrations.attach": (
         "engram.integrations.transformers.architecture",
         "engram.integrations.transformers.hooks",
@@ -61,6 +62,8 @@ SPLIT = {  # where other names of an old module now live
     "engram.integrations.pretrained": ("engram.integrations.transformers.model_folder",),
     "engram.integrations.targets": ("engram.integrations.formats.recoder",),
     "engram.lm.report": ("engram.lm.units",),
+    "engram.integrations.rows": ("engram.integrations.formats.scales",),
+    "engram.integrations.sources": ("engram.integrations.formats.fusion_weights",),
     "engram.saved": ("engram.memory.saved_manifest",),
     "engram.tables.files": _PARTS_OF_FILES,
 }

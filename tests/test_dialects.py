@@ -150,10 +150,10 @@ def test_a_config_that_makes_no_sense_is_refused_with_the_field(published, reaso
 @pytest.mark.parametrize(
     ("preset", "dialect", "changes", "reason"),
     [
-        ("paper-27b", "qwen", {}, "cannot say boundary='pad'"),
+        ("paper-27b", "qwen", {}, "cannot express boundary='pad'"),
         (V41, "demo", {}, "short convolution"),
-        (QWEN, "deepseek-v4.1", {}, "cannot say"),
-        (V41, "deepseek-v4.1", {"gate": "none"}, "cannot say gate='none'"),
+        (QWEN, "deepseek-v4.1", {}, "cannot express"),
+        (V41, "deepseek-v4.1", {"gate": "none"}, "cannot express gate='none'"),
         (V41, "deepseek-v4.1", {"orders": (2, 4)}, "orders="),
         (QWEN, "qwen", {"rows_per_head": (100, 200)}, "one rows_per_head for all orders"),
         ("demo", "demo", {"conv_dilation": 2}, "conv_dilation=2"),

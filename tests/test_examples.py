@@ -23,6 +23,7 @@ NEED_ONE = [
     "ablate",
     "attach",
     "build_optimizer",
+    "convert",
     "detach",
     "explain",
     "inspect_file",

@@ -373,7 +373,7 @@ def test_a_torn_gguf_file_is_refused(tmp_path):
 
 def test_a_missing_shard_is_refused_by_name(v41, tmp_path):
     (v41 / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"layers.3.engram.embed.weight lies in the shard .*model-00002-of-00002.saf"):
+    with pytest.raises(ValueError, match=r"layers.3.engram.embed.weight is in the shard .*model-00002-of-00002.saf"):
         convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
     (v41 / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"the shard .*model-00002-of-00002.safetensors is missing"):
@@ -394,7 +394,7 @@ def test_a_table_under_two_names_is_refused(v41):
     tensors["layers.1.engram.embed_tokens.weight"] = tensors["layers.1.engram.embed.weight"].clone()
     safetensors.torch.save_file(tensors, file)
     (v41 / "model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match=r"embed.* and .*embed.* are both of layer 1: which one counts"):
+    with pytest.raises(ValueError, match=r"embed.* and .*embed.* are both tables of layer 1: remove one"):
         open_source(v41)
 
 
@@ -431,7 +431,7 @@ def test_a_config_of_another_layout_beside_tensors_that_we_wrote_is_refused(v41,
 def test_a_config_given_for_tensors_of_another_dialect_is_refused(tmp_path):
     filled(DEMO).save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "demo", "demo")
-    with pytest.raises(ValueError, match="demo cannot say bias=False"):
+    with pytest.raises(ValueError, match="demo cannot express bias=False"):
         open_source(tmp_path / "demo", DEMO.replace(bias=False))
 
 
@@ -465,7 +465,7 @@ NAN_VALUE = e4m3((ROWS, 64), 0).view(torch.uint8).index_fill(0, torch.tensor([77
     ("k_weight", torch.ones(M, 63), r"k_weight is \[2, 63\], expected \[2, 64\]"),
     ("q_weight", torch.full((M, 64), torch.nan), "q_weight holds a value that is not finite"),
     ("q_weight", torch.ones(M, 64).int(), "q_weight is I32, expected F32, BF16, F16 or F8_E4M3"),
-    ("q_weight", torch.ones(0, 64), r"q_weight is \[0, 64\]: no weights of a memory"),
+    ("q_weight", torch.ones(0, 64), r"q_weight is \[0, 64\]: these are not the weights of a memory"),
     ("wkv.weight", torch.zeros(3, 2, 2), r"wkv.weight is \[3, 2, 2\], expected \[192, 384\]"),
     ("wkv.weight", torch.zeros(192, 384), "wkv.scale scales layers.1.engram.wkv.weight, which is F32, not F8_E4M3"),
     ("wkv.scale", torch.ones(0, 12), r"wkv.scale is F32 \[0, 12\] .* expected a scale per 32 x 32"),
@@ -588,13 +588,13 @@ def test_32_bit_row_ids_and_moduli_of_another_layout_are_refused_by_name(tmp_pat
     with pytest.raises(ValueError, match=f"{name} is I32, expected I64: row ids need 64 bits"):
         open_source(tmp_path / "qwen")
     rewrite(tmp_path / "qwen", name, good + torch.tensor([0, 0, 2, 2]))
-    with pytest.raises(ValueError, match=rf"{name} has 200 at place 2, expected 198"):
+    with pytest.raises(ValueError, match=rf"{name} has 200 at index 2, expected 198"):
         open_source(tmp_path / "qwen")
     rewrite(tmp_path / "qwen", name, good)
     name = name.replace("offsets", "vocab_sizes")
     rewrite(tmp_path / "qwen", name, torch.tensor([97, 101, 103, 109]))
     with pytest.raises(
-        ValueError, match=f"{name} has 109 at place 3, expected 107: its rows were addressed by another"
+        ValueError, match=f"{name} has 109 at index 3, expected 107: its rows were addressed by another"
     ):
         open_source(tmp_path / "qwen")
 

@@ -154,11 +154,11 @@ PRIMES = [p for i in (1, 3) for heads in filled(V41).layout.moduli[i] for p in h
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
-    ({"primes": [*PRIMES[:-1], 1009]}, "primes has 1009 at place 11, but .* no multipliers or moduli from a file yet"),
+    ({"primes": [*PRIMES[:-1], 1009]}, "primes has 1009 at index 11, .* cannot take multipliers or moduli from a file"),
     ({"primes": PRIMES[:-1]}, "primes holds 11 numbers, expected 2 layers x 3 orders x 2 heads"),
     ({"primes": [float(p) for p in PRIMES]}, "primes must be an int, not 97.0"),
-    ({"multipliers": [3] * 8}, "multipliers has 3 at place 0, but this configuration and vocabulary give"),
-    ({"offsets": [0] * 12}, "offsets has 0 at place 1"),
+    ({"multipliers": [3] * 8}, "multipliers has 3 at index 0, but this configuration and vocabulary give"),
+    ({"offsets": [0] * 12}, "offsets has 0 at index 1"),
     ({"offsets": [0]}, "offsets has 1 numbers, but .* give 12"),
     ({"layer_ids": [1, 4]}, r"holds tables of layers \[1, 3\], expected \[1, 4\]"),
     ({"key_length": 32}, r"engram_embd.weight is \[630, 64\], expected \[630, 32\]"),
@@ -192,7 +192,7 @@ def test_a_file_of_an_unknown_architecture_needs_its_configuration(tmp_path):
 
 def test_tables_alone_are_not_written_as_a_dialect_which_needs_all_weights(tmp_path):
     path = write(tmp_path / "t.gguf", filled(V41), "BF16")
-    with pytest.raises(ValueError, match=r"tables of a memory alone: deepseek-v4\.1 needs its other weights too"):
+    with pytest.raises(ValueError, match=r"only the tables of a memory: deepseek-v4\.1 needs its other weights too"):
         convert(path, tmp_path / "v41", "deepseek-v4.1")
 
 

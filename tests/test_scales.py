@@ -135,20 +135,20 @@ def test_scaled_rows_convert_to_the_other_formats_too(tmp_path):
     expected = checkpoint(tmp_path / "q", e4m3, for_table(torch.tensor([0.01], dtype=torch.bfloat16)))
     convert(tmp_path / "q", tmp_path / "again", "qwen", shards=2)
     rows = open_source(tmp_path / "again").rows[2]
-    assert rows.form == "bfloat16" and torch.equal(rows.read(0, rows.rows), expected[2].bfloat16())
+    assert rows.codec == "bfloat16" and torch.equal(rows.read(0, rows.rows), expected[2].bfloat16())
 
 
 def test_ragged_last_blocks_are_those_of_a_power_of_two_and_not_of_equal_parts():
     from engram.integrations.formats.safetensors_io import Stored
-    from engram.integrations.formats.stored_rows import Scale, _scale
+    from engram.integrations.formats.scales import Scale, read_scale
 
     values = Stored("w", Path("w"), "F8_E4M3", (5, 160), 0, 800)
     for count, block in ((2, 128), (3, 64), (5, 32), (10, 16), (20, 8), (1, 160)):
         stored = Stored("s", Path("s"), "F32", (5, count), 0, 20 * count)
-        assert _scale("w", "s", values, stored, 160, None, 0) == Scale(stored, block, 0)
+        assert read_scale("w", "s", values, stored, 160, None, 0) == Scale(stored, block, 0)
     for shape in ((5, 4), (5, 6), (4, 5), (5, 2, 1), (2,)):  # 4 and 6 fit no power of two
         with pytest.raises(ValueError, match="Another block size decodes w without an error"):
-            _scale("w", "s", values, Stored("s", Path("s"), "F32", shape, 0, 4), 160, None, 0)
+            read_scale("w", "s", values, Stored("s", Path("s"), "F32", shape, 0, 4), 160, None, 0)
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
@@ -157,7 +157,7 @@ def test_ragged_last_blocks_are_those_of_a_power_of_two_and_not_of_equal_parts()
     ("weight_scale", torch.ones(1, dtype=torch.int32), r"weight_scale is I32 \[1\], expected F8_E8M0"),
     ("weight_scale", torch.tensor([torch.nan]), "a value is NaN or infinite"),
     ("weight_scale", torch.tensor([torch.inf]), "a value is NaN or infinite"),
-    ("shard_0.weight_scale", torch.ones(1), "both scale .*shard_0.weight: which one counts"),
+    ("shard_0.weight_scale", torch.ones(1), "both scale .*shard_0.weight: remove the one that does not apply"),
     ("shard_1.zero_point", torch.ones(1), "zero_point shifts the values of .*shard_1.weight"),
     ("biases", torch.ones(1), "biases shifts the values of .*shard_0.weight"),
     ("shard_1.weight", int8((1, 32), 0), "shard_0.weight has .* rows in 3 parts, expected"),

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from engram import EngramConfig, EngramMemory, HostTable, TokenMap, convert
-from engram.integrations.formats.conversion import inspect_file
+from engram.integrations.formats import inspect_file
 from engram.integrations.formats.readers import read_config, read_token_map
 from engram.storage.untrusted import open_regular, parse_json, printable, read_json, read_tensors, read_tokenizer
 from engram.tables import EncodedTable

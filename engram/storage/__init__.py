@@ -1,1 +1,2 @@
-"""Bytes on disk and in memory: whole files and folders, mappings, read-ahead. It knows no rows."""
+"""Bytes on disk and in memory: files and folders written completely or not at all, mappings, read-ahead. Nothing here
+depends on what rows mean."""

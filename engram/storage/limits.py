@@ -1,6 +1,6 @@
-"""What this process may use of its machine: the smallest of what hardware, affinity and control groups allow.
+"""Memory and cores that this process may use: the smallest of what hardware, affinity and control groups allow.
 
-A container sees the host's memory and cores in /proc, and is stopped or slowed down at those of its control group.
+In a container, /proc shows the host's memory and cores, but the limits are those of the container's control group.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ GROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
 
 
 def cores() -> int:
-    """CPU cores that this process may keep busy, at least 1: its affinity, and the CPU quotas of its control groups."""
+    """Return the number of CPU cores that this process may use, at least 1: its affinity, and the CPU quotas of its
+    control groups."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, math.floor(min([count, *_quotas()])))
 
 
 def free_memory() -> int:
-    """Bytes of memory that are free or can be freed: the machine's, or what is left of a control group's limit. 0 if
-    the system does not tell."""
+    """Return the bytes of memory that are free or can be freed: the machine's, or the rest of a control group's limit.
+    0 if the system does not report them."""
     try:
         with open(PROC / "meminfo") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -31,8 +32,10 @@ def free_memory() -> int:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Folders of this process's control groups for "cpu" or "memory", innermost first. A path that the process cannot
-    see, as in a container, leaves those of its ancestors that it can."""
+    """Yield the folders of this process's control groups for "cpu" or "memory", innermost first.
+
+    In a container, a path that the process cannot see leaves those of its ancestors that it can.
+    """
     try:
         lines = (PROC / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -49,7 +52,7 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _number(path: Path) -> float:
-    """The number that a file of a control group begins with; infinite for "max", or if it cannot be read."""
+    """Return the number at the start of a control group's file; infinity for "max", or if it cannot be read."""
     try:
         return float(path.read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -57,6 +60,7 @@ def _number(path: Path) -> float:
 
 
 def _quotas() -> Iterator[float]:
+    """Yield the CPU quotas of this process's control groups, in cores."""
     for group in _groups("cpu"):
         try:
             quota, period = (group / "cpu.max").read_text().split()  # version 2
@@ -67,6 +71,7 @@ def _quotas() -> Iterator[float]:
 
 
 def _headrooms() -> Iterator[int]:
+    """Yield the bytes left below the memory limits of this process's control groups."""
     for group in _groups("memory"):
         limits = [_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = min(_number(group / "memory.current"), _number(group / "memory.usage_in_bytes"))
@@ -75,7 +80,7 @@ def _headrooms() -> Iterator[int]:
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of a group's page cache that are given back under pressure, such as pages of row files read long ago."""
+    """Return the bytes of a group's page cache that are freed under pressure, such as pages of old row files."""
     try:
         stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(stats.get("total_inactive_file", stats.get("inactive_file", 0)))

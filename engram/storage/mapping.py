@@ -1,4 +1,4 @@
-"""Bytes to keep rows in: anonymous memory, or a locked and mapped file."""
+"""Memory for the rows of a table: anonymous, or a locked and mapped file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 
 
 def map_memory(nbytes: int, what: str) -> mmap.mmap:
-    """Zeroed address space that becomes memory page by page as it is written, on huge pages where they are granted.
+    """Reserve zeroed address space, which becomes memory page by page when written; on huge pages if possible.
 
     Args:
-        nbytes: how much. what: the table in words, for the error.
+        nbytes: the size. what: the table in words, for the error.
 
     Raises:
-        OSError: no address space for it.
+        OSError: there is not enough address space.
     """
     try:
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
@@ -37,7 +37,7 @@ def map_memory(nbytes: int, what: str) -> mmap.mmap:
             f"no {nbytes:,} bytes of address space for a table of {what}: {error}. "
             f"Give the table a path to keep it in a file, or fewer rows."
         ) from error
-    # A touched row commits 2 MiB on huge pages: only for tables that fit in memory as a whole, and with one another.
+    # On huge pages a touched row commits 2 MiB: use them only if all such tables fit in memory together.
     free, others = limits.free_memory(), sum(len(mapped) for mapped in _on_huge_pages.living())
     if nbytes <= free // 2 and nbytes + others <= free // 4 * 3:
         try:  # before the first touch; fewer TLB misses on random rows
@@ -49,13 +49,15 @@ def map_memory(nbytes: int, what: str) -> mmap.mmap:
 
 
 def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple[mmap.mmap, int]:
-    """A file of exactly `nbytes` bytes, mapped, and its descriptor, which holds the lock: exclusive for writing, shared
-    for reading. A missing file is made with its disk space reserved at once; close the descriptor to let the file go.
+    """Map a file of exactly `nbytes` bytes. Return the mapping and the descriptor that keeps the lock.
+
+    The lock is exclusive for writing and shared for reading; it ends when the descriptor is closed. If the file is
+    missing, it is created with its disk space reserved.
 
     Raises:
-        ValueError: a file of another size. BlockingIOError: the file is held by another table. FileNotFoundError:
-        nothing there to read. PermissionError: a file that may not be opened so. OSError: no disk space, or a pipe,
-        socket, device or folder.
+        ValueError: the file has another size. BlockingIOError: another table has locked it. FileNotFoundError: there is
+        no file to read. PermissionError: the file may not be opened in this mode. OSError: the disk is full, or the
+        path is a pipe, socket, device or folder.
     """
     if writable and path.is_symlink():
         raise OSError(
@@ -71,7 +73,7 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
     create = os.O_CREAT | os.O_EXCL if fresh else 0
     try:
         file = os.open(path, os.O_RDWR | _NOFOLLOW | create if writable else os.O_RDONLY, 0o644)
-    except FileExistsError:  # since then
+    except FileExistsError:  # another process created it since the check above
         return map_file(path, nbytes, what, writable)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -81,7 +83,7 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
         raise PermissionError(error.errno, f"{path} cannot be {how} ({error.strerror}): {hint}") from None
     try:
         lock(file, path, exclusive=writable)
-        # A file with holes (a saved memory) gets its space before the first write, not a crash at one.
+        # Reserve the space of a file with holes (a saved memory) now: on a full disk a write to a hole is a crash.
         holes = writable and getattr(os.fstat(file), "st_blocks", 1 << 62) * 512 < nbytes
         if fresh or (holes and os.fstat(file).st_size == nbytes):
             try:
@@ -90,13 +92,13 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
                 raise OSError(
                     error.errno, f"no room for a table of {nbytes:,} bytes at {path}: {error.strerror}"
                 ) from error
-        found = os.fstat(file).st_size
-        if found != nbytes:
+        size = os.fstat(file).st_size
+        if size != nbytes:
             raise ValueError(
-                f"{path} holds {found:,} bytes, but {what} need {nbytes:,}: it belongs to another layout or is torn"
+                f"{path} holds {size:,} bytes, but {what} need {nbytes:,}: it belongs to another layout or is torn"
             )
         memory = mmap.mmap(file, nbytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # else every cold row reads megabytes around it
+        if hasattr(mmap, "MADV_RANDOM"):  # otherwise each cold row reads megabytes around it
             memory.madvise(mmap.MADV_RANDOM)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
@@ -125,9 +127,9 @@ def lock(file: int, path: Path, exclusive: bool) -> None:
     except BlockingIOError as error:
         raise BlockingIOError(
             error.errno,
-            f"{path} is already held by another table, or by its optimiser: two must never share one file"
+            f"{path} is already held by another table, or by its optimizer: two must never share one file"
             if exclusive
-            else f"{path} is held by a table that trains it: close that one, or save it and read the copy",
+            else f"{path} is held by a table that trains it: close that table, or save it and read the copy",
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -135,15 +137,15 @@ def lock(file: int, path: Path, exclusive: bool) -> None:
         if exclusive:
             warnings.warn(
                 f"{path} lies on a file system without locks ({error.strerror}), so a second process that opens it "
-                f"for writing is not noticed: let one process at a time train these rows, or keep the folder on a "
+                f"for writing is not detected: let one process at a time train these rows, or keep the folder on a "
                 f"local disk (Lustre: mount it with -o flock)",
                 stacklevel=5,
             )
 
 
 def unlock(file: int) -> None:
-    """Unlock a file of rows for good: closing its descriptor is not enough while anything, such as a traceback, keeps
-    its mapping alive."""
+    """Unlock a file of rows. Closing its descriptor is not enough: a traceback, for example, can keep its mapping
+    alive."""
     try:
         import fcntl
 
@@ -153,6 +155,7 @@ def unlock(file: int) -> None:
 
 
 def _reserve(file: int, nbytes: int) -> None:
+    """Reserve disk space for a file, so that later writes cannot run out of it (if the system supports this)."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, nbytes)
     else:

@@ -1,4 +1,4 @@
-"""Rows of a mapped file, asked for before they are read: page ranges of row ids, handed to the system in batches."""
+"""Read-ahead for the rows of a mapped file: page ranges of row ids, passed to the system in batches."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 _MERGE = 4  # pages: ranges nearer than this become one request
 _BATCH = 1024  # ranges per system call (IOV_MAX)
 _PROCESS_MADVISE = 440  # the same number on every Linux architecture
-_SAMPLE, _FEW = 64, 4  # with fewer than 4 of 64 rows missing, asking for all of them would cost more than it saves
-NORMAL, RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4  # of madvise
+_SAMPLE, _FEW = 64, 4  # with fewer than 4 of 64 rows missing, requests for all rows cost more than they save
+NORMAL, RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4  # for madvise
 
 
 def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mmap.PAGESIZE) -> np.ndarray:
-    """The pages that rows lie on, as few byte ranges.
+    """Return the pages of some rows, as few byte ranges.
 
     Args:
-        row_ids: int64, any shape, each in the table. row_bytes: of one row. nbytes: of the whole table.
+        row_ids: int64, any shape, each in the table. row_bytes: of one row. nbytes: of the table.
 
     Returns:
-        int64 [ranges, 2], (first byte, bytes) ascending and page-aligned but for the end of the table.
+        int64 [ranges, 2], (first byte, bytes), ascending and page-aligned except at the end of the table.
     """
     first = np.unique(row_ids) * row_bytes // page
     if not len(first):
@@ -39,7 +39,7 @@ def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mm
 
 def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int) -> bool:
     """Return True if the page cache holds nearly all of these rows of a table mapped from `file` at `address`, judged
-    by a sample of 64; about 0.1 ms. False where the system cannot say."""
+    by a sample of 64; about 0.1 ms. Return False if the system cannot tell."""
     ids = row_ids.reshape(-1)
     if sys.platform != "linux" or not len(ids):
         return False
@@ -52,23 +52,26 @@ def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int) -> b
 
 
 def _resident_pages(file: int, address: int) -> Callable[[int], bool]:
-    """The question whether the page of a byte of a mapped file is in memory, in the form that this user may ask."""
+    """Return a function that tells if the page of a byte of a mapped file is in memory, by what this user may call."""
     owner = os.fstat(file).st_uid
-    if os.geteuid() in (0, owner):  # mincore starts no read, but calls every page of other people's files resident
+    if os.geteuid() in (
+        0,
+        owner,
+    ):  # mincore reads nothing, but for files of other users it reports every page as resident
         mincore, state = ctypes.CDLL(None).mincore, ctypes.c_ubyte()
         mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        answer = ctypes.addressof(state)
+        address_of_state = ctypes.addressof(state)
 
         def resident(byte: int) -> bool:
-            failed = mincore((address + byte) // mmap.PAGESIZE * mmap.PAGESIZE, 1, answer)
+            failed = mincore((address + byte) // mmap.PAGESIZE * mmap.PAGESIZE, 1, address_of_state)
             return not failed and bool(state.value & 1)
-    else:  # reads the page where it is missing; a disk quicker than the system call passes for memory
+    else:  # preadv starts a read if the page is missing; a very fast disk counts as memory
         buffer = bytearray(1)
 
         def resident(byte: int) -> bool:
             try:
                 os.preadv(file, [buffer], byte, os.RWF_NOWAIT)
-            except BlockingIOError:  # it would have to wait for the disk
+            except BlockingIOError:  # it would wait for the disk
                 return False
             except OSError:  # a file system in memory
                 pass
@@ -78,17 +81,17 @@ def _resident_pages(file: int, address: int) -> Callable[[int], bool]:
 
 
 def will_need(file: int, address: int, row_ids: np.ndarray, row_bytes: int, nbytes: int) -> int:
-    """Starts reading the pages of rows of a table mapped from `file` at `address`. Returns the bytes asked for."""
+    """Start to read the pages of some rows of a table mapped from `file` at `address`. Return the bytes requested."""
     ranges = page_ranges(row_ids, row_bytes, nbytes)
     done = _advise_batches(ranges, address) if sys.platform == "linux" else 0
     if hasattr(os, "posix_fadvise"):
-        for start, size in ranges[done:].tolist():  # an older system: one call a range
+        for start, size in ranges[done:].tolist():  # an older system: one call per range
             os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
     return int(ranges[:, 1].sum())
 
 
 def _advise_batches(ranges: np.ndarray, address: int) -> int:
-    """process_madvise: a thousand ranges in one call. Returns how many ranges were taken."""
+    """Request ranges with process_madvise, about a thousand per call. Return how many ranges were accepted."""
     if not hasattr(os, "pidfd_open"):
         return 0
     vectors = ranges.copy()
@@ -101,7 +104,7 @@ def _advise_batches(ranges: np.ndarray, address: int) -> int:
     try:
         for start in range(0, len(vectors), _BATCH):
             batch = vectors[start : start + _BATCH]
-            taken = libc.syscall(
+            accepted = libc.syscall(
                 ctypes.c_long(_PROCESS_MADVISE),
                 ctypes.c_int(process),
                 ctypes.c_void_p(batch.ctypes.data),
@@ -109,7 +112,7 @@ def _advise_batches(ranges: np.ndarray, address: int) -> int:
                 ctypes.c_int(_WILLNEED),
                 ctypes.c_uint(0),
             )
-            if taken < 0 and ctypes.get_errno() != errno.EAGAIN:  # not in this kernel, or not allowed here
+            if accepted < 0 and ctypes.get_errno() != errno.EAGAIN:  # this kernel lacks it, or does not allow it
                 return start
     finally:
         os.close(process)
@@ -117,7 +120,7 @@ def _advise_batches(ranges: np.ndarray, address: int) -> int:
 
 
 def advise(address: int, nbytes: int, advice: int) -> None:
-    """madvise on whole pages; a system that does not know the advice ignores it."""
+    """Call madvise on complete pages. A system that lacks the advice ignores it."""
     if hasattr(mmap, "MADV_RANDOM"):
         start = address - address % mmap.PAGESIZE
         libc = ctypes.CDLL(None)
@@ -125,13 +128,13 @@ def advise(address: int, nbytes: int, advice: int) -> None:
 
 
 def will_read(data: np.ndarray) -> None:
-    """Starts reading a contiguous array that may be mapped from a file; costs nothing for memory."""
+    """Start to read a contiguous array that may be mapped from a file; it costs nothing for memory."""
     if data.nbytes:
         advise(data.ctypes.data, data.nbytes, _WILLNEED)
 
 
 def drop(file: int, address: int, nbytes: int) -> None:
-    """Unmaps the pages of a mapped file and lets the page cache forget them; the file must be synced."""
+    """Unmap the pages of a mapped file and drop them from the page cache. The file must be synced."""
     if hasattr(os, "posix_fadvise"):
         advise(address, nbytes, _DONTNEED)  # pages that are still mapped stay in the cache
         os.posix_fadvise(file, 0, nbytes, os.POSIX_FADV_DONTNEED)

@@ -1,5 +1,5 @@
-"""Files and text that were written by others: opened only if they are regular files, parsed within bounds, and printed
-without anything that commands a terminal. What is wrong with a file is a ValueError or an OSError that names it.
+"""Files and text that others wrote: opened only if they are regular files, parsed within bounds, and printed without
+characters that control a terminal. If a file is wrong, a ValueError or an OSError names it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ _JOINERS = "\u200c\u200d"  # parts of Persian words and of emoji
 
 
 def check_regular(path: str | os.PathLike[str], what: str = "a file") -> int:
-    """Size of a regular file in bytes.
+    """Return the size of a regular file in bytes. what: the expected file in words, for the error.
 
     Raises:
-        FileNotFoundError: no such file. OSError: a folder, pipe, socket or device; reading it could block forever.
+        FileNotFoundError: the file does not exist. OSError: it is a folder, pipe, socket or device; reading it could
+        block forever.
     """
     return _regular(path, os.stat(path), what)
 
 
 def open_regular(path: str | os.PathLike[str], what: str = "a file") -> BufferedReader:
-    """Open a regular file for reading; a pipe is refused and not waited for. Raises as check_regular does."""
+    """Open a regular file for reading, without waiting if it is a pipe. Raise as check_regular does."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _regular(path, os.fstat(handle), what)
@@ -41,19 +42,24 @@ def open_regular(path: str | os.PathLike[str], what: str = "a file") -> Buffered
     return open(handle, "rb")
 
 
-def _regular(path: str | os.PathLike[str], facts: os.stat_result, what: str) -> int:
-    if not stat.S_ISREG(facts.st_mode):
-        kind = "folder" if stat.S_ISDIR(facts.st_mode) else "pipe, socket or device"
+def _regular(path: str | os.PathLike[str], status: os.stat_result, what: str) -> int:
+    """Return the size of a file by its status. Raise OSError if it is not a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe, socket or device"
         raise OSError(f"{os.fspath(path)} is a {kind}: expected {what}, as a regular file")
-    return facts.st_size
+    return status.st_size
 
 
 def read_json(path: str | os.PathLike[str], what: str, longest: int = LONGEST_JSON) -> dict[str, Any]:
-    """The object in a JSON file. what: "a checkpoint's manifest", for the message. longest: bytes.
+    """Return the object in a JSON file.
+
+    Args:
+        path: the file. what: the file in words, such as "a checkpoint's manifest", for the error.
+        longest: the largest accepted size in bytes.
 
     Raises:
-        OSError: no such file, or not a regular one. ValueError: too long, not UTF-8, not JSON, not an object, nested
-        too deeply, or with a number that is not finite.
+        OSError: the file does not exist, or is not a regular one. ValueError: it is too long, not UTF-8, not JSON, not
+        an object or nested too deeply, or it has a number that is not finite.
     """
     with open_regular(path, what) as file:
         content = file.read(longest + 1)
@@ -66,7 +72,7 @@ def read_json(path: str | os.PathLike[str], what: str, longest: int = LONGEST_JS
 
 
 def parse_json(text: str | bytes) -> dict[str, Any]:
-    """The object that a JSON text holds. Raises ValueError for every other text, and for NaN and infinite numbers."""
+    """Return the object in a JSON text. Raise ValueError for any other text, and for NaN and infinite numbers."""
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
@@ -77,6 +83,7 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
+    """Parse a number. Raise ValueError if it is NaN or infinite."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is not a finite number")
@@ -84,7 +91,7 @@ def _finite(text: str) -> float:
 
 
 def read_tensors(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
-    """All tensors of a small safetensors file, on the CPU. Raises OSError and ValueError as read_json does."""
+    """Return all tensors of a small safetensors file, on the CPU. Raise OSError and ValueError as read_json does."""
     import safetensors.torch
 
     check_regular(path, what)
@@ -95,7 +102,7 @@ def read_tensors(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizers.Tokenizer of a tokenizer.json. Raises OSError and ValueError as read_json does."""
+    """Return the tokenizers.Tokenizer of a tokenizer.json. Raise OSError and ValueError as read_json does."""
     from tokenizers import Tokenizer
 
     if check_regular(path, "a tokenizer.json") > _LONGEST_TOKENIZER:
@@ -105,7 +112,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def of_library(call: Callable[[], Any], message: str) -> Any:
-    """The result of a call into a library that raises bare exceptions, or panics, on bad input; here a ValueError."""
+    """Call a library that raises bare exceptions, or panics, on bad input; raise ValueError with `message` instead."""
     try:
         return call()
     except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
@@ -115,10 +122,10 @@ def of_library(call: Callable[[], Any], message: str) -> Any:
 
 
 def printable(text: str) -> str:
-    """A text that may be shown on a terminal: characters that command it, or reorder what stands around them, as "�".
+    """Return a text that is safe on a terminal: characters that control it, or reorder nearby text, become "�".
 
     Ends of lines and tabs stay. Replaced are control characters (ESC begins commands), format characters (among them
-    the controls of writing direction), separators of lines and paragraphs, and halves of surrogate pairs.
+    those of writing direction), separators of lines and paragraphs, and halves of surrogate pairs.
     """
     if text.isprintable():
         return text
@@ -126,5 +133,5 @@ def printable(text: str) -> str:
 
 
 def _harmless(character: str) -> bool:
-    """Unprintable by str.isprintable's rule, yet harmless: spaces, joiners, private use and unassigned characters."""
+    """Return True for spaces, joiners, private use and unassigned characters, which str.isprintable excludes."""
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in _JOINERS

@@ -1,9 +1,10 @@
-"""Memories in the files of other programs: released checkpoints, GGUF, and what converts between them and ours."""
+"""Memories in the files of other programs: released checkpoints and GGUF, read, written and converted."""
 
 import warnings
 from typing import Any
 
-from engram.integrations.formats.conversion import convert, inspect_file
+from engram.integrations.formats.conversion import convert
+from engram.integrations.formats.inspection import inspect_file
 
 __all__ = ["convert", "inspect_file"]
 

@@ -1,10 +1,10 @@
-"""The shipped dialects: their config fields and tensor names, read into EngramConfig and EngramFusion and back.
+"""The released dialects: their config fields and tensor names, translated to EngramConfig and EngramFusion and back.
 
     demo            the paper's single-file demo: float rows, biases, conv, one state dict per module
     deepseek-v4.1   DeepSeek-V4.1-Flash: e4m3 rows with an e8m0 scale per 32 values, one fused projection, no conv
     qwen            Qwen3.8-Flash-Next (Qwen4-Exp "PLE"): raw ids, EOS reset, split table, norm gains stored minus 1
 
-What each field means is in paper_notes/dialects.md.
+The meaning of each field is in paper_notes/dialects.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engram.tables.codecs import get_codec
 
 DIALECTS = ("demo", "deepseek-v4.1", "qwen")
 
-# Where a layer's tensors hang; the group is the prefix of the names below.
+# Prefix of a layer's tensors.
 _LAYER = r"(?:.*\.)?"
 LARGEST_VOCABULARY = 1 << 26  # ids; the largest tokenizers have 2^20
 HY4 = (
@@ -42,7 +42,7 @@ TABLE = {
 
 
 def _field(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of several spellings of a field. Raises ValueError if the config has none of them."""
+    """Return a field under the first of its names that is present. Raise ValueError if the config has none of them."""
     for name in names:
         if fields.get(name) is not None:
             return fields[name]
@@ -50,7 +50,7 @@ def _field(fields: Mapping[str, Any], *names: str) -> Any:
 
 
 def _number(fields: Mapping[str, Any], name: str, usual: int | None = None) -> int:
-    """A whole number >= 1, from JSON, where it may be a float such as 8.0. usual: if the config leaves it out."""
+    """Return a whole number >= 1 from JSON, where it may be a float such as 8.0. usual: the value if it is missing."""
     value = fields[name] if usual is None else fields.get(name, usual)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
         raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
@@ -58,21 +58,21 @@ def _number(fields: Mapping[str, Any], name: str, usual: int | None = None) -> i
 
 
 def longest_orders(longest: int) -> tuple[int, ...]:
-    """2 .. the longest n-gram of a config, checked before a tuple is made of it."""
+    """Return the orders 2 .. longest. Raise ValueError for a length that no memory has, before a tuple is made."""
     if not 2 <= longest <= LONGEST:
         raise ValueError(f"the longest n-gram of a memory has 2 to {LONGEST} tokens, not {longest:,}")
     return tuple(range(2, longest + 1))
 
 
 def vocabulary(size: int) -> int:
-    """The size of a vocabulary, bounded: a token map takes 8 bytes per id."""
+    """Return `size`, or raise ValueError if it is too large: a token map takes 8 bytes per id."""
     if not 1 <= size <= LARGEST_VOCABULARY:
         raise ValueError(f"a vocabulary has 1 to {LARGEST_VOCABULARY:,} ids, not {size:,}")
     return size
 
 
 def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields that are about text: nested where a model sees more. Raises ValueError if it is not an object."""
+    """Return the fields about text, which multimodal models nest. Raise ValueError if they are not an object."""
     text = published.get("text_config") or published if isinstance(published, Mapping) else published
     if not isinstance(text, Mapping):
         raise ValueError(f"a config (or its text_config) is a JSON object, not {text!r}")
@@ -80,7 +80,7 @@ def _text(published: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def dialect_of_config(published: Mapping[str, Any]) -> str:
-    """Which dialect a config.json speaks. Raises ValueError for one without an n-gram memory."""
+    """Return the dialect of a config.json. Raise ValueError if it has no n-gram memory."""
     text = _text(published)
     refuse_unknown(published)
     for dialect, field in (("deepseek-v4.1", "engram_layer_ids"), ("qwen", "ple_layer_ids"), ("demo", "layer_ids")):
@@ -93,17 +93,17 @@ def dialect_of_config(published: Mapping[str, Any]) -> str:
 
 
 def refuse_unknown(published: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model whose memory is known to follow rules that are not."""
+    """Raise ValueError for models with an n-gram memory whose rules are not known to this version."""
     kinds = {str(fields.get("model_type")) for fields in (published, _text(published))}
     if any(kind.startswith("hy_v4") for kind in kinds):
         raise ValueError(HY4)
 
 
 def config_from_hf(published: Mapping[str, Any]) -> EngramConfig:
-    """EngramConfig of a published config.json (as a dict), nested under text_config or not, in any of the spellings.
+    """Return the EngramConfig of a published config.json (as a dict), nested under text_config or not.
 
     Raises:
-        ValueError: no memory in it, a field missing, or row counts that its own rules do not give.
+        ValueError: it has no memory, a field is missing, or its row counts do not follow from its own rules.
     """
     text = _text(published)
     dialect = dialect_of_config(published)
@@ -113,12 +113,12 @@ def config_from_hf(published: Mapping[str, Any]) -> EngramConfig:
         raise ValueError(f"this {dialect} config cannot be read: it lacks {error}") from error
     except (TypeError, OverflowError) as error:
         raise ValueError(f"this {dialect} config cannot be read: {error}") from error
-    stated = text.get("engram_num_embeddings")
-    if stated is not None:
+    published_rows = text.get("engram_num_embeddings")
+    if published_rows is not None:
         rows = list(layout_of(config).rows.values())
-        if not isinstance(stated, list) or stated != rows:
+        if not isinstance(published_rows, list) or published_rows != rows:
             raise ValueError(
-                f"engram_num_embeddings is {str(stated)[:80]}, but engram_vocab_size and its primes give {rows}"
+                f"engram_num_embeddings is {str(published_rows)[:80]}, but engram_vocab_size and its primes give {rows}"
             )
     return config
 
@@ -134,7 +134,7 @@ _KNOWN = {
 
 
 def unknown_in_hf(published: Mapping[str, Any]) -> list[str]:
-    """Fields of a published config whose names are about a memory, and that `config_from_hf` does not read."""
+    """Return the fields of a published config that are named after a memory and that `config_from_hf` does not read."""
     known = set(_KNOWN[dialect_of_config(published)].split())
     return sorted(n for n in _text(published) if re.search(r"engram|ngram|^ple_", n) and n not in known)
 
@@ -146,7 +146,7 @@ def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
         raise ValueError(f"n_embed_per_ngram {text['n_embed_per_ngram']} is not a multiple of n_head_per_ngram {heads}")
     vocab = None if text.get("compressed_vocab_size") is None else _number(text, "compressed_vocab_size")
     return EngramConfig(
-        layers=tuple(text["layer_ids"]),  # their order decides the primes: refused where it is not ascending
+        layers=tuple(text["layer_ids"]),  # their order decides the primes: EngramConfig refuses any but ascending
         orders=longest_orders(_number(text, "max_ngram_size")),
         heads=heads,
         head_dim=width // heads,
@@ -208,7 +208,7 @@ def _from_qwen(text: Mapping[str, Any]) -> EngramConfig:
 
 
 def config_to_hf(config: EngramConfig, dialect: str, hidden_size: int, streams: int) -> dict[str, Any]:
-    """The fields of a config.json in a dialect's spelling; `config_from_hf` reads them back to the same addresses."""
+    """Return the fields of a dialect's config.json; `config_from_hf` reads them back to the same addresses."""
     check_dialect(config, dialect)
     orders, rows = config.orders, config.row_counts
     shape = {"hidden_size": hidden_size}
@@ -248,9 +248,9 @@ def config_to_hf(config: EngramConfig, dialect: str, hidden_size: int, streams: 
 
 
 def check_dialect(config: EngramConfig, dialect: str) -> None:
-    """Raises ValueError where a memory does what the dialect has no words for: its rows would be read wrongly there."""
+    """Raise ValueError if the dialect cannot express a rule of the memory: its rows would be read wrongly there."""
     rows = config.row_counts
-    wanted: dict[str, tuple[Any, ...]] = {
+    rules: dict[str, tuple[Any, ...]] = {
         "hash": ("multiply_xor",),
         "gate": ("signed_sqrt",),
         "orders": (tuple(range(2, config.orders[-1] + 1)),),
@@ -258,14 +258,14 @@ def check_dialect(config: EngramConfig, dialect: str) -> None:
         "conv_dilation": (None, config.orders[-1]),
     }
     if dialect == "demo":
-        wanted |= {"boundary": ("pad",), "generator": ("pcg64",), "row_multiple": (1,), "bias": (True,)}
-        wanted |= {"gate_eps": (None,), "conv_eps": (1e-5,)}
+        rules |= {"boundary": ("pad",), "generator": ("pcg64",), "row_multiple": (1,), "bias": (True,)}
+        rules |= {"gate_eps": (None,), "conv_eps": (1e-5,)}
     elif dialect == "deepseek-v4.1":
-        wanted |= {"boundary": ("dead",), "generator": ("pcg64",), "row_multiple": (1,), "seed": (0,)}
-        wanted |= {"bias": (False,), "conv_kernel": (0,)}
+        rules |= {"boundary": ("dead",), "generator": ("pcg64",), "row_multiple": (1,), "seed": (0,)}
+        rules |= {"bias": (False,), "conv_kernel": (0,)}
         get_codec("fp8", config.head_dim)
     elif dialect == "qwen":
-        wanted |= {"boundary": ("eos",), "generator": ("splitmix64",), "bias": (False,), "conv_eps": (config.gate_eps,)}
+        rules |= {"boundary": ("eos",), "generator": ("splitmix64",), "bias": (False,), "conv_eps": (config.gate_eps,)}
     else:
         raise ValueError(f"unknown dialect {dialect!r}; there are {', '.join(DIALECTS)}")
     if dialect != "demo" and len(set(rows)) > 1:
@@ -273,34 +273,34 @@ def check_dialect(config: EngramConfig, dialect: str) -> None:
     if dialect != "deepseek-v4.1" and config.conv_kernel < 2:
         raise ValueError(f"{dialect} has a short convolution, this memory has conv_kernel={config.conv_kernel}")
     if dialect != "demo" and config.gate_eps is None:
-        raise ValueError(f"{dialect} states the epsilon of its norms, this memory has gate_eps=None")
+        raise ValueError(f"{dialect} has an epsilon in its norms, this memory has gate_eps=None")
     if dialect != "demo" and config.compressed_vocab is None:
-        raise ValueError(f"{dialect} states its vocabulary: give the memory a compressed_vocab")
-    for name, allowed in wanted.items():
+        raise ValueError(f"{dialect} has a vocabulary size in its config: give the memory a compressed_vocab")
+    for name, allowed in rules.items():
         if getattr(config, name) not in allowed:
             raise ValueError(
-                f"{dialect} cannot say {name}={getattr(config, name)!r} (there it is {allowed[0]!r}): rows that were "
-                f"trained under one rule would be read under another"
+                f"{dialect} cannot express {name}={getattr(config, name)!r} (there it is {allowed[0]!r}): rows that "
+                f"were trained under one rule would be read under another"
             )
 
 
 def layout_of(config: EngramConfig, pad_id: int = 0) -> HashLayout:
-    """The hash layout of a configuration whose vocabulary is known, or any vocabulary: rows do not depend on it.
+    """Return the hash layout of a configuration, for its vocabulary or, if it has none, any: rows do not depend on it.
 
-    pad_id: compressed id that stands before the start of a text; give it where the layout is used for addresses.
+    pad_id: compressed id that positions before the start of a text read as; needed if the layout is used for addresses.
     """
     return build_layout(config, config.compressed_vocab or 2**31 - 1, pad_id)
 
 
 def table_sizes(config: EngramConfig, codec: str | None = None) -> dict[int, tuple[int, int]]:
-    """{layer: (rows, bytes)} of a configuration's tables, nothing allocated. codec: None for rows in table_dtype."""
+    """Return {layer: (rows, bytes)} of a configuration's tables, without allocation. codec: None for table_dtype."""
     width = getattr(torch, config.table_dtype).itemsize * config.head_dim
     row = width if codec is None else get_codec(codec, config.head_dim).row_bytes(config.head_dim)
     return {layer: (rows, rows * row) for layer, rows in layout_of(config).rows.items()}
 
 
 def fusion_from(dialect: str, get: Callable[[str], Tensor], config: EngramConfig, streams: int) -> dict[str, Tensor]:
-    """EngramFusion's weights of one layer from a dialect's. get(name below the layer's prefix) -> float tensor."""
+    """Return EngramFusion's weights of one layer from a dialect's. get(name below the prefix) gives a float tensor."""
     if dialect == "demo":
         gains = {ours: [get(f"{name}.{i}.weight") for i in range(streams)] for ours, name in _DEMO_NORMS.items()}
         return {
@@ -322,7 +322,7 @@ def fusion_from(dialect: str, get: Callable[[str], Tensor], config: EngramConfig
 
 
 def fusion_to(dialect: str, weights: Mapping[str, Tensor], streams: int) -> dict[str, Tensor]:
-    """The other way: a dialect's tensors (names below the layer's prefix) from EngramFusion's weights."""
+    """Return a dialect's tensors (names below the layer's prefix) from EngramFusion's weights."""
     if dialect == "demo":
         out = {"value_proj.weight": weights["value.weight"], "value_proj.bias": weights["value.bias"]}
         for kind in ("weight", "bias"):

@@ -1,4 +1,4 @@
-"""Recoder: blocks of one table's rows, checked and stored by the codec or dtype of another format."""
+"""Recoder: blocks of one table's rows, checked and stored with the codec of another format."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ BLOCK = 64 << 20  # bytes of a block's rows as float32
 
 
 class Recoder:
-    """Blocks of one table's rows, checked and turned into the target's form.
+    """Reader of one table's rows, block by block, checked and stored with the codec of another format.
 
-    error: the largest difference between a value and what is stored for it; 0.0 where nothing was rounded.
+    error: the largest difference between a value and the value stored for it; 0.0 if nothing was rounded.
     """
 
-    def __init__(self, rows: Rows, form: str):
-        self.rows, self.form, self.error = rows, form, 0.0
+    def __init__(self, rows: Rows, codec: str):
+        self.rows, self.codec, self.error = rows, codec, 0.0
         self.block = max(1, min(BLOCK // (4 * rows.dim), rows.rows))
-        fp8 = "fp8" in (rows.form, form)
+        fp8 = "fp8" in (rows.codec, codec)
         self._scratch = EncodedTable(self.block, rows.dim, "fp8") if fp8 else None
         self._ids = torch.arange(self.block)
 
     def read(self, first: int, stop: int) -> Tensor:
-        """Rows first .. stop - 1, at most `block` of them, in the target's form. Raises ValueError for NaN."""
+        """Return rows first .. stop - 1, at most `block` of them, in the target's codec.
+
+        Raises:
+            ValueError: a value is NaN or infinite.
+        """
         block, scratch = self.rows.read(first, stop), self._scratch
         n = stop - first
         try:
-            if self.rows.form == "fp8":
+            if self.rows.codec == "fp8":
                 assert scratch is not None
                 scratch.tensor[:n] = block
                 scratch.validate(0, n)
@@ -40,15 +44,15 @@ class Recoder:
                 raise ValueError("a value is NaN or infinite")
         except ValueError as error:
             raise ValueError(f"tensor {self.rows.name}, rows {first:,} to {stop - 1:,}: {error}") from error
-        if self.form == self.rows.form:
+        if self.codec == self.rows.codec:
             return block
         wide = values.float()
-        if self.form == "fp8":
+        if self.codec == "fp8":
             assert scratch is not None
             scratch._store(wide)
             stored, back = scratch.tensor[:n].clone(), scratch.gather(self._ids[:n])
         else:
-            stored = wide.to(getattr(torch, self.form))
+            stored = wide.to(getattr(torch, self.codec))
             back = stored.float()
         self.error = max(self.error, float((back - wide).abs().max()))
         return stored

@@ -1,7 +1,7 @@
 """Safetensors files larger than memory: headers, rows read a block at a time, files written a block at a time.
 
-The safetensors package maps a whole file, and a mapped table counts as resident memory; here rows go through a buffer
-of the caller's size, whatever the tensor's. The format is eight bytes of header length, a JSON header, the data.
+The safetensors package maps a complete file, and a mapped table counts as resident memory. Here rows go through a
+buffer whose size the caller chooses. The format is eight bytes of header length, a JSON header, the data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors package allows
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where its bytes lie. dtype is the format's name for it ("BF16")."""
+    """Position of a tensor's bytes in a file. dtype: the format's name for it ("BF16")."""
 
     name: str
     path: Path
@@ -57,10 +57,10 @@ class Stored:
         return self.nbytes // max(self.shape[0], 1)
 
     def read(self, first: int = 0, stop: int | None = None) -> Tensor:
-        """Rows first .. stop - 1 (by default all) in a new tensor.
+        """Return rows first .. stop - 1 (by default all) in a new tensor.
 
         Raises:
-            OSError: the file ends too early. ValueError: a dtype that DTYPES does not know.
+            OSError: the file ends too early. ValueError: the dtype is not in DTYPES.
         """
         if self.dtype not in DTYPES:
             raise ValueError(f"{self.path}: tensor {self.name} is {self.dtype}: expected one of {', '.join(DTYPES)}")
@@ -71,7 +71,7 @@ class Stored:
         return data.view(DTYPES[self.dtype]).view(stop - first, *self.shape[1:])
 
     def read_bytes(self, offset: int, nbytes: int) -> Tensor:
-        """Bytes of the file as uint8 [nbytes]."""
+        """Return bytes of the file as uint8 [nbytes]."""
         data = torch.empty(nbytes, dtype=torch.uint8)
         view, done = data.numpy().data, 0
         with open_regular(self.path) as file:
@@ -88,11 +88,12 @@ _RANK = re.compile(r"(\d+)-mp(\d+)\.safetensors$")  # of tensor parallelism
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """All tensors of a safetensors file, by name, and the file's metadata.
+    """Return all tensors of a safetensors file, by name, and the file's metadata.
 
     Raises:
-        FileNotFoundError: no such file. OSError: not a regular file. ValueError: a torn or foreign file: a header that
-        is not JSON, tensors that overlap, leave gaps, have another size than their shape says, or end beyond the file.
+        FileNotFoundError: the file does not exist. OSError: it is not a regular file. ValueError: it is torn or
+        foreign: the header is not JSON, or tensors overlap, leave gaps, do not have the size of their shape, or end
+        beyond the file.
     """
     with open_regular(path, "a safetensors file") as file:
         size = os.fstat(file.fileno()).st_size
@@ -111,33 +112,33 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 for name, v in header.items()
             }
             if not all(isinstance(value, str) for value in metadata.values()):
-                raise TypeError("__metadata__ holds something else than text")
+                raise TypeError("__metadata__ holds a value that is not text")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a safetensors file, or torn: its header cannot be read ({error})"
             ) from error
-    at, found = 0, {}
+    at, stored = 0, {}
     for name, (dtype, shape, begin, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         values = 1
         for n in shape:
             values *= n
-        wanted = values * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
-        if begin != at or end - begin != wanted or min(shape, default=0) < 0 or 8 + length + end > size:
+        nbytes = values * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        if begin != at or end - begin != nbytes or min(shape, default=0) < 0 or 8 + length + end > size:
             raise ValueError(
-                f"{path}: tensor {name} ({dtype} {list(shape)}) is said to lie at bytes {begin:,} to {end:,} of "
-                f"{size:,}: expected {wanted:,} bytes from {at:,} on. The file is torn, or two tensors share bytes"
+                f"{path}: tensor {name} ({dtype} {list(shape)}) has bytes {begin:,} to {end:,} of "
+                f"{size:,}: expected {nbytes:,} bytes from {at:,} on. The file is torn, or two tensors share bytes"
             )
         at = end
-        found[name] = Stored(name, path, dtype, shape, 8 + length + begin, end - begin)
-    return found, metadata
+        stored[name] = Stored(name, path, dtype, shape, 8 + length + begin, end - begin)
+    return stored, metadata
 
 
 @dataclass
 class Checkpoint:
     """Tensors of one or several safetensors files, and the config beside them.
 
-    tensors: name -> where it lies; several places, in rank order, where tensor-parallel ranks each hold a part.
-    config: of config.json, or None. home: the folder. metadata: of the files. missing: file -> tensors it should hold.
+    home: the folder. tensors: name -> its parts, in rank order; several if tensor-parallel ranks each hold a part.
+    config: of config.json, or None. metadata: of the files. missing: file that does not exist -> its tensors.
     """
 
     home: Path
@@ -147,93 +148,93 @@ class Checkpoint:
     missing: dict[str, list[str]] = field(default_factory=dict)
 
     def one(self, name: str, shape: tuple[int, ...] | None = None) -> Stored:
-        """The one place of a tensor. ValueError where it is missing, in parts, or of another shape."""
+        """Return a tensor of which every rank has a copy. Raise ValueError if it is missing or has another shape."""
         self.require(name)
-        places = self.tensors[name]
-        if any(p.shape != places[0].shape for p in places) or (shape is not None and places[0].shape != shape):
+        copies = self.tensors[name]
+        if any(copy.shape != copies[0].shape for copy in copies) or (shape is not None and copies[0].shape != shape):
             expected = f"expected {list(shape)}" if shape is not None else "expected one shape on all ranks"
-            shapes = " and ".join(map(str, dict.fromkeys(str(list(p.shape)) for p in places)))
-            raise ValueError(f"{places[0].path}: tensor {name} is {shapes}, {expected}")
-        return places[0]
+            shapes = " and ".join(map(str, dict.fromkeys(str(list(p.shape)) for p in copies)))
+            raise ValueError(f"{copies[0].path}: tensor {name} is {shapes}, {expected}")
+        return copies[0]
 
     def require(self, name: str) -> None:
-        """Raises ValueError where the tensor is not there."""
+        """Raise ValueError if the tensor is missing."""
         for file, names in self.missing.items():
             if name in names:
-                raise ValueError(f"tensor {name} lies in the shard {self.home / file}, which is missing")
+                raise ValueError(f"tensor {name} is in the shard {self.home / file}, which is missing")
         if name not in self.tensors:
             raise ValueError(f"tensor {name} is missing from {self.home}")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """A safetensors file, or a folder of them: with an index, as model-00001-of-000NN, or as model<rank>-mp<ranks>.
+    """Open a safetensors file, or a folder of them: with an index, as model-00001-of-000NN, or model<rank>-mp<ranks>.
 
     Raises:
-        FileNotFoundError: no safetensors there. OSError: a pipe, socket or device. ValueError: a torn file; a shard
-        that is missing.
+        FileNotFoundError: the path has no safetensors. OSError: it is a pipe, socket or device. ValueError: a file is
+        torn, or a shard is missing.
     """
-    given = Path(path)
-    home = given if given.is_dir() else given.parent
+    path = Path(path)
+    home = path if path.is_dir() else path.parent
     config = _read_json(home / "config.json") if (home / "config.json").is_file() else None
-    if not given.exists():
-        raise FileNotFoundError(f"{given} does not exist: give a safetensors file or a folder of them")
-    files = sorted(home.glob("*.safetensors")) if given.is_dir() else [given]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a safetensors file or a folder of them")
+    files = sorted(home.glob("*.safetensors")) if path.is_dir() else [path]
     files = [file for file in files if file.name != "token_map.safetensors"]
-    found = Checkpoint(home, {}, config)
+    checkpoint = Checkpoint(home, {}, config)
     index = home / "model.safetensors.index.json"
-    if given.is_dir() and index.is_file():
+    if path.is_dir() and index.is_file():
         by_file: dict[str, list[str]] = {}
         for name, file in _read_json(index, "weight_map").items():
             by_file.setdefault(str(file), []).append(name)
         if any(Path(file).name != file for file in by_file):
             raise ValueError(f"{index} names a file outside its folder")
-        found.missing = {file: names for file, names in by_file.items() if not (home / file).is_file()}
-        files = [home / file for file in sorted(by_file) if file not in found.missing]
+        checkpoint.missing = {file: names for file, names in by_file.items() if not (home / file).is_file()}
+        files = [home / file for file in sorted(by_file) if file not in checkpoint.missing]
         listed: dict[str, str] = {name: file for file, names in by_file.items() for name in names}
     else:
         listed = {}
-        if given.is_dir():
+        if path.is_dir():
             _check_numbers(files)
-    if not files and not found.missing:
-        raise FileNotFoundError(f"{given} holds no safetensors file")
+    if not files and not checkpoint.missing:
+        raise FileNotFoundError(f"{path} holds no safetensors file")
     files.sort(key=lambda file: int(m[1]) if (m := _RANK.search(file.name)) else -1)
     for file in files:
         tensors, metadata = read_header(file)
         rank = _RANK.search(file.name)
         if rank and metadata.get("engram_rank") not in (None, f"{int(rank[1])}/{int(rank[2])}"):
             raise ValueError(f"{file} was written as rank {metadata['engram_rank']}: files were swapped or renamed")
-        found.metadata |= metadata
+        checkpoint.metadata |= metadata
         for name, stored in tensors.items():
             if listed and listed.get(name) != file.name:
-                continue  # the index says where a tensor is to be taken from
-            if name in found.tensors and "-mp" not in file.name:
-                raise ValueError(f"tensor {name} is in {found.tensors[name][0].path} and in {file}: which one counts?")
-            found.tensors.setdefault(name, []).append(stored)
+                continue  # the index names another file for this tensor
+            if name in checkpoint.tensors and "-mp" not in file.name:
+                raise ValueError(f"tensor {name} is in {checkpoint.tensors[name][0].path} and in {file}: remove one")
+            checkpoint.tensors.setdefault(name, []).append(stored)
     for name, file in listed.items():
-        if file not in found.missing and name not in found.tensors:
-            raise ValueError(f"tensor {name} is not in {home / file}, where {index} says it is")
-    return found
+        if file not in checkpoint.missing and name not in checkpoint.tensors:
+            raise ValueError(f"tensor {name} is not in {home / file}, the file that {index} names for it")
+    return checkpoint
 
 
 def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
-    """An object from a JSON file, or the object under a key of it."""
+    """Return the object in a JSON file, or the object under a key of it."""
     try:
-        found = json.loads(path.read_text())
-        found = found if key is None else found[key]
-        if not isinstance(found, dict):
-            raise TypeError(f"expected an object, not {type(found).__name__}")
+        fields = json.loads(path.read_text())
+        fields = fields if key is None else fields[key]
+        if not isinstance(fields, dict):
+            raise TypeError(f"expected an object, not {type(fields).__name__}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
-    return found
+    return fields
 
 
 def _check_numbers(files: list[Path]) -> None:
-    """model-00001-of-00003 and model0-mp2 say how many there are: none may be missing."""
-    found: dict[tuple[str, str, str], set[int]] = {}
+    """Raise ValueError if a file is missing, by names such as model-00001-of-00003 and model0-mp2."""
+    numbers_of: dict[tuple[str, str, str], set[int]] = {}
     for match in filter(None, (re.fullmatch(r"(.*?)(\d+)(-of-|-mp)(\d+)\.safetensors", file.name) for file in files)):
         stem, number, word, count = match.groups()
-        found.setdefault((stem, word, count), set()).add(int(number))
-    for (stem, word, count), numbers in found.items():
+        numbers_of.setdefault((stem, word, count), set()).add(int(number))
+    for (stem, word, count), numbers in numbers_of.items():
         first = 1 if word == "-of-" else 0
         for number in range(first, int(count) + first):
             if number not in numbers:
@@ -242,6 +243,7 @@ def _check_numbers(files: list[Path]) -> None:
 
 
 def _write_at(file: io.FileIO, data: memoryview, at: int) -> int:
+    """Write at an offset and return the number of bytes written, which may be fewer than given."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file.fileno(), data, at)
     file.seek(at)  # Windows
@@ -249,10 +251,10 @@ def _write_at(file: io.FileIO, data: memoryview, at: int) -> int:
 
 
 class Streamed:
-    """A new file whose tensors are filled a block of rows at a time, in order, with a digest over each.
+    """Writer of a new file, whose tensors are filled in order, a block of rows at a time, with a digest of each.
 
     Args:
-        head: what the file begins with. size: bytes behind it. stored: where each tensor lies.
+        head: the first bytes of the file. size: bytes after the head. stored: the position of each tensor.
     """
 
     def __init__(self, path: Path, head: bytes, size: int, stored: dict[str, Stored]):
@@ -261,7 +263,7 @@ class Streamed:
         self._head = head
         view = memoryview(head)
         try:
-            while len(view):  # a write may take a part only: at a limit, or cut short by a signal
+            while len(view):  # a write may take only a part: at a limit, or if a signal interrupts it
                 view = view[self._file.write(view) :]
             self._file.truncate(len(head) + size)
         except OSError as error:
@@ -270,7 +272,7 @@ class Streamed:
         self._written = dict.fromkeys(stored, 0)
 
     def append(self, name: str, rows: Tensor) -> None:
-        """The next rows of a tensor, or all of a small one."""
+        """Write the next rows of a tensor, or all of a small one."""
         if NAMES[rows.dtype] != self.stored[name].dtype and rows.dtype != torch.uint8:
             raise TypeError(f"{self.path}: tensor {name} is {self.stored[name].dtype}, not {rows.dtype}")
         data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -284,7 +286,7 @@ class Streamed:
         self._written[name] += len(data)
 
     def close(self) -> None:
-        """Syncs the file. Raises ValueError where a tensor was not filled, OSError where the header reads otherwise."""
+        """Sync and close the file. Raise ValueError if a tensor is incomplete, OSError if the header differs."""
         for name, stored in self.stored.items():
             if self._written[name] != stored.nbytes:
                 raise ValueError(f"{self.path}: {self._written[name]:,} of {stored.nbytes:,} bytes of {name} written")
@@ -299,10 +301,10 @@ class Streamed:
 
 
 class Writer(Streamed):
-    """A safetensors file whose tensors are filled a block of rows at a time, in order, with a digest over each.
+    """Writer of a safetensors file, whose tensors are filled in order, a block of rows at a time, with digests.
 
     Args:
-        specs: name -> (dtype name, shape). `close` checks that everything was written.
+        specs: name -> (dtype name, shape). `close` checks that all of it was written.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]):

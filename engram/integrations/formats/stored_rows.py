@@ -1,12 +1,8 @@
-"""The tables of a checkpoint: which tensors hold the rows of a layer, checked against the layout, read in blocks."""
+"""The tables of a checkpoint: the tensors that hold a layer's rows, checked against the layout and read in blocks."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,92 +11,42 @@ from engram.addressing import HashLayout
 from engram.config import EngramConfig
 from engram.integrations.formats.dialects import TABLE
 from engram.integrations.formats.safetensors_io import Checkpoint, Stored
+from engram.integrations.formats.scales import Scale, read_scale, refuse_offsets, scale_of, table_scale
 from engram.tables import EncodedTable, Table
 from engram.tables.codecs import BLOCK
 
-FORMS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fp8", "U8": "fp8", "I8": "int8"}
-SCALES = ("F8_E8M0", "U8", "F32", "BF16", "F16")  # bytes are e8m0, as files had it before the format could name it
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The scales of a part of a table. value = fp32(stored value) * fp32(scale), whatever the tensor is called.
-
-    stored: one scale, or one per row, or one per `block` values of a row (block 0: one scale for all). first: the row
-    of `stored` that belongs to the part's first row.
-    """
-
-    stored: Stored
-    block: int
-    first: int = 0
-
-    @property
-    def path(self) -> Path:
-        return self.stored.path
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
-
-    def exponents(self, first: int, stop: int, dim: int) -> Tensor:
-        """e8m0 bytes uint8 [n, dim / 32]; for scales whose `is_e8m0` is true."""
-        count = dim // BLOCK
-        if not self.block:
-            exponent = int(math.log2(float(self._read(0, 1)))) + 127
-            return torch.full((stop - first, count), exponent, dtype=torch.uint8)
-        scales = self.stored.read(self.first + first, self.first + stop).view(torch.uint8).view(stop - first, -1)
-        return scales.repeat_interleave(max(1, min(self.block, dim) // BLOCK), 1)[:, :count]
-
-    def values(self, first: int, stop: int, dim: int) -> Tensor:
-        """float32, to be multiplied with values [n, dim]."""
-        if not self.block:
-            return self._read(0, 1).view(1, 1)
-        scales = self._read(self.first + first, self.first + stop).view(stop - first, -1)
-        return scales if scales.shape[1] == 1 else scales.repeat_interleave(self.block, 1)[:, :dim]
-
-    def is_e8m0(self, dim: int) -> bool:
-        """Return True if our fp8 rows, with an e8m0 scale per 32 values, can hold e4m3 values of these scales."""
-        if dim % BLOCK:
-            return False
-        if self.block:
-            return self.stored.dtype in ("F8_E8M0", "U8") and (self.block >= dim or self.block % BLOCK == 0)
-        scale = float(self._read(0, 1))
-        return math.isfinite(scale) and scale > 0 and math.frexp(scale)[0] == 0.5 and -127 <= math.log2(scale) <= 127
-
-    def _read(self, first: int, stop: int) -> Tensor:
-        scales = self.stored.read() if not self.block else self.stored.read(first, stop)
-        return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+CODECS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fp8", "U8": "fp8", "I8": "int8"}
 
 
 class Rows:
-    """One table's rows, in one or several parts on disk.
+    """Reader of one table's rows, in one or several parts on disk.
 
-    form: as `read` gives them: "float32", "bfloat16", "float16", or "fp8": e4m3 values and e8m0 scales, as uint8
-        [n, dim + dim / 32]. kept: the form in which our folder stores them.
-    parts: (first row, values, scales or None); scales None with fp8 means that each stored row holds both.
+    codec: of the rows that `read` returns: "float32", "bfloat16", "float16", or "fp8" (e4m3 values and e8m0 scales, as
+        uint8 [n, dim + dim / 32]). kept: the codec with which a saved memory stores them.
+    parts: (first row, values, scales or None); with fp8, None means that each stored row holds values and scales.
     """
 
     def __init__(
         self,
         name: str,
         dim: int,
-        form: str,
+        codec: str,
         parts: list[tuple[int, Stored, Scale | None]],
         rows: int,
         kept: str | None = None,
     ):
-        self.name, self.dim, self.form, self.parts, self.rows = name, dim, form, parts, rows
-        self.kept = kept or ("float32" if form == "float16" else form)
+        self.name, self.dim, self.codec, self.parts, self.rows = name, dim, codec, parts, rows
+        self.kept = kept or ("float32" if codec == "float16" else codec)
 
     def read(self, first: int, stop: int) -> Tensor:
-        """Rows first .. stop - 1: [n, dim] in the form's dtype, or uint8 [n, dim + dim / 32]."""
+        """Return rows first .. stop - 1: [n, dim] in the codec's dtype, or uint8 [n, dim + dim / 32] for fp8."""
         pieces = []
         for start, values, scales in self.parts:
             lo, hi = max(first - start, 0), min(stop - start, values.shape[0])
             if lo >= hi:
                 continue
             piece = self._values(values, lo, hi)
-            if self.form == "fp8":
+            if self.codec == "fp8":
                 piece = piece.view(torch.uint8)
                 if scales is not None:
                     piece = torch.cat([piece, scales.exponents(lo, hi, self.dim)], dim=1)
@@ -114,11 +60,16 @@ class Rows:
 
     @property
     def description(self) -> str:
-        """The form, and where values are multiplied by scales that are not fp8 rows', how."""
-        if not self.parts or (scale := self.parts[0][2]) is None or self.form == "fp8":
-            return self.form
+        """Codec of the rows; if values have other scales than fp8 rows, their dtype and the dtype of the scales."""
+        if not self.parts or (scale := self.parts[0][2]) is None or self.codec == "fp8":
+            return self.codec
         per = "table" if not scale.block else "row" if scale.block >= self.dim else f"{scale.block} values"
         return f"{self.parts[0][1].dtype} x {scale.stored.dtype} per {per}"
+
+    def bytes_as(self, codec: str) -> int:
+        """Return the bytes of all rows in a codec."""
+        width = self.dim + self.dim // BLOCK if codec == "fp8" else self.dim * getattr(torch, codec).itemsize
+        return self.rows * width
 
     @property
     def nbytes(self) -> int:
@@ -128,23 +79,23 @@ class Rows:
 
 
 class TableRows(Rows):
-    """Rows of a table that must be decoded to be read: int8, int4 and pq codecs, and never-written normal rows."""
+    """Rows that only their table can decode: int8, int4 and pq codecs, and never-written rows of a normal init."""
 
     def __init__(self, name: str, table: Table):
-        form = str(table.dtype).removeprefix("torch.") if not isinstance(table, EncodedTable) else "float32"
-        super().__init__(name, table.dim, form, [], table.rows)
+        codec = str(table.dtype).removeprefix("torch.") if not isinstance(table, EncodedTable) else "float32"
+        super().__init__(name, table.dim, codec, [], table.rows)
         self.table = table
 
     def read(self, first: int, stop: int) -> Tensor:
         rows = self.table.gather(torch.arange(first, stop))
-        self.table.drop()  # pages of a mapped file count as this process's memory
+        self.table.drop()  # pages of a mapped file count as memory of this process
         return rows
 
 
 def find_tables(
     checkpoint: Checkpoint, kind: str, config: EngramConfig
 ) -> tuple[dict[int, str], dict[int, dict[int, str]]]:
-    """Per layer the prefix of its tensors, and the table's tensors by shard number (0 where it is one)."""
+    """Return, for each layer, the prefix of its tensors, and its table's tensors by shard number (0 for one tensor)."""
     prefixes: dict[int, str] = {}
     tables: dict[int, dict[int, str]] = {layer: {} for layer in config.layers}
     names = [*checkpoint.tensors, *(name for missing in checkpoint.missing.values() for name in missing)]
@@ -160,7 +111,7 @@ def find_tables(
             raise ValueError(f"two tables of layer {layer}: below {prefixes[layer]!r} and {match[1]!r}")
         number = int(match[3] or match[4] or 0) if kind == "qwen" else 0
         if number in tables[layer]:
-            raise ValueError(f"tensors {tables[layer][number]} and {name} are both of layer {layer}: which one counts?")
+            raise ValueError(f"tensors {tables[layer][number]} and {name} are both tables of layer {layer}: remove one")
         tables[layer][number] = name
     for layer in config.layers:
         if not tables[layer]:
@@ -184,17 +135,25 @@ def table_rows(
     rows: int,
     layout: HashLayout,
 ) -> Rows:
+    """Return the reader of a layer's rows, after a check of every part against the layout.
+
+    Args:
+        prefix: of the layer's tensors. shards: the table's tensors by number. rows: of the table, by the layout.
+
+    Raises:
+        ValueError: a part is missing or has another width or dtype, or the scales do not fit it, by name.
+    """
     dim, at, dtypes = config.head_dim, 0, set[str]()
     parts: list[tuple[int, Stored, Scale | None]] = []
     for number in sorted(shards):
         name = shards[number]
         checkpoint.require(name)
-        _refuse_offsets(checkpoint, name)
+        refuse_offsets(checkpoint, name)
         scale_name = scale_of(checkpoint, name)
         scales = checkpoint.tensors.get(scale_name, []) if scale_name else []
         for rank, values in enumerate(checkpoint.tensors[name]):
-            if values.dtype not in FORMS:
-                raise ValueError(f"{values.path}: tensor {name} is {values.dtype}, expected one of {', '.join(FORMS)}")
+            if values.dtype not in CODECS:
+                raise ValueError(f"{values.path}: tensor {name} is {values.dtype}, expected one of {', '.join(CODECS)}")
             width = dim + dim // BLOCK if values.dtype == "U8" else dim
             if len(values.shape) != 2 or values.shape[1] != width:
                 raise ValueError(
@@ -203,8 +162,8 @@ def table_rows(
             stored = scales[min(rank, len(scales) - 1)] if scales else None
             scale = None
             if values.dtype in ("F8_E4M3", "I8"):
-                whole_table = stored is not None and scale_name == _table_scale(checkpoint, name)
-                scale = _scale(name, scale_name, values, stored, dim, rows if whole_table else None, at)
+                of_all = stored is not None and scale_name == table_scale(checkpoint, name)
+                scale = read_scale(name, scale_name, values, stored, dim, rows if of_all else None, at)
             elif stored is not None:
                 raise ValueError(
                     f"{stored.path}: tensor {stored.name} scales {name}, which is {values.dtype}, not F8_E4M3 or I8"
@@ -214,114 +173,46 @@ def table_rows(
             dtypes.add(values.dtype)
     name = shards[0]
     if at != rows:
-        held = f" in {len(parts)} parts" if len(parts) > 1 else ""
+        split = f" in {len(parts)} parts" if len(parts) > 1 else ""
         swapped = [other for other, count in layout.rows.items() if count == at]
         hint = f"; that is the size of layer {swapped[0]}'s table: the layers are swapped" if swapped else ""
         raise ValueError(
-            f"{parts[0][1].path}: tensor {name} has {at:,} rows{held}, expected {rows:,}: the primes of layer {layer} "
+            f"{parts[0][1].path}: tensor {name} has {at:,} rows{split}, expected {rows:,}: the primes of layer {layer} "
             f"above {config.row_counts}{hint}"
         )
     if len(dtypes) > 1:
-        raise ValueError(f"the parts of {name} are stored differently: {', '.join(sorted(dtypes))}")
+        raise ValueError(f"the parts of {name} have different dtypes: {', '.join(sorted(dtypes))}")
     dtype = dtypes.pop()
     scaled = [scale for _, _, scale in parts if scale is not None]
     if scaled and not (dtype == "F8_E4M3" and all(scale.is_e8m0(dim) for scale in scaled)):
         return Rows(name, dim, "float32", parts, rows, kept=config.table_dtype)
-    return Rows(name, dim, FORMS[dtype], parts, rows)
-
-
-_SCALE_NAMES = ("scale", "weight_scale_inv", "weight_scale", "scale_inv", "scales")  # all of them are multiplied by
-_OFFSET_NAMES = ("biases", "zero_point", "zero_points", "weight_zero_point", "zeros", "qzeros")
-_SHARD = re.compile(r"(?:shard_|shards\.)\d+(?:\.weight)?$")
-
-
-def scale_of(checkpoint: Checkpoint, name: str) -> str | None:
-    """Name of the tensor that scales another: beside it, or one for all shards of a table. ValueError for several."""
-    found = [n for n in _beside(name, _SCALE_NAMES) if _is_named(checkpoint, n)]
-    if (table := _table_scale(checkpoint, name)) is not None and table not in found:
-        found.append(table)
-    if len(found) > 1:
-        raise ValueError(f"tensors {' and '.join(found)} both scale {name}: which one counts?")
-    if found:
-        checkpoint.require(found[0])
-    return found[0] if found else None
-
-
-def _table_scale(checkpoint: Checkpoint, name: str) -> str | None:
-    """Name of the scales of all shards of a table; None if the tensor is not a shard or there are none."""
-    if (match := _SHARD.search(name)) is None:
-        return None
-    names = [name[: match.start()] + end for end in _SCALE_NAMES]
-    return next((n for n in names if _is_named(checkpoint, n)), None)
-
-
-def _beside(name: str, ends: tuple[str, ...]) -> list[str]:
-    stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}."
-    return [stem + end for end in ends]
-
-
-def _is_named(checkpoint: Checkpoint, name: str) -> bool:
-    return name in checkpoint.tensors or any(name in names for names in checkpoint.missing.values())
-
-
-def _refuse_offsets(checkpoint: Checkpoint, name: str) -> None:
-    stem = _SHARD.sub("weight", name)
-    for other in {*_beside(name, _OFFSET_NAMES), *_beside(stem, _OFFSET_NAMES)}:
-        if _is_named(checkpoint, other):
-            raise ValueError(f"tensor {other} shifts the values of {name}: rows with offsets cannot be read")
-
-
-def _scale(
-    name: str, scale_name: str | None, values: Stored, stored: Stored | None, dim: int, whole: int | None, first: int
-) -> Scale:
-    """The scales of one part, by their shape. whole: rows of the table, if the scales are those of all its parts."""
-    rows, kind = values.shape[0], "e4m3" if values.dtype == "F8_E4M3" else "int8"
-    if stored is None:
-        stem = name.removesuffix("weight")
-        needs = f"[{rows}, {dim // BLOCK}] or one per row or table"
-        raise ValueError(f"tensor {scale_name or stem + 'scale'} is missing: {name} is {kind} and needs scales {needs}")
-    shape = stored.shape
-    count = rows if whole is None or not shape or shape[0] != whole else whole
-    block = None
-    if math.prod(shape) == 1 and len(shape) <= 2:
-        block = 0
-    elif shape in ((count,), (count, 1)):
-        block = dim
-    elif len(shape) == 2 and shape[0] == count:
-        block = next((b for b in (1 << i for i in range(3, 15)) if -(-dim // b) == shape[1]), None)
-    if block is None or stored.dtype not in SCALES:
-        raise ValueError(
-            f"{stored.path}: tensor {stored.name} is {stored.dtype} {list(shape)}, expected {', '.join(SCALES)}: one "
-            f"scale, or one per row [{rows}, 1], or one per 8, 16, 32 ... values of a row, such as [{rows}, "
-            f"{-(-dim // BLOCK)}]. Another block size decodes {name} without an error, to wrong values"
-        )
-    return Scale(stored, block, first if count == whole and whole != rows else 0)
+    return Rows(name, dim, CODECS[dtype], parts, rows)
 
 
 def check_buffers(checkpoint: Checkpoint, kind: str, prefix: str, layout: HashLayout, layer: int) -> None:
-    """Offsets, moduli and multipliers that a checkpoint states must be the layout's, as 64-bit integers."""
+    """Raise ValueError if a checkpoint's offsets, moduli or multipliers are not the layout's, as 64-bit integers."""
     moduli = [p for heads in layout.moduli[layer] for p in heads]
-    stated: dict[str, list[int]] = {}
+    buffers: dict[str, list[int]] = {}
     if kind == "demo":
-        stated = {"multi_head_embedding.offsets": list(layout.offsets[layer])}
+        buffers = {"multi_head_embedding.offsets": list(layout.offsets[layer])}
     elif kind == "qwen":
-        stated = {
+        buffers = {
             "ple_embedding.ngram_heads_offsets": list(layout.offsets[layer]),
             "ple_embedding.ngram_heads_vocab_sizes": moduli,
             "ple_embedding.layer_multipliers": list(layout.multipliers[layer]),
         }
-    for name, expected in stated.items():
+    for name, expected in buffers.items():
         if prefix + name not in checkpoint.tensors:
-            continue  # not all savers keep buffers
+            continue  # some programs do not save buffers
         stored = checkpoint.one(prefix + name, (len(expected),))
         if stored.dtype != "I64":
             raise ValueError(
                 f"{stored.path}: tensor {prefix + name} is {stored.dtype}, expected I64: row ids need 64 bits"
             )
-        found = stored.read().tolist()
-        if found != expected:
-            place = next(i for i in range(len(expected)) if found[i] != expected[i])
+        values = stored.read().tolist()
+        if values != expected:
+            index = next(i for i in range(len(expected)) if values[i] != expected[i])
             raise ValueError(
-                f"{stored.path}: tensor {prefix + name} has {found[place]} at place {place}, expected "
-                f"{expected[place]}: its rows were addressed by another layout"
+                f"{stored.path}: tensor {prefix + name} has {values[index]} at index {index}, expected "
+                f"{expected[index]}: its rows were addressed by another layout"
             )

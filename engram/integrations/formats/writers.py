@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 from engram.addressing import HashLayout
 from engram.fusion import EngramFusion
 from engram.integrations.formats.dialects import config_to_hf, fusion_to
-from engram.integrations.formats.gguf import NAME, GgufWriter, Value, keys_of
+from engram.integrations.formats.gguf import GgufWriter, Value
+from engram.integrations.formats.gguf_memory import NAME, keys_of
 from engram.integrations.formats.readers import Source
 from engram.integrations.formats.recoder import Recoder
 from engram.integrations.formats.safetensors_io import NAMES, Stored, Writer
@@ -29,13 +31,16 @@ _FLOATS = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def _stream(recoder: Recoder, first: int, stop: int) -> Iterator[Tensor]:
-    """Rows first .. stop - 1 in the target's form, a block at a time."""
+    """Yield rows first .. stop - 1 in the target's codec, a block at a time."""
     for lo in range(first, stop, recoder.block):
         yield recoder.read(lo, min(lo + recoder.block, stop))
 
 
 def row_ranges(layout: HashLayout, layer: int, shards: int, by: str) -> list[tuple[int, int]]:
-    """Rows of each tensor-parallel rank. by "row": as equal as the rows divide; "head": whole columns, order-major."""
+    """Return the range of rows of each tensor-parallel rank.
+
+    by: "row", equal counts up to one row; "head", complete columns, order-major.
+    """
     rows = layout.rows[layer]
     if by == "row":
         ends = [rows * rank // shards for rank in range(shards + 1)]
@@ -47,28 +52,52 @@ def row_ranges(layout: HashLayout, layer: int, shards: int, by: str) -> list[tup
     return list(pairwise(ends))
 
 
+def chunk_ranges(rows: int, chunks: int) -> list[tuple[int, int]]:
+    """Return the ranges into which torch.chunk would cut this many rows."""
+    size = -(-rows // chunks)
+    return [(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
 def _compact(value: Tensor) -> Tensor:
-    """A dense weight as bfloat16 where that loses nothing."""
+    """Return a dense weight as bfloat16 if that is exact, else as float32."""
     half = value.bfloat16()
     return half if torch.equal(half.float(), value.float()) else value.float()
 
 
-def _specs(to: str, prefix: str, dim: int, form: str, ranges: list[tuple[int, int]]) -> dict[str, Any]:
-    """name -> (dtype, shape) of the tensors that hold a table's rows."""
-    if to == "qwen":
-        stem = f"{prefix}ple_embedding.ngram_embedding.shard_"
-        return {f"{stem}{i}.weight": (_FLOATS[form], (hi - lo, dim)) for i, (lo, hi) in enumerate(ranges)}
-    rows = ranges[0][1] - ranges[0][0]
-    if to == "demo":
-        return {f"{prefix}multi_head_embedding.embedding.weight": (_FLOATS[form], (rows, dim))}
-    if to == "deepseek-v4.1":
-        scales = {f"{prefix}embed.scale": ("F8_E8M0", (rows, dim // 32))}
-        return {f"{prefix}embed.weight": ("F8_E4M3", (rows, dim)), **scales}
-    return {f"{prefix}embed.weight": ("U8", (rows, dim + dim // 32))}
+@dataclass(frozen=True)
+class _RowTensors:
+    """Rows first .. stop - 1 of a table, and the tensors that hold them in one file.
+
+    specs: name -> (dtype, shape); two tensors if values and scales are apart.
+    """
+
+    recoder: Recoder
+    first: int
+    stop: int
+    specs: dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _row_tensors(to: str, prefix: str, recoder: Recoder, ranges: list[tuple[int, int]]) -> list[_RowTensors]:
+    """Return the tensors of a table's rows in one file. prefix: of their names. ranges: of rows, one but for qwen."""
+    dim, tensors = recoder.rows.dim, []
+    for number, (first, stop) in enumerate(ranges):
+        specs: dict[str, tuple[str, tuple[int, ...]]] = {
+            f"{prefix}embed.weight": ("U8", (stop - first, dim + dim // 32))
+        }
+        if to == "qwen":
+            name = f"{prefix}ple_embedding.ngram_embedding.shard_{number}.weight"
+            specs = {name: (_FLOATS[recoder.codec], (stop - first, dim))}
+        elif to == "demo":
+            specs = {f"{prefix}multi_head_embedding.embedding.weight": (_FLOATS[recoder.codec], (stop - first, dim))}
+        elif to == "deepseek-v4.1":
+            specs = {f"{prefix}embed.weight": ("F8_E4M3", (stop - first, dim))}
+            specs[f"{prefix}embed.scale"] = ("F8_E8M0", (stop - first, dim // 32))
+        tensors.append(_RowTensors(recoder, first, stop, specs))
+    return tensors
 
 
 def _buffers(to: str, prefix: str, layout: HashLayout, layer: int) -> dict[str, Tensor]:
-    """The int64 tensors that say how rows are addressed, where a dialect keeps them with the weights."""
+    """Return the int64 tensors of a layer's layout that the dialect stores with its weights."""
     offsets = torch.tensor(layout.offsets[layer])
     if to == "demo":
         return {f"{prefix}multi_head_embedding.offsets": offsets}
@@ -87,57 +116,39 @@ _PREFIX = {"demo": "layers.{}.engram.", "qwen": "model.language_model.layers.{}.
 def write_safetensors(
     source: Source, recoders: dict[int, Recoder], home: Path, to: str, shards: int, by: str, step: Step
 ) -> None:
-    """A released dialect: safetensors files, their index, config.json and, where ids are compressed, the token map."""
+    """Write a released dialect: safetensors files, their index, config.json and, for compressed ids, the token map."""
     dialect = to.removesuffix("-interleaved")
     layers = list(recoders)
     ranks = shards if dialect == "deepseek-v4.1" else 1
-    weight_map: dict[str, str] = {}
-    ranges: dict[int, list[tuple[int, int]]] = {}
-    for layer in layers:
-        if to == "qwen":  # as torch.chunk cuts
-            size = -(-source.layout.rows[layer] // shards)
-            starts = range(0, source.layout.rows[layer], size)
-            ranges[layer] = [(lo, min(lo + size, source.layout.rows[layer])) for lo in starts]
-        else:
-            ranges[layer] = row_ranges(source.layout, layer, ranks, by)
+    ranges = {
+        layer: chunk_ranges(source.layout.rows[layer], shards)
+        if to == "qwen"
+        else row_ranges(source.layout, layer, ranks, by)
+        for layer in layers
+    }
     # One file per layer; or one per rank, which holds its part of every layer.
-    files = [(f"model{r}-mp{ranks}.safetensors", layers, r) for r in range(ranks)]
+    files = [(f"model{rank}-mp{ranks}.safetensors", layers, rank) for rank in range(ranks)]
     if ranks == 1:
         count = len(layers)
         files = [(f"model-{i + 1:05d}-of-{count:05d}.safetensors", [n], 0) for i, n in enumerate(layers)]
-    for name, held, rank in files:
-        specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    weight_map: dict[str, str] = {}
+    for name, in_file, rank in files:
+        tables: list[_RowTensors] = []
         small: dict[str, Tensor] = {}
-        parts: list[tuple[int, list[str], int, int]] = []
-        for layer in held:
+        for layer in in_file:
             prefix = _PREFIX.get(dialect, "layers.{}.engram.").format(layer)
-            mine = ranges[layer] if to == "qwen" else [ranges[layer][rank]]
-            tensors = _specs(to, prefix, recoders[layer].rows.dim, recoders[layer].form, mine)
-            names = [[n] for n in tensors] if to == "qwen" else [list(tensors)]
-            parts += [(layer, group, lo, hi) for group, (lo, hi) in zip(names, mine, strict=True)]
-            specs |= tensors
+            tables += _row_tensors(
+                to, prefix, recoders[layer], ranges[layer] if to == "qwen" else [ranges[layer][rank]]
+            )
             small |= _buffers(to, prefix, source.layout, layer)
             weights = fusion_to(dialect, source.weights[layer], source.streams)
             small |= {prefix + key: _compact(value) for key, value in weights.items()}
-        specs |= {key: (NAMES[value.dtype], tuple(value.shape)) for key, value in small.items()}
-        facts = {"engram_dialect": to}
+        metadata = {"engram_dialect": to}
         if source.token_map is not None:  # without it the multipliers are unknown
-            facts["engram_layout"] = source.layout.digest
+            metadata["engram_layout"] = source.layout.digest
         if ranks > 1:
-            facts["engram_rank"] = f"{rank}/{ranks}"
-        writer = Writer(home / name, specs, facts)
-        for layer, group, lo, hi in parts:
-            dim = recoders[layer].rows.dim
-            for block in _stream(recoders[layer], lo, hi):
-                pieces = [block] if len(group) == 1 else [block[:, :dim], block[:, dim:]]
-                for key, piece in zip(group, pieces, strict=True):
-                    writer.append(key, piece)
-                step(block.nbytes)
-        for key, value in small.items():
-            writer.append(key, value)
-        writer.close()
-        verify(writer.stored, writer.digests, step)
-        weight_map |= dict.fromkeys(specs, name)
+            metadata["engram_rank"] = f"{rank}/{ranks}"
+        weight_map |= dict.fromkeys(_write_file(home / name, tables, small, metadata, step), name)
     if ranks == 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (home / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -149,19 +160,42 @@ def write_safetensors(
         source.token_map.save(home / "token_map.safetensors")
 
 
+def _write_file(
+    path: Path, tables: list[_RowTensors], small: dict[str, Tensor], metadata: dict[str, str], step: Step
+) -> list[str]:
+    """Write one safetensors file and read it back to compare digests. Return the names of its tensors."""
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for table in tables:
+        specs |= table.specs
+    specs |= {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in small.items()}
+    writer = Writer(path, specs, metadata)
+    for table in tables:
+        dim = table.recoder.rows.dim
+        for block in _stream(table.recoder, table.first, table.stop):
+            pieces = [block] if len(table.specs) == 1 else [block[:, :dim], block[:, dim:]]
+            for name, piece in zip(table.specs, pieces, strict=True):
+                writer.append(name, piece)
+            step(block.nbytes)
+    for name, value in small.items():
+        writer.append(name, value)
+    writer.close()
+    verify(writer.stored, writer.digests, step)
+    return list(specs)
+
+
 def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step: Step) -> None:
-    """Our folder. The memory that is saved lives on the meta device; its rows are streamed into their files."""
+    """Write a saved memory. The memory is built on the meta device; its rows are streamed into their files."""
     assert source.token_map is not None
-    forms = {r.form for r in recoders.values()}
-    if len(forms) != 1:
-        raise ValueError(f"the tables are stored differently ({', '.join(sorted(forms))}): one memory has one kind")
-    config, form = source.config.replace(table_init="zero", train_tables=True), forms.pop()
-    if form != "fp8":
-        config = config.replace(table_dtype=form)
+    codecs = {recoder.codec for recoder in recoders.values()}
+    if len(codecs) != 1:
+        raise ValueError(f"the tables have different codecs ({', '.join(sorted(codecs))}): a memory has one")
+    config, codec = source.config.replace(table_init="zero", train_tables=True), codecs.pop()
+    if codec != "fp8":
+        config = config.replace(table_dtype=codec)
     tables: dict[int, Table] = {}
     with torch.device("meta"):
         for layer, rows in source.layout.rows.items():
-            fp8 = form == "fp8"
+            fp8 = codec == "fp8"
             tables[layer] = EncodedTable(rows, config.head_dim, "fp8") if fp8 else new_table(config, layer, rows)
         memory = EngramMemory(config, source.token_map, source.hidden_size, source.streams, tables=tables)
     for layer, weights in (source.weights or untrained_weights(source)).items():
@@ -178,8 +212,8 @@ def write_engram(source: Source, recoders: dict[int, Recoder], home: Path, step:
 
 
 def untrained_weights(source: Source) -> dict[int, dict[str, Tensor]]:
-    """Fusion weights for tables that came without: those of a new memory, with a value projection of 0, so that nothing
-    is added to the hidden state before they are trained."""
+    """Return fusion weights for a source that has only tables: those of a new memory with a value projection of 0, so
+    that nothing is added to the hidden state before training."""
     weights: dict[int, dict[str, Tensor]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -193,14 +227,14 @@ def untrained_weights(source: Source) -> dict[int, dict[str, Tensor]]:
 
 
 def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: Step) -> None:
-    """The tables alone, with the facts that address them."""
+    """Write one GGUF file with the tables and the keys that address them."""
     assert source.token_map is not None
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer, recoder in recoders.items():
         dim = recoder.rows.dim
-        width, dtype = (dim + dim // 32, "I8") if recoder.form == "fp8" else (dim, _FLOATS[recoder.form])
+        width, dtype = (dim + dim // 32, "I8") if recoder.codec == "fp8" else (dim, _FLOATS[recoder.codec])
         specs[NAME.format(layer)] = (dtype, (recoder.rows.rows, width))
-    facts: dict[str, Value] = {
+    metadata: dict[str, Value] = {
         **keys_of(source.config, source.layout, source.token_map),
         "engram.config": source.config.to_json(),
         "engram.layout": source.layout.to_json(),
@@ -208,8 +242,8 @@ def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: S
         "engram.token_map_digest": source.token_map.digest,
     }
     if source.hidden_size:
-        facts |= {"engram.hidden_size": source.hidden_size, "engram.streams": source.streams}
-    writer = GgufWriter(path, specs, facts)
+        metadata |= {"engram.hidden_size": source.hidden_size, "engram.streams": source.streams}
+    writer = GgufWriter(path, specs, metadata)
     for layer, recoder in recoders.items():
         for block in _stream(recoder, 0, recoder.rows.rows):
             writer.append(NAME.format(layer), block)
@@ -219,7 +253,7 @@ def write_gguf(source: Source, recoders: dict[int, Recoder], path: Path, step: S
 
 
 def verify(stored: dict[str, Stored], digests: dict[str, Any], step: Step, block: int = 64 << 20) -> None:
-    """Reads every byte back and compares digests. Raises OSError where the disk gives back something else."""
+    """Read every byte back and compare digests. Raise OSError if a tensor differs from what was written."""
     for name, tensor in stored.items():
         digest = xxhash.xxh3_128()
         for start in range(0, tensor.nbytes, block):

@@ -701,7 +701,7 @@ def test_the_tuning_table_marks_the_best_and_warns_at_the_edge():
     outside = [fake("b", lr=lr, loss=loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0), (4.0, 1.5))]
     table = report.tuning_table(inside + outside, ["a", "c", "b"])
     assert "| a | **1.0000 at 2 / 0.03** | 2.0000 at 4 / 0.03; 3.0000 at 1 / 0.03 |" in table
-    assert table.splitlines()[-1].endswith("had there: b.")
+    assert table.splitlines()[-1].endswith("lie beyond it: b.")
     assert table.splitlines()[-3].endswith("in the tables: c.")
 
 

@@ -254,7 +254,7 @@ def tuning_table(records: list[Record], reported: Iterable[str] = ()) -> str:
         lines += ["", f"Without a grid here, at the rates in the tables: {'; '.join(untuned)}."]
     edge = [label for label, row in losses.items() if _at_the_edge(row)]
     if edge:
-        lines += ["", f"Best at the edge of its grid, so that more may be had there: {'; '.join(edge)}."]
+        lines += ["", f"Best at the edge of its grid, so that a better rate may lie beyond it: {'; '.join(edge)}."]
     return "\n".join(lines)
 
 

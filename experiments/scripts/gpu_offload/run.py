@@ -3,6 +3,7 @@ without.
 
     python experiments/scripts/gpu_offload/run.py            # on a machine with a GPU and 48 GiB of free host memory
     python experiments/scripts/gpu_offload/run.py --tiny     # the same code on a CPU in a minute, to see that it runs
+    python experiments/scripts/gpu_offload/run.py --tables   # tables.md again, from results.jsonl
 
 Each finished row is appended to results.jsonl; rows that are in it are skipped. Prefill: tokens per second of a prompt
 of 512 tokens. Decode: tokens per second of 64 steps after it. The models run in turn; the ratio is the median over
@@ -15,8 +16,10 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +27,19 @@ import numpy as np
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[3]))  # so that the lab is found where this is run as a script
+
 from engram import EngramConfig, EngramMemory, TokenMap, Transformer, TransformerConfig
 from engram.lm.transformer import Cache
 from engram.tables import kernels
+from experiments.lab.measures import table as markdown
+from experiments.lab.report import write_tables
+from experiments.lab.results import read_lines
 
 HERE = Path(__file__).parent
+SCRIPT = "experiments/scripts/gpu_offload/run.py"
 VOCAB = 32_768
+BATCHES = (1, 32, 256)
 
 
 def build(tiny: bool, device: torch.device) -> tuple[Transformer, Transformer]:
@@ -88,24 +98,46 @@ def run(model: Transformer, ids: torch.Tensor, steps: int) -> tuple[float, float
     return middle - began, now() - middle
 
 
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown: the ratios of each batch, or "not measured"."""
+    rows = []
+    for batch in BATCHES:
+        mine = [line for line in lines if line["batch"] == batch]
+        for line in mine or [{}]:
+            ratios = (line.get(f"{phase}_ratio") for phase in ("prefill", "decode"))
+            rows.append((f"{batch}", *("not measured" if ratio is None else f"{ratio:.3f}" for ratio in ratios)))
+    return markdown(("batch", "prefill, with / without", "decode, with / without"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small model, any device, nothing is saved")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tables", action="store_true", help="write tables.md again from results.jsonl")
     arguments = parser.parse_args()
+    if not arguments.tables:
+        measure(parser, arguments)
+    if not arguments.tiny:
+        write_tables(HERE, "gpu_offload", tables(read_lines(HERE / "results.jsonl")), f"python {SCRIPT}")
+
+
+def measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Time every batch that results.jsonl lacks on this device, and append a line per batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" and not arguments.tiny:
-        parser.error("no GPU here: run it with --tiny to see that it works, or on a machine with a GPU to measure")
+        parser.error(
+            "this machine has no GPU: run it with --tiny to see that it works, or on a machine with a GPU to measure"
+        )
     if kernels.native is None and not arguments.tiny:
-        parser.error("the compiled kernels are not there: install with a C compiler, or torch's gather is measured")
+        parser.error("the compiled kernels are missing: install with a C compiler, or torch's gather is measured")
     with_memory, plain = build(arguments.tiny, device)
     assert with_memory.memory is not None
     gib = sum(table.nbytes for table in with_memory.memory.tables.values()) / 2**30
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
     results = HERE / "results.jsonl"
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = read_lines(results)
     prompt, steps = (64, 8) if arguments.tiny else (512, 64)
-    for batch in (1, 2) if arguments.tiny else (1, 32, 256):
+    for batch in (1, 2) if arguments.tiny else BATCHES:
         if any((row["batch"], row["device"]) == (batch, where) for row in done):
             continue
         seconds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}

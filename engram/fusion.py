@@ -53,7 +53,7 @@ class EngramFusion(nn.Module):
             nn.init.zeros_(self.conv_weight)
 
     def reset_parameters(self) -> None:
-        """Gives every weight its initial value, for a module made on the meta device that no file fills."""
+        """Set every weight to its initial value, for a module made on the meta device that no file fills."""
         self.value.reset_parameters()
         if self.config.gate != "none":
             self.key.reset_parameters()

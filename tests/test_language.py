@@ -32,38 +32,18 @@ VERBS = frozenset(
     """Adds Asks Attaches Builds Chooses Clears Closes Collects Compares Computes Continues Converts Copies
     Creates Decodes Deletes Describes Divides Drops Encodes Ends Evaluates Expects Fetches Fills Finds Flushes Follows
     Forgets Freezes Frees Gathers Gets Gives Goes Grows Hands Has Holds Ignores Imports Initialises Inserts Installs Is
-    Joins Keeps Leaves Lets Lists Loads Looks Makes Maps Matches Measures Merges Moves Multiplies
+    Joins Keeps Leaves Lets Lists Looks Makes Maps Matches Measures Merges Moves Multiplies
     Opens Parses Passes Picks Prepares Prints Puts Raises Reads Recomputes Refuses Registers Releases Removes
-    Renames Replaces Rereads Restores Returns Rotates Runs Saves Says Selects Sends Serves Sets Shows
+    Renames Replaces Rereads Restores Returns Rotates Saves Says Selects Sends Serves Sets Shows
     Skips Splits Stands Starts Stays Stops Stores Subtracts Syncs Takes Tells Ties Times Trains Truncates Tries
     Turns Undoes Unmaps Uses Waits Walks Warns Works Wraps Writes Yields""".split()
 )
 NOUNS = frozenset(
-    "Calls Checks Counts Draws Edits Hashes Locks Marks Names Notes Numbers Points Recalls Results Samples Scores "
-    "Shares Tests Updates".split()
+    "Calls Checks Counts Draws Edits Hashes Loads Locks Marks Names Notes Numbers Points Recalls Results Runs Samples "
+    "Scores Shares Tests Updates".split()
 )
 VERB = re.compile(r"\w+ (?:an?|the|all|each|every|its|one|this|what|which|only)\b")  # else these words are nouns
-UNFINISHED = set(  # files whose sentences are being rewritten
-    """engram/fusion.py
-    engram/integrations/formats/conversion.py
-    engram/integrations/formats/dialects.py
-    engram/integrations/formats/readers.py
-    engram/integrations/formats/safetensors_io.py
-    engram/integrations/formats/writers.py
-    engram/memory/build.py
-    engram/memory/cache.py
-    engram/memory/gradients.py
-    engram/memory/memory.py
-    engram/memory/recall.py
-    engram/optimizer.py
-    engram/storage/readahead.py
-    engram/tables/codecs.py
-    engram/tables/encoded.py
-    engram/tables/optimizers/base.py
-    engram/tables/prefetch.py
-    engram/tables/reference.py
-    engram/tables/table.py""".split()
-)
+UNFINISHED: set[str] = set()  # files whose sentences are being rewritten
 RECORD = ROOT / "paper_notes" / "log_full.md"  # written as things happened, and not rewritten
 
 
@@ -101,9 +81,10 @@ def openings(source: str) -> list[str]:
 
 @cache
 def files() -> tuple[Path, ...]:
-    rooms = ("engram", "tests", "examples", "docs")
+    rooms = ("engram", "tests", "examples", "docs", "experiments")
     code = [path for room in rooms for ending in ("*.py", "*.c") for path in (ROOT / room).rglob(ending)]
     documents = [path for folder in (".", "docs", "paper_notes") for path in (ROOT / folder).glob("*.md")]
+    documents += (ROOT / "experiments").rglob("*.md")
     documents += (ROOT / "docs" / "guides").glob("*.md")  # its other folders are made by `make docs` from other files
     return tuple(sorted({path for path in [*code, *documents] if path not in (Path(__file__), RECORD)}))
 

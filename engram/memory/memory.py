@@ -203,12 +203,12 @@ class EngramMemory(RowState):
 
     @property
     def trains_tables(self) -> bool:
-        """True if rows are trained: config.train_tables, until the tables are encoded or the memory is frozen."""
+        """Return True if rows are trained: config.train_tables, until the tables are encoded or the memory frozen."""
         return self.config.train_tables and self.codec is None and not self._frozen
 
     @property
     def collects_gradients(self) -> bool:
-        """True if a forward pass now collects row gradients in its backward pass."""
+        """Return True if a forward pass now collects row gradients in its backward pass."""
         return self.training and is_grad_enabled() and self.trains_tables
 
     def requires_grad_(self, requires_grad: bool = True) -> EngramMemory:

@@ -1,4 +1,4 @@
-"""Held-out loss by document: nats per token, bits per byte, and where in the text the loss falls."""
+"""Held-out loss by document: nats per token, bits per byte, and the loss at each position of the text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engram.lm.transformer import Transformer
 
 
 class Evaluation(NamedTuple):
-    """What evaluate() measured.
+    """Losses that evaluate() measured.
 
     Attributes:
         loss: nats per token over all documents. bits_per_byte: of the documents' UTF-8 text.
@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """eval() for a while; afterwards every module is in the mode that it was in."""
+    """Put a model into eval mode during the block, and every module back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -64,18 +64,28 @@ def evaluate(
 
     Raises:
         ValueError: no document, or a context beyond the model's. FloatingPointError: a loss that is not finite.
+
+    Example:
+        >>> import engram, numpy
+        >>> from engram.lm.tokenizer import Encoded
+        >>> at = numpy.arange(300, dtype=numpy.int32)  # two documents; engram.lm.tokenizer.encode packs texts
+        >>> data = Encoded(at % 50, at // 150, numpy.array([0, 150, 300]), numpy.array([400, 400]))
+        >>> model = engram.Transformer(engram.TransformerConfig(64, hidden_size=32, layers=2, heads=2))
+        >>> result = engram.evaluate(model, data)
+        >>> result.document_tokens.tolist(), 3 < result.loss < 5  # nats per token; log(64) is 4.2
+        ([149, 149], True)
     """
     context = model.config.max_length if context is None else context
     if not 1 <= context <= model.config.max_length:
         raise ValueError(f"context is 1 to the model's max_length {model.config.max_length}, not {context}")
     if len(data.starts) < 2:
-        raise ValueError("there is no document to evaluate on")
+        raise ValueError("no document to evaluate on: pass at least one")
     windows = [
         (start, min(start + context, stop - 1))
         for begin, stop in zip(data.starts[:-1].tolist(), data.starts[1:].tolist(), strict=True)
         for start in range(begin, stop - 1, context)
     ]
-    windows.sort(key=lambda w: w[0] - w[1])  # of like length together: little padding
+    windows.sort(key=lambda w: w[0] - w[1])  # similar lengths together, for little padding
     nats, known = np.full(len(data.ids), np.nan, dtype=np.float32), np.zeros(len(data.ids), dtype=bool)
     device, scored_tokens, all_tokens = model.embedding.weight.device, 0, sum(stop - start for start, stop in windows)
     with eval_mode(model):

@@ -1,4 +1,4 @@
-"""Sampling text, one token at a time, with cached keys, values and memory state."""
+"""Sample text, one token at a time, with cached keys, values and memory state."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ def generate(
 
     Raises:
         TypeError: ids that are not integers. ValueError: an empty or padded prompt, more tokens than the model's
-        max_length holds, a number that makes no sense.
+        max_length allows, a number out of its range.
+
+    Example:
+        >>> import engram
+        >>> model = engram.Transformer(engram.TransformerConfig(64, hidden_size=32, layers=2, heads=2))
+        >>> engram.generate(model, [1, 2, 3], tokens=5, temperature=0).shape  # the prompt and five more
+        torch.Size([1, 8])
     """
     if tokens < 0 or not 0 <= temperature < math.inf or min(prefill, 1 if top_k is None else top_k) < 1:
         raise ValueError(f"{tokens=} and {temperature=} are 0 or more, {prefill=} and {top_k=} are 1 or more")
@@ -81,7 +87,9 @@ def generate(
                 on_token(step + 1)
             if (stop_id is not None and finished.all()) or step == tokens - 1:
                 break
-            logits = model(piece, cache=cache)[:, -1].float()  # its first act is to send for the rows of the new token
+            logits = model(piece, cache=cache)[
+                :, -1
+            ].float()  # the forward pass starts by fetching the new token's rows
     return ids
 
 

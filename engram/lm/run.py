@@ -1,4 +1,4 @@
-"""From a setting to a trained model: text, tokenizer, arm, weights. What ablate, train and the experiments share."""
+"""Runs: from a setting to text, tokenizer, arm and weights, as ablate, train and the experiments share them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from engram.storage.files import file_digest, file_entry, write_whole
 from engram.storage.manifest import check_digest, manifest_digest
 from engram.storage.untrusted import parse_json, read_json, read_tokenizer
 
-_FORMAT = 2  # of run.json; the first version stated none
+_FORMAT = 2  # of run.json; the first version has none
 
 # The arms of the main job: what each makes of the memory's configuration. None: no memory.
 ARMS: dict[str, Callable[[EngramConfig], EngramConfig | None]] = {
@@ -38,7 +38,7 @@ ARMS: dict[str, Callable[[EngramConfig], EngramConfig | None]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One training set-up; an arm and a seed turn it into a run.
+    """A training set-up. An arm and a seed turn it into a run.
 
     Attributes:
         corpus: see engram.lm.corpus.load_corpus. vocab_size: of the byte-level BPE trained on the training text.
@@ -54,7 +54,7 @@ class Setting:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def seeded(self, seed: int) -> Setting:
-        """The same set-up with another seed of weights, addresses and data order."""
+        """Return the same set-up with another seed of weights, addresses and data order."""
         return replace(self, train=replace(self.train, seed=seed), memory=self.memory.replace(seed=seed))
 
     def to_json(self) -> str:
@@ -74,7 +74,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Data:
-    """A corpus made ready: tokenizer and token map from the training text, and the encoded parts."""
+    """A prepared corpus: tokenizer and token map from the training text, and the encoded parts."""
 
     tokenizer: tokenizers.Tokenizer
     token_map: TokenMap
@@ -96,28 +96,28 @@ def prepare(setting: Setting, held_out: str = "validation") -> Data:
     """
     documents = load_corpus(setting.corpus)
     parts = split(documents, validation_share=0.05, tune_share=0.03)
-    held = {"validation": parts.validation, "tune": parts.tune}[held_out]
-    if not parts.train or not held:
+    held_out_documents = {"validation": parts.validation, "tune": parts.tune}[held_out]
+    if not parts.train or not held_out_documents:
         raise ValueError(f"corpus {setting.corpus!r} has {len(documents)} documents, too few to hold any out")
     tokenizer = train_tokenizer([d.text for d in parts.train], setting.vocab_size)
     return Data(
         tokenizer,
         TokenMap.from_tokenizer(tokenizer),
         encode(tokenizer, parts.train),
-        encode(tokenizer, held),
-        overlap_13gram(parts.train, held),
+        encode(tokenizer, held_out_documents),
+        overlap_13gram(parts.train, held_out_documents),
         corpus_digest(documents),
     )
 
 
 def build_model(setting: Setting, arm: str, token_map: TokenMap) -> Transformer:
-    """The model of one arm. The backbone's weights depend on the seed alone, not on the arm.
+    """Build the model of one arm. The backbone's weights depend on the seed alone, not on the arm.
 
     Raises:
         ValueError: an unknown arm; the message lists the known ones.
     """
     if arm not in ARMS:
-        raise ValueError(f"unknown arm {arm!r}; there are {', '.join(ARMS)}")
+        raise ValueError(f"unknown arm {arm!r}: give one of {', '.join(ARMS)}")
     config = ARMS[arm](setting.memory)
     seed = setting.train.seed
     memory = None
@@ -158,7 +158,7 @@ def save_run(folder: str | os.PathLike[str], setting: Setting, arm: str, data: D
 
 
 def _read_run(home: Path) -> dict[str, Any]:
-    """A run.json, with "setting" as a Setting and "files" as {name: digest}, which is empty for older versions.
+    """Return a run.json, with "setting" as a Setting and "files" as {name: digest}, which is empty for older versions.
 
     Raises:
         ValueError: a damaged or altered one.
@@ -177,7 +177,7 @@ def _read_run(home: Path) -> dict[str, Any]:
 
 
 def _changed_files(home: Path, run: dict[str, Any]) -> list[str]:
-    """Names of a run's files that are missing or do not have the digest in its run.json."""
+    """Return the names of a run's files that are missing or do not have the digest in its run.json."""
     return [name for name, digest in run["files"].items() if not _has_digest(home / name, digest)]
 
 
@@ -210,12 +210,25 @@ def load_run(
             memory was trained with.
 
     Example:
-        >>> import engram
-        >>> engram.load_run("no such folder")
-        Traceback (most recent call last):
-        FileNotFoundError: no such folder holds no run.json: train one with `engram train --out no such folder`
+        >>> import engram, pathlib, torch
+        >>> from engram.lm.run import Setting, build_model, prepare, save_run
+        >>> from engram.lm.train import TrainConfig
+        >>> pathlib.Path("text").mkdir()
+        >>> for i in range(60):
+        ...     _ = pathlib.Path(f"text/{i}.txt").write_text(f"document {i}: " + f"one and {i} and " * 20)
+        >>> shape = engram.TransformerConfig(300, hidden_size=16, layers=2, heads=2, max_length=32)
+        >>> memory = engram.EngramConfig(layers=(1,), orders=(2,), heads=1, head_dim=8, rows_per_head=64)
+        >>> setting = Setting("text", 300, shape, memory, TrainConfig(tokens=512, batch_size=4, context=32))
+        >>> data = prepare(setting)
+        >>> model = build_model(setting, "engram", data.token_map)
+        >>> save_run("run", setting, "engram", data)  # these lines are what `engram train --out run` does
+        >>> _ = engram.train(model, data.train, setting.train, folder="run")
+        >>> model, tokenizer, setting, manifest = engram.load_run("run")
+        >>> ids = engram.generate(model, tokenizer.encode("one and").ids, tokens=4)
+        >>> manifest["step"], isinstance(tokenizer.decode(ids[0].tolist()), str)
+        (4, True)
     """
-    home, place = Path(folder), device_of(device)
+    home, torch_device = Path(folder), device_of(device)
     if not (home / "run.json").is_file():
         raise FileNotFoundError(f"{home} holds no run.json: train one with `engram train --out {home}`")
     newest = latest_checkpoint(home)
@@ -234,4 +247,4 @@ def load_run(
         )
     model = build_model(setting, arm, token_map)
     manifest = load_checkpoint(newest, model)
-    return model.to(place), tokenizer, setting, manifest
+    return model.to(torch_device), tokenizer, setting, manifest

@@ -28,7 +28,7 @@ from engram.optimizer import EngramOptimizer, build_optimizer
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained.
+    """Settings of training.
 
     Attributes:
         tokens: budget, rounded up to whole batches. batch_size: windows per step. context: tokens per window.
@@ -77,17 +77,17 @@ class Batches:
         self.per_epoch = self.windows // batch_size
 
     def order(self, step: int) -> np.ndarray:
-        """Window numbers [batch_size] of a step."""
-        epoch, place = divmod(step, self.per_epoch)
+        """Return the window numbers [batch_size] of a step."""
+        epoch, batch = divmod(step, self.per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.windows)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def orders(self, steps: int) -> np.ndarray:
-        """Window numbers [steps * batch_size] of the first steps; those of a second epoch come again."""
+        """Return the window numbers [steps * batch_size] of the first steps; a second epoch repeats them."""
         return np.concatenate([self.order(step) for step in range(steps)])
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids, targets, documents) of a step, each int64 [batch_size, context]."""
+        """Return (ids, targets, documents) of a step, each int64 [batch_size, context]."""
         starts = self.order(step)[:, None] * self.context + np.arange(self.context)
         take = torch.from_numpy(starts)
         ids, documents = torch.from_numpy(self.data.ids), torch.from_numpy(self.data.documents)
@@ -96,7 +96,7 @@ class Batches:
 
 @dataclass
 class TrainLog:
-    """What a run measured. curve and validation hold [tokens, nats per token]; seconds are those of training steps.
+    """Measurements of a run. curve and validation hold [tokens, nats per token]; seconds are those of training steps.
 
     row_state_bytes: of the row optimisers, for all rows stored.
     rows_read, rows_touched: rows gathered, and distinct rows updated, over all steps and layers.
@@ -114,9 +114,9 @@ class TrainLog:
 
 
 def memory_traffic(log: TrainLog, memory: EngramMemory) -> dict[str, Any]:
-    """What the memory cost per training step: rows and bytes of tables and state, traffic, shares of the time.
+    """Return what the memory cost per training step: rows and bytes of tables and state, traffic, shares of the time.
 
-    A row is read once per place in the batch that looks it up, and read and written once per step in which it is
+    A row is read once per position in the batch that looks it up, and read and written once per step in which it is
     touched, together with its optimiser state.
 
     Args:
@@ -140,7 +140,7 @@ def memory_traffic(log: TrainLog, memory: EngramMemory) -> dict[str, Any]:
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:
-    """Warm-up, plateau, linear decay over the last decay_share of the steps."""
+    """Return the learning rates' factor: warm-up, plateau, linear decay over the last decay_share of the steps."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (config.steps - step) / max(1.0, config.decay_share * config.steps)
     return min(warmup, left, 1.0)
@@ -169,7 +169,7 @@ def train_step(
     clip: float,
     recall: Recall | None = None,
 ) -> Tensor:
-    """One update. Returns the mean loss of the batch in nats per token. recall: of this batch, if fetched ahead."""
+    """Make one update. Return the mean loss of the batch in nats per token. recall: of this batch, if fetched ahead."""
     ids, targets, documents = batch
     logits = model(ids, documents, recall=recall)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -199,7 +199,7 @@ def train(
     A run that was killed resumes at its newest checkpoint and ends with the weights and rows of an undisturbed run, bit
     for bit. With another number of torch threads (torch.set_num_threads) they differ in their last bits, because torch
     then sums in another order. Tables in files contain what the killed run left in them: if it had no checkpoint yet,
-    they are refused.
+    they are refused. On a CPU, call tune_allocator() once before: training is then up to twice as fast.
 
     Args:
         model: weights to train, with or without a memory.
@@ -219,7 +219,20 @@ def train(
     Raises:
         ValueError: a text shorter than one batch; a count below 0; a folder with checkpoints of another configuration.
         BlockingIOError: another process trains in the folder.
-        FloatingPointError: the loss is not finite any more.
+        FloatingPointError: a loss is not finite.
+
+    Example:
+        >>> import engram, numpy
+        >>> from engram.lm.tokenizer import Encoded
+        >>> from engram.lm.train import TrainConfig
+        >>> ids = numpy.arange(2000, dtype=numpy.int32) % 50  # one document; engram.lm.tokenizer.encode packs texts
+        >>> data = Encoded(ids, numpy.zeros_like(ids), numpy.array([0, 2000]), numpy.array([2000]))
+        >>> config = engram.EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=1000)
+        >>> memory = engram.EngramMemory(config, engram.TokenMap.identity(64), hidden_size=32)
+        >>> model = engram.Transformer(engram.TransformerConfig(64, hidden_size=32, layers=2, heads=2), memory)
+        >>> log = engram.train(model, data, TrainConfig(tokens=4000, batch_size=4, context=32), folder="run")
+        >>> log.tokens, log.curve[-1][1] < log.curve[0][1]  # nats per token
+        (4096, True)
     """
     if min(checkpoint_every, keep_checkpoints) < 0:
         raise ValueError(f"{checkpoint_every=} and {keep_checkpoints=} count steps and checkpoints: 0 or more")
@@ -240,7 +253,7 @@ def train(
             weight_decay=config.weight_decay,
             table_optimizer=config.table_optimizer,
         )
-        stack.enter_context(closing(optimizer))  # its files would be held for as long as a traceback lives
+        stack.enter_context(closing(optimizer))  # else a traceback would keep its files open
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         log, first = TrainLog(), 0

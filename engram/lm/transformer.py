@@ -1,5 +1,5 @@
-"""A small decoder: RMSNorm, rotary positions, causal attention, SwiGLU or squared ReLU. Plain baseline and host of the
-memory in one: without a memory no line of it changes.
+"""A small decoder: RMSNorm, rotary positions, causal attention, SwiGLU or squared ReLU. It is the plain baseline and
+the host of the memory: without a memory the same code runs.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Cache:
         self.values = {layer: v[:, :, :keep] for layer, v in self.values.items()}
 
     def __copy__(self) -> Cache:
-        """A fork: the two go on apart."""
+        """Return a copy that decodes on independently of this one."""
         other = Cache()
         other.keys, other.values, other.length = {**self.keys}, {**self.values}, self.length
         other.memory = copy.copy(self.memory)
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. model(ids) -> logits float [B, T, vocab].
+    """A small decoder, with or without a memory. model(ids) -> logits float [B, T, vocab].
 
     Its own weights are drawn from torch's global generator after the memory's, which the caller built before: with
     torch.manual_seed(s) just before this call, the backbone starts the same with and without a memory.
@@ -180,6 +180,14 @@ class Transformer(nn.Module):
 
     Raises:
         ValueError: a memory of another hidden size, or for layers that the model does not have.
+
+    Example:
+        >>> import engram, torch
+        >>> config = engram.EngramConfig(layers=(1,), orders=(2, 3), heads=2, head_dim=8, rows_per_head=1000)
+        >>> memory = engram.EngramMemory(config, engram.TokenMap.identity(64), hidden_size=32)
+        >>> model = engram.Transformer(engram.TransformerConfig(64, hidden_size=32, layers=2, heads=2), memory)
+        >>> model(torch.randint(0, 64, (2, 16))).shape
+        torch.Size([2, 16, 64])
     """
 
     def __init__(self, config: TransformerConfig, memory: EngramMemory | None = None):
@@ -188,7 +196,7 @@ class Transformer(nn.Module):
             if (memory.hidden_size, memory.streams) != (config.hidden_size, 1):
                 raise ValueError(
                     f"memory is for {memory.streams} streams x {memory.hidden_size}, "
-                    f"the model is 1 x {config.hidden_size}"
+                    f"the model has 1 stream x {config.hidden_size}"
                 )
             if memory.config.layers[-1] >= config.layers:
                 last = config.layers - 1
@@ -225,14 +233,14 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         recall: Recall | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Return the logits of the next token at every position.
 
         Args:
             ids: int64 [B, T]. documents: [B, T] document numbers of a packed batch, for the memory's look-back
             (attention does see the earlier documents of its window, in every arm alike).
             cache: decoding state; ids are then the continuation of what it holds, and the first of them belongs to the
             document that it ends with: a document that begins needs a new cache.
-            recall: of memory.recall(ids, documents, cache=cache.memory), where it was called ahead of time.
+            recall: of memory.recall(ids, documents, cache=cache.memory), if it was called ahead of time.
 
         Raises:
             ValueError: more positions than max_length. IndexError: an id outside the vocabulary. RuntimeError: a cache
@@ -241,10 +249,10 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         stop = start + ids.shape[1]
         if stop > self.config.max_length:
-            raise ValueError(f"{stop} positions, but the model was built for max_length {self.config.max_length}")
+            raise ValueError(f"{stop} positions exceed the model's max_length {self.config.max_length}: pass fewer ids")
         rope = (self.cos[start:stop], self.sin[start:stop])  # type: ignore[index]
         memory = self.memory
-        if cache is not None:  # a memory of another kind may keep nothing in the cache
+        if cache is not None:  # a memory of another kind may store nothing in the cache
             cache.check(cache.memory.length or start if recall is None else start)
         if memory is not None and recall is None:
             recall = memory.recall(ids, documents, cache=None if cache is None else cache.memory)
@@ -264,12 +272,12 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
     def dense_parameters(self) -> int:
-        """Number of dense weights, the memory's fusion modules included, its tables not."""
+        """Return the number of dense weights, the memory's fusion modules included, its tables not."""
         return sum(p.numel() for p in self.parameters())
 
 
 def rotary(config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_length, d / heads / 2] of the rotary positions."""
+    """Return cos and sin [max_length, d / heads / 2] of the rotary positions."""
     half = config.hidden_size // config.heads // 2
     frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
     angle = torch.arange(config.max_length, dtype=torch.float32)[:, None] * frequency

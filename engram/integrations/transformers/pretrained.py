@@ -1,4 +1,4 @@
-"""Open model folders of transformers with their memory attached; model_folder.py says what lies in such a folder."""
+"""Open model folders of transformers with their memory attached; model_folder.py describes such a folder."""
 
 from __future__ import annotations
 
@@ -71,13 +71,23 @@ def load_pretrained(
             that this machine does not have.
 
     Example:
-        >>> import engram
-        >>> engram.load_pretrained("no such folder", device="cpu")
-        Traceback (most recent call last):
-        FileNotFoundError: no such folder holds no config.json, so it is not a model folder of transformers
+        >>> import engram, tokenizers, transformers
+        >>> words = tokenizers.models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]")
+        >>> tokenizer = tokenizers.Tokenizer(words)
+        >>> tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+        >>> shape = dict(vocab_size=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=48, **shape))
+        >>> config = engram.EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=1000)
+        >>> memory = engram.attach(model, config, tokenizer)
+        >>> model.save_pretrained("model")  # the memory among the weights
+        >>> files = tokenizer.save_pretrained("model")
+        >>> model, tokenizer = engram.load_pretrained("model", device="cpu")
+        >>> model(**tokenizer("one two one", return_tensors="pt")).logits.shape
+        torch.Size([1, 3, 3])
     """
     home = Path(folder)
-    place = device_of(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    torch_device = device_of(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     config, architecture = read_config(home)
     tokenizer = transformers.AutoTokenizer.from_pretrained(home, config=config, local_files_only=True)
     if architecture is not None:
@@ -86,7 +96,7 @@ def load_pretrained(
         model: Any = from_pretrained(home, tokenizer)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(home, local_files_only=True)
-    model.to(place).eval()
+    model.to(torch_device).eval()
     if memory is not None:
         attach(model, memory, tokenizer)
     return model, tokenizer

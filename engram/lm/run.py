@@ -1,4 +1,4 @@
-"""Runs: from a setting to text, tokenizer, arm and weights, as ablate, train and the experiments share them."""
+"""The way from a setting to text, tokenizer, arm and weights, as ablate, train and the experiments share them."""
 
 from __future__ import annotations
 

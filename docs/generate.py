@@ -93,6 +93,8 @@ def linked(text: str, source: Path, page: Path) -> str:
             return f"[{words}]({os.path.relpath(DOCS / 'results' / f'{question.name}.md', page.parent)})"
         if file.parent == ROOT / "paper_notes" and file.stem in NOTES and file.is_file():
             return f"[{words}]({os.path.relpath(DOCS / 'notes' / file.name, page.parent)})"
+        if file.is_relative_to(DOCS) and file.suffix == ".md" and file.is_file():
+            return f"[{words}]({os.path.relpath(file, page.parent)})"
         path = os.path.relpath(file, ROOT)
         return f"`{path}`" if words.strip("`./") in path else f"{words} (`{path}`)"
 

@@ -266,6 +266,7 @@ def test_links_of_the_repository_become_links_of_the_site(docs):
     assert linked("[s](../sceptic/README.md)", source, page) == "[s](sceptic.md)"
     assert linked("![f](figure.png)", source, page) == "![f](../../experiments/slots/figure.png)"
     assert linked("[`../arms/README.md`](../arms/README.md)", source, page) == "`experiments/arms/README.md`"
+    assert linked("[g](../../docs/guides/lab.md)", source, page) == "[g](../guides/lab.md)"
     assert linked("[the arms](../arms/README.md)", source, page) == "the arms (`experiments/arms/README.md`)"
     for kept in ("[x](https://example.org/a)", "[y](#part)", "no link"):
         assert linked(kept, source, page) == kept

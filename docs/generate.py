@@ -24,6 +24,7 @@ ANSWERS = {  # question -> how the sentence of its reading begins that answers i
     "codecs": "fp8 and int8 rows",
     "components": "Gate and convolution can",
     "depth": "At the small size both are",
+    "gpu_offload": "Nothing is measured yet",
     "hot_rows": "Both caches of rows",
     "kneser_ney": "So at this size",
     "lookup_or_module": "None of them explains",

@@ -53,7 +53,7 @@ constraints: $(UV)  ## pin every package anew: constraints.txt (newest) and cons
 COMPILE := --no-header --no-annotate --python-version 3.11 -c constraints.in pyproject.toml
 
 docs: $(INSTALLED) .venv/.docs  ## build the documentation site into docs/_build/html, offline; broken links are errors
-	$(BIN)/sphinx-build -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+	$(BIN)/sphinx-build -q -E -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 	@echo "open docs/_build/html/index.html"
 
 torture: $(INSTALLED) $(DATA)  ## kills, Ctrl-C, disk errors, damaged files and races, about 20 minutes (ARGS="--help" for sizes)

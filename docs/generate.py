@@ -19,30 +19,6 @@ LAB = ROOT / "experiments"
 MADE = ("results", "notes", "project", "api")  # folders of generated pages, which git ignores
 CLAIMS = "claims"  # the heading of a question's table of claims has this word
 NOTES = ("claims_in_short", "claims", "equations", "dialects", "sinkhorn", "decisions", "log", "log_full")
-ANSWERS = {  # question -> how the sentence of its reading begins that answers it
-    "allocation": "A quarter in the table beats experts alone",
-    "codecs": "fp8 and int8 rows",
-    "components": "Gate and convolution can",
-    "depth": "At the small size both are",
-    "gpu_offload": "Nothing is measured yet",
-    "hot_rows": "Both caches of rows",
-    "kneser_ney": "So at this size",
-    "lookup_or_module": "None of them explains",
-    "recall": "The memory learns each task",
-    "retrofit": "On text of the taught kind",
-    "scale": "In memory the step",
-    "sceptic": "It is not ahead of counts",
-    "sensitivity": "A model with the memory knows",
-    "slots": "Loss falls with every doubling",
-    "tokens": "Several passes over a text",
-    "vocabulary": "The gain is about",
-}
-CLEARER = {  # such a beginning, where its words point to the sentence before it
-    "So at this size": "At this size",
-    "None of them explains": "None of the controls explains",
-    "It is not ahead of counts": "The memory is not ahead of counts",
-    "At the small size both are": "At the small size, nearer predictions and deeper layers are both",
-}
 # Every public name has one place in the reference; test_docs.py fails if one is missing.
 API = {  # page -> what one does with its names, and the names in the order in which they are used
     "memory": ("Build a memory and train it", ["EngramConfig", "EngramMemory", "build_optimizer", "HostTable"]),
@@ -103,17 +79,18 @@ def linked(text: str, source: Path, page: Path) -> str:
 
 
 def answer(name: str, reading: str) -> str:
-    """The sentence of a question's reading that answers it.
+    """Return the bold sentence of a question's reading, which answers the question.
 
     Raises:
-        ValueError: ANSWERS does not name the question, or the reading has no sentence that begins so.
+        ValueError: the reading has no bold sentence, or several.
     """
-    start = ANSWERS.get(name)
-    words = " ".join(reading.split())
-    match = start and re.search(rf"(?:^|(?<=[.:?] )){re.escape(start)}.*?\.(?= |$)", words)
-    if not match:
-        raise ValueError(f"experiments/{name}: no sentence of its README begins with {start!r}: mend ANSWERS")
-    return CLEARER.get(start, start) + match[0].removeprefix(start)
+    bold = re.findall(r"\*\*(.+?)\*\*", " ".join(reading.split()))
+    if len(bold) != 1 or not bold[0].endswith("."):
+        raise ValueError(
+            f"experiments/{name}/README.md: its reading (the text before the next heading) has {len(bold)} bold "
+            f"sentences: set the one that answers the question in **bold**"
+        )
+    return bold[0]
 
 
 def _without_marks(text: str) -> str:

@@ -71,7 +71,8 @@ def check_heads(layers: int, orders: int, heads: int) -> None:
 class EngramConfig:
     """Shape and rules of one model's n-gram memory.
 
-    A field of the wrong type raises TypeError; values that do not fit together raise ValueError, which names them.
+    Raises:
+        TypeError: a field of the wrong type. ValueError: values that do not fit together, named in the message.
 
     Example:
         >>> import engram

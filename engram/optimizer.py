@@ -289,6 +289,9 @@ def build_optimizer(
         table_betas: decays of the row optimizer; default (0, 0.99) for rms, (0.9, 0.999) for adam, (0.95, 0) for
             sinkhorn, which uses only the first; adagrad has none.
 
+    Returns:
+        A torch.optim.Optimizer: step(), zero_grad(), state_dict() and load_state_dict() cover weights and rows.
+
     Raises:
         ValueError: an unknown table_optimizer; rates or decays that are out of range. RuntimeError: several processes
         train, which is not supported yet.

@@ -187,6 +187,7 @@ def configs(size: str) -> list[Run]:
 READING = """# {name}
 
 Write the reading here: what was asked, what came out, in three to six sentences without figures.
+**Set the one sentence that answers the question in bold: the documentation shows it first.**
 
 ![the figure](figure.png)
 

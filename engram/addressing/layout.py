@@ -56,6 +56,9 @@ class HashLayout:
         offsets: {layer: C ints}, derived: first row of each column in the layer's one flat table.
         rows: {layer: int}, derived: rows of that table, the sum of its moduli, padded.
 
+    Raises:
+        ValueError: a parameter out of its range, or parameters that do not fit together; the message names them.
+
     Source:
         the paper, section 2.2, and the released demo (primes, multipliers).
 

@@ -62,6 +62,9 @@ def evaluate(
             pass, at most, padding included.
         on_tokens: called after each forward pass with (tokens scored so far, tokens to score).
 
+    Returns:
+        Evaluation: loss (nats per token), bits_per_byte, and nats and tokens per document.
+
     Raises:
         ValueError: no document, or a context beyond the model's. FloatingPointError: a loss that is not finite.
 

@@ -216,6 +216,9 @@ def train(
             Default: Batches of `data`.
         prefetch: hash and fetch the next batch's rows during the current step. Results are the same bits either way.
 
+    Returns:
+        TrainLog: tokens trained, curve of (tokens, loss in nats per token), seconds and speed.
+
     Raises:
         ValueError: a text shorter than one batch; a count below 0; a folder with checkpoints of another configuration.
         BlockingIOError: another process trains in the folder.

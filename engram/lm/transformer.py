@@ -27,6 +27,18 @@ class TransformerConfig:
         ffn_size: inner width; None gives 8 d^2 weights to either kind.
         tie_embeddings: output head = input embedding.
         norm_eps: of every RMSNorm. rope_base: of the rotary positions.
+
+    Raises:
+        ValueError: a size below 1, a hidden_size that is not a multiple of 2 x heads, another ffn.
+
+    Example:
+        >>> import engram
+        >>> config = engram.TransformerConfig(vocab_size=1000, hidden_size=64, layers=2, heads=2)
+        >>> sum(weight.numel() for weight in engram.Transformer(config).parameters())
+        226624
+        >>> engram.TransformerConfig(vocab_size=1000, hidden_size=60, heads=4)
+        Traceback (most recent call last):
+        ValueError: hidden_size 60 must be a multiple of 2 x heads = 8
     """
 
     vocab_size: int

@@ -51,6 +51,9 @@ def attach(
             have gained tokens since. Those are dead, as are the embeddings that no token names: never hashed, they end
             n-grams and get nothing from the memory, unless their text has a class already (TokenMap.extend).
 
+    Returns:
+        The EngramMemory, now part of the model, in the model's mode (train or eval).
+
     Raises:
         ValueError: a model without decoder layers that attach() recognises, one that keeps its decoding state elsewhere
         than in a Cache that counts positions (Mamba, RWKV, xLSTM), one whose layers pass on other
@@ -139,6 +142,12 @@ def _check_memory(memory: EngramMemory, decoder: PreTrainedModel, layers: int) -
 
 def detach(model: nn.Module) -> EngramMemory:
     """Take the memory out of a model that `attach` gave one, and return it. The model is then as it was.
+
+    Args:
+        model: the model that was given to `attach`, or one that contains it.
+
+    Returns:
+        The EngramMemory, which can be attached again or saved.
 
     Raises:
         ValueError: a model without an attached memory.

@@ -28,6 +28,17 @@ def from_pretrained(folder: Any, tokenizer: Any = None, **options: Any) -> Any:
     Raises:
         FileNotFoundError: no model or no memory there. ValueError, OSError: files that cannot be read, or that do not
         belong together; another tokenizer.
+
+    Example:
+        >>> import engram, torch, transformers
+        >>> shape = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=48, **shape))
+        >>> config = engram.EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=1000, table_init="normal")
+        >>> memory = engram.attach(model, config, engram.TokenMap.identity(64))
+        >>> model.save_pretrained("model")  # its rows are among the shards
+        >>> opened = engram.from_pretrained("model", engram.TokenMap.identity(64))
+        >>> torch.equal(opened.model.engram.tables[1].gather(torch.arange(5)), memory.tables[1].gather(torch.arange(5)))
+        True
     """
     home = Path(folder)
     config, architecture = read_config(home)
@@ -78,7 +89,7 @@ def load_pretrained(
         >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
         >>> shape = dict(vocab_size=3, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=48, **shape))
-        >>> config = engram.EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=1000)
+        >>> config = engram.EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=1000, table_init="normal")
         >>> memory = engram.attach(model, config, tokenizer)
         >>> model.save_pretrained("model")  # the memory among the weights
         >>> files = tokenizer.save_pretrained("model")

@@ -28,7 +28,7 @@ _SMALLEST = 2.0**-126  # epsilon of a float32 norm; anything smaller loses digit
 _WHOLE = ("heads", "head_dim", "pad_id", "seed", "conv_kernel", "row_multiple")
 
 
-def whole(name: str, value: Any) -> int:
+def as_integer(name: str, value: Any) -> int:
     """Return an int, of NumPy too, as a Python int. Raise TypeError with the name of the argument for anything else: a
     float is never rounded."""
     if isinstance(value, bool):
@@ -39,11 +39,11 @@ def whole(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an int, not {value!r}") from None
 
 
-def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
-    """Return several ints, each checked by `whole`. Raise TypeError or ValueError with the name of the argument."""
+def as_integers(name: str, values: Any) -> tuple[int, ...]:
+    """Return several ints, checked by `as_integer`. Raise TypeError or ValueError with the name of the argument."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of ints, not {values!r}")
-    numbers = tuple(whole(name, value) for value in islice(values, _MANY + 1))
+    numbers = tuple(as_integer(name, value) for value in islice(values, _MANY + 1))
     if len(numbers) > _MANY:
         raise ValueError(f"{name} must have at most {_MANY:,} numbers")
     return numbers
@@ -143,13 +143,13 @@ class EngramConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "orders"):
-            object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
+            object.__setattr__(self, name, as_integers(name, getattr(self, name)))
         if isinstance(self.rows_per_head, Iterable):
-            object.__setattr__(self, "rows_per_head", whole_numbers("rows_per_head", self.rows_per_head))
+            object.__setattr__(self, "rows_per_head", as_integers("rows_per_head", self.rows_per_head))
         for name in (*_WHOLE, "rows_per_head", "conv_dilation", "compressed_vocab"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, tuple):
-                object.__setattr__(self, name, whole(name, value))
+                object.__setattr__(self, name, as_integer(name, value))
         for name in ("bias", "train_tables"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")

@@ -284,7 +284,7 @@ def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys
         ((), "give the tasks to score with --tasks"),
         (("--task-files", files), "need --tasks"),
         (("--tasks", "read", "--corpus", "wiki"), "give one of them"),
-        (("--tasks", "read", "--task-files", files, "--limit", "0"), "1 or more"),
+        (("--tasks", "read", "--task-files", files, "--limit", "0"), "at least 1, not 0"),
     ):
         code, _, err = cli(monkeypatch, capsys, "evaluate", saved[0], *arguments)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]

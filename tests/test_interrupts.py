@@ -121,7 +121,7 @@ def writes(interrupter: Interrupter, wanted: int) -> dict[str, int]:
 
 
 def steps(interrupter: Interrupter, wanted: int, kind: str) -> dict[str, int]:
-    """Steps of a row optimiser beside the same steps in peace: each row is old or new together with its state, and
+    """Steps of a row optimizer beside the same steps in peace: each row is old or new together with its state, and
     `interrupted` names the old ones."""
     tables = [HostTable(ROWS, DIM) for _ in range(2)]
     tables[0].tensor.copy_(random_rows(ROWS, 0))

@@ -226,7 +226,7 @@ def test_a_state_by_names_carries_rows_whichever_weights_learn(frozen):
     step(model, ours)
     options = StateDictOptions(cpu_offload=True)
     state = get_model_state_dict(model, options=options), get_optimizer_state_dict(model, ours, options=options)
-    weights, state = copy.deepcopy(state)  # else torch lets both optimisers write into one state
+    weights, state = copy.deepcopy(state)  # else torch lets both optimizers write into one state
     set_model_state_dict(other, weights)
     set_optimizer_state_dict(other, theirs, state)
     step(model, ours, 1)
@@ -281,7 +281,7 @@ def test_an_optimizer_state_survives_torch_save_and_one_of_another_make_is_refus
         theirs.load_state_dict({"param_groups": []})
 
 
-# No false alarm of the guard between optimiser state and weights
+# No false alarm of the guard between optimizer state and weights
 
 
 def test_a_state_that_holds_no_rows_yet_belongs_to_any_weights():

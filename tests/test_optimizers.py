@@ -1,4 +1,4 @@
-"""The row optimisers: native against plain torch bit for bit, both against torch's own and against dense forms."""
+"""The row optimizers: native against plain torch bit for bit, both against torch's own and against dense forms."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_fresh_state_holds_no_tensors_and_makes_another_fresh(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_of_a_mapped_table_lies_beside_its_file_and_a_new_optimiser_begins_anew(kind, tmp_path):
+def test_the_state_of_a_mapped_table_lies_beside_its_file_and_a_new_optimizer_begins_anew(kind, tmp_path):
     table = HostTable(20, 8, path=tmp_path / "rows")
     optimizer = KINDS[kind](table)
     assert {path.name for path in tmp_path.iterdir()} == {"rows", *(f"rows.{name}" for name in optimizer.state)}
@@ -295,7 +295,7 @@ def test_sinkhorn_survives_gradients_and_columns_of_zeros(path_of):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_build_optimizer_makes_each_kind_of_row_optimiser(kind):
+def test_build_optimizer_makes_each_kind_of_row_optimizer(kind):
     from engram import EngramConfig, EngramMemory, TokenMap
 
     config = EngramConfig(layers=(1,), orders=(2,), heads=2, head_dim=8, rows_per_head=50)

@@ -42,8 +42,8 @@ def test_a_small_memory_takes_what_was_planned(dtype):
     assert planned.dense == {
         layer: sum(p.numel() for p in memory.fusions[str(layer)].parameters()) for layer in SMALL.layers
     }
-    for optimiser, state in planned.state.items():
-        kept = build_optimizer(memory, table_optimizer=optimiser).row_optimizers
+    for optimizer, state in planned.state.items():
+        kept = build_optimizer(memory, table_optimizer=optimizer).row_optimizers
         assert state == sum(table.tensor.nbytes for o in kept for table in o.state.values())
     read = memory.recall(torch.zeros(3, 5, dtype=torch.int64)).row_ids
     count = sum(rows.numel() for rows in read.values())

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engram.config import LONGEST, check_heads, whole, whole_numbers
+from engram.config import LONGEST, as_integer, as_integers, check_heads
 
 FORMAT = "engram-hash-layout-1"
 HASHES = ("multiply_xor", "xxh64", "one_row")
@@ -112,23 +112,23 @@ class HashLayout:
         Raises:
             TypeError: a number that is not an int. ValueError: a number or name out of its range.
         """
-        layers, orders = whole_numbers("layers", layers), whole_numbers("orders", orders)
+        layers, orders = as_integers("layers", layers), as_integers("orders", orders)
         if isinstance(rows_per_head, Iterable):
-            rows_per_head = whole_numbers("rows_per_head", rows_per_head)
+            rows_per_head = as_integers("rows_per_head", rows_per_head)
         else:
-            rows_per_head = (whole("rows_per_head", rows_per_head),) * len(orders)
+            rows_per_head = (as_integer("rows_per_head", rows_per_head),) * len(orders)
         return cls(
-            whole("compressed_vocab", compressed_vocab),
+            as_integer("compressed_vocab", compressed_vocab),
             layers,
             orders,
-            whole("heads", heads),
+            as_integer("heads", heads),
             rows_per_head,
-            whole("pad_id", pad_id),
-            whole("seed", seed),
+            as_integer("pad_id", pad_id),
+            as_integer("seed", seed),
             family,
             boundary,
             generator,
-            whole("row_multiple", row_multiple),
+            as_integer("row_multiple", row_multiple),
         )
 
     def __post_init__(self) -> None:
@@ -259,7 +259,7 @@ class HashLayout:
             parameters["seed"] = int(fields["seed"])
             # Check the claimed number of heads against the list in the file first, so that a tiny file cannot start a
             # huge prime search.
-            claimed = whole("heads", fields["heads"]) * len(fields["orders"]) * len(fields["layers"])
+            claimed = as_integer("heads", fields["heads"]) * len(fields["orders"]) * len(fields["layers"])
             listed = sum(len(heads) for orders in fields["moduli"].values() for heads in orders)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"hash layout: {error}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engram.config import EngramConfig, whole
+from engram.config import EngramConfig, as_integer
 from engram.fusion import EngramFusion
 from engram.memory import build_layout
 from engram.storage.untrusted import read_json
@@ -155,7 +155,7 @@ def plan(
     """
     sizes = {"hidden_size": hidden_size, "streams": streams, "vocab": vocab, "ngrams": ngrams}
     for name, value in {**sizes, "batch": batch, "context": context}.items():
-        if value is not None and not 1 <= whole(name, value) < 2**48:
+        if value is not None and not 1 <= as_integer(name, value) < 2**48:
             raise ValueError(f"{name} must be >= 1 and below 2**48, not {value}")
     if (hidden_size or 1) * streams * config.d_mem >= 2**48:
         raise ValueError(
@@ -231,7 +231,7 @@ def read_shape(name: str) -> tuple[int | None, int]:
     streams = next((fields[key] for key in ("streams", "hc_mult", "hc_count") if fields.get(key)), 1)
     hidden_size = fields.get("hidden_size")
     try:
-        return None if hidden_size is None else whole("hidden_size", hidden_size), whole("streams", streams)
+        return None if hidden_size is None else as_integer("hidden_size", hidden_size), as_integer("streams", streams)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from error
 

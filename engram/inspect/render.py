@@ -108,9 +108,9 @@ def print_plan(name: str, planned: Plan, console: Console | None = None) -> None
         reads = size(stored.token), size(stored.step)
         table.add_row(stored_as, f"{stored.row_bytes:,} B", size(stored.total), *reads, planned.fits(stored.total))
         if stored_as in ("float32", "bfloat16"):
-            for optimiser, state in planned.state.items():
+            for optimizer, state in planned.state.items():
                 total_bytes = stored.total + state
-                table.add_row(f"  with {optimiser} state", "", size(total_bytes), "", "", planned.fits(total_bytes))
+                table.add_row(f"  with {optimizer} state", "", size(total_bytes), "", "", planned.fits(total_bytes))
     console.print(table)
 
     console.print()

@@ -3,8 +3,8 @@
     FOLDER/step-00000400/manifest.json          sizes and xxh3-128 digests of the files below, facts of the run, and the
                                                 digest of all that
                         /model.safetensors      dense weights
-                        /optimizer.safetensors  dense optimiser state
-                        /tables.<layer>.rows    raw rows; rows.<memory>.<layer>.<name>.rows: row optimiser state
+                        /optimizer.safetensors  dense optimizer state
+                        /tables.<layer>.rows    raw rows; rows.<memory>.<layer>.<name>.rows: row optimizer state
 
 A checkpoint is written beside its final name and renamed in one step. Nothing in it is ever unpickled.
 """
@@ -207,16 +207,16 @@ def _load(path: Path, shown: Path, model: nn.Module, optimizer: EngramOptimizer 
         try:
             _load_optimizer(path, manifest, optimizer)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} does not fit this optimiser: {error}") from error
+            raise ValueError(f"{path} does not fit this optimizer: {error}") from error
     for memory in memories:
         memory.mark_finished()
     return manifest
 
 
 def _load_optimizer(path: Path, manifest: dict[str, Any], optimizer: EngramOptimizer) -> None:
-    """Load the optimiser's state; that of the rows has just been read in place."""
+    """Load the optimizer's state; that of the rows has just been read in place."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in read_tensors(path / "optimizer.safetensors", "an optimiser state").items():
+    for key, value in read_tensors(path / "optimizer.safetensors", "an optimizer state").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     row_state = [

@@ -98,7 +98,7 @@ class Batches:
 class TrainLog:
     """Measurements of a run. curve and validation hold [tokens, nats per token]; seconds are those of training steps.
 
-    row_state_bytes: of the row optimisers, for all rows stored.
+    row_state_bytes: of the row optimizers, for all rows stored.
     rows_read, rows_touched: rows gathered, and distinct rows updated, over all steps and layers.
     clock: seconds of hashing (in the background), of waiting for rows, and of updating rows.
     """
@@ -117,7 +117,7 @@ def memory_traffic(log: TrainLog, memory: EngramMemory) -> dict[str, Any]:
     """Return what the memory cost per training step: rows and bytes of tables and state, traffic, shares of the time.
 
     A row is read once per position in the batch that looks it up, and read and written once per step in which it is
-    touched, together with its optimiser state.
+    touched, together with its optimizer state.
 
     Args:
         log: of the run. memory: its tables.

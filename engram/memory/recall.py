@@ -173,7 +173,7 @@ class Recall:
             self._rows.pop(layer, None)
             return self._pending[layer].result().patch(touched) if layer in self._pending else 0
 
-    def forget(self, layer: int) -> None:
+    def drop(self, layer: int) -> None:
         """Drop the rows of a layer, fetched or not yet. The next use fetches them again."""
         with self._own():
             self._rows.pop(layer, None)

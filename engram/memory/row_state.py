@@ -92,7 +92,7 @@ class RowState(nn.Module):
             return sum(recall.patch(layer, touched) for recall in recalls)
         except BaseException:  # interrupted, or a row that cannot be read
             for recall in recalls:
-                recall.forget(layer)
+                recall.drop(layer)
             raise
 
     def renew_recalls(self) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from engram.addressing import HashLayout, NgramHasher, TokenMap
-from engram.config import EngramConfig, whole
+from engram.config import EngramConfig, as_integer
 from engram.fusion import EngramFusion
 from engram.memory.build import hash_layout, new_table, unwritten
 from engram.memory.saved_manifest import SMALL_FILES, binding, codebooks_name, is_saved, new_manifest, read_manifest
@@ -266,7 +266,8 @@ def _read_config(path: Path) -> tuple[EngramConfig, int, int]:
     fields = read_json(path, "the config of a saved memory")
     try:
         config = EngramConfig.from_json(json.dumps(fields["config"]))
-        hidden_size, streams = whole("hidden_size", fields["hidden_size"]), whole("streams", fields["streams"])
+        hidden_size = as_integer("hidden_size", fields["hidden_size"])
+        streams = as_integer("streams", fields["streams"])
     except KeyError as error:
         raise ValueError(f"{path} is damaged: it lacks {error}") from error
     except (ValueError, TypeError) as error:

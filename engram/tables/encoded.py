@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engram.config import whole
+from engram.config import as_integer
 from engram.storage.files import put, write_whole
 from engram.storage.partial import partial_folder
 from engram.storage.untrusted import read_tensors
@@ -63,7 +63,7 @@ class EncodedTable(StoredRows):
     def __init__(
         self, rows: int, dim: int, codec: str | Codec, path: str | os.PathLike[str] | None = None, *, mode: str = "r+"
     ):
-        rows, dim = whole("rows", rows), whole("dim", dim)
+        rows, dim = as_integer("rows", rows), as_integer("dim", dim)
         if rows < 1:
             raise ValueError(f"a table needs rows >= 1, not {rows}")
         self._existed = path is not None and Path(path).exists()

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from engram.config import whole
+from engram.config import as_integer
 from engram.storage import limits
 
 # The arguments of a kernel as `struct` packs them: P address, i int32, q int64, Q uint64, d double. The structs in C
@@ -192,7 +192,7 @@ def set_threads(count: int) -> None:
         ValueError: count below 1.
     """
     global CORES, _fixed
-    if whole("count", count) < 1:
+    if as_integer("count", count) < 1:
         raise ValueError(f"the number of threads must be 1 or more, not {count}")
     CORES = _fixed = int(count)
     _threads.grow(count - 1)

@@ -9,7 +9,7 @@ static inline double power(double base, int64_t n) {
     return result;
 }
 
-/* The momentum of a touched row of the Sinkhorn optimiser, in `to`, which may be where it is stored: beta^(now - last) m +
+/* The momentum of a touched row of the Sinkhorn optimizer, in `to`, which may be where it is stored: beta^(now - last) m +
  * grad, with `last` the step of the row's last touch. */
 static INLINE void move(float *to, const float *m, float last, const float *grad, double beta, int64_t now, int64_t d) {
     const float decay = (float)power(beta, now - (int64_t)last);

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.config import whole
+from engram.config import as_integer
 from engram.tables import kernels, reference
 from engram.tables.arguments import as_ids, as_output
 from engram.tables.stored import StoredRows
@@ -89,7 +89,7 @@ class HostTable(StoredRows):
         std: float = 1.0,
         seed: int = 0,
     ):
-        rows, dim = whole("rows", rows), whole("dim", dim)
+        rows, dim = as_integer("rows", rows), as_integer("dim", dim)
         if rows < 1 or not 1 <= dim <= 16384:
             raise ValueError(f"a table needs rows >= 1 and 1 <= dim <= 16384, not rows={rows}, dim={dim}")
         if dtype not in _CODES:
@@ -97,7 +97,7 @@ class HostTable(StoredRows):
         if init not in ("zero", "normal"):
             raise ValueError(f'init is "zero" or "normal", not {init!r}')
         super().__init__(rows, dim, dtype, dim, path, mode)
-        self.init, self.std, self.seed = init, float(std), whole("seed", seed)
+        self.init, self.std, self.seed = init, float(std), as_integer("seed", seed)
         if not (math.isfinite(self.std) and self.std >= 0):
             raise ValueError(f"std is a standard deviation, 0 or more, not {std}")
         self._begin()

@@ -1,4 +1,4 @@
-/* Row gradients in, updated rows out: grouping of equal row ids and the row-wise optimisers (optimizers.py). The form of
+/* Row gradients in, updated rows out: grouping of equal row ids and the row-wise optimizers (optimizers.py). The form of
  * a kernel is described in kernels.c. */
 #include "updates.h"
 

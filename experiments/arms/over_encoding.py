@@ -5,7 +5,7 @@ to the hidden size (which is the sum of one projection per head) and added to th
 are the setting's; rows are as many as Engram has over all its layers, so the table has Engram's size.
 
 Differs from the source: rows start at zero instead of random, the sum is not divided by the number of terms (the
-embedding here is as small as plain's), and the table is trained by the row optimiser of Engram's table.
+embedding here is as small as plain's), and the table is trained by the row optimizer of Engram's table.
 """
 
 from __future__ import annotations

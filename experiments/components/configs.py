@@ -12,7 +12,7 @@ BASELINE, SIZE = "engram", "tiny"
 TABLES = ()
 TUNING = HOME / "components" / "tune.jsonl"
 
-# Steps of these optimisers are not on one scale, so each has a grid of its own. RMS has no bias correction and begins
+# Steps of these optimizers are not on one scale, so each has a grid of its own. RMS has no bias correction and begins
 # with ten times its rate; the others need rates as much larger.
 TABLE_OPTIMIZERS: dict[str, tuple[float, ...]] = {
     "adam": (0.03, 0.1, 0.3),
@@ -58,7 +58,7 @@ def changes(layers: int) -> dict[str, dict[str, Any]]:
 
 
 def cells(size: str) -> list[Run]:
-    """Return every change at engram's rates; a row optimiser at the middle of its own grid."""
+    """Return every change at engram's rates; a row optimizer at the middle of its own grid."""
     setting = SETTINGS[size]
     base = change(setting, train=tuned("engram", setting))
 
@@ -87,7 +87,7 @@ def configs(size: str) -> list[Run]:
 
 
 def tune() -> list[Run]:
-    """Return, at tiny, a grid of lr for each change of the module and of table_lr for each row optimiser; the other
+    """Return, at tiny, a grid of lr for each change of the module and of table_lr for each row optimizer; the other
     rate is engram's. Rows that go into attention values have a grid of both: the best rates of value embeddings are far
     from engram's."""
     runs = []

@@ -105,9 +105,9 @@ def documents_of(home: Path, record: Record) -> dict[str, np.ndarray]:
 
 
 def table(rows: list[Row], baseline: str) -> str:
-    """Return Markdown. Bytes are of weights, tables and optimiser state together."""
+    """Return Markdown. Bytes are of weights, tables and optimizer state together."""
     lines = [
-        f"| arm | seeds | dense params, M | table params, M | MB with optimiser | MFLOPs per token | tokens, M "
+        f"| arm | seeds | dense params, M | table params, M | MB with optimizer | MFLOPs per token | tokens, M "
         f"| lr / rows' | speed of {baseline}'s | loss, nats per token | difference, nats per token "
         "| difference, bits per byte | bits per byte |",
         "|---|" + "---:|" * 12,
@@ -133,7 +133,7 @@ def table(rows: list[Row], baseline: str) -> str:
 
 
 def size_of(row: Row) -> float:
-    """Return the bytes of weights, tables and optimiser state together, mean over the seeds."""
+    """Return the bytes of weights, tables and optimizer state together, mean over the seeds."""
     return sum(row.mean("bytes", part) for part in ("dense", "table", "optimizer_dense", "optimizer_rows"))
 
 

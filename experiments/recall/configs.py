@@ -24,7 +24,7 @@ TEXTS = {corpus: words for words, corpus in TASKS.items()}  # captions
 STEPS, BATCH = {"tiny": 1500, "small": 3000}, 64
 ARMS = ("plain", "engram", "one-row", "short-conv")
 # Rows usually learn far faster than the weights of the other arms. Slow rows take a tenth of the dense rate: their row
-# optimiser has no bias correction, and its first steps are ten times its rate.
+# optimizer has no bias correction, and its first steps are ten times its rate.
 SLOW, SLOWER = "engram, slow rows", 0.1
 # Each arm learns the task below some rate and not above it: a grid of rates that are all too high is flat, and its best
 # rate does not show the direction in which to go on.

@@ -43,7 +43,7 @@ def _prices(axes: Axes, rows: list[Row]) -> None:
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.minorticks_off()
     axes.invert_yaxis()
-    axes.set_xlabel("MB of weights, tables and optimiser state")
+    axes.set_xlabel("MB of weights, tables and optimizer state")
     axes.set_ylabel(f"bits per byte, minus {BASELINE}'s (up is better)")
     FigureCanvasAgg(axes.get_figure(root=True)).draw()  # positions on the page are known from here on
     dots = axes.transData.transform([(x, y) for x, y, _ in points])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engram.addressing import HashLayout
-from engram.config import LONGEST, EngramConfig, whole_numbers
+from engram.config import LONGEST, EngramConfig, as_integers
 from engram.memory import build_layout
 from engram.tables.codecs import get_codec
 
@@ -141,7 +141,7 @@ def unknown_in_hf(published: Mapping[str, Any]) -> list[str]:
 
 def _from_demo(text: Mapping[str, Any]) -> EngramConfig:
     heads, width = _number(text, "n_head_per_ngram"), _number(text, "n_embed_per_ngram")
-    rows = whole_numbers("engram_vocab_size", text["engram_vocab_size"])
+    rows = as_integers("engram_vocab_size", text["engram_vocab_size"])
     if width % heads:
         raise ValueError(f"n_embed_per_ngram {text['n_embed_per_ngram']} is not a multiple of n_head_per_ngram {heads}")
     vocab = None if text.get("compressed_vocab_size") is None else _number(text, "compressed_vocab_size")

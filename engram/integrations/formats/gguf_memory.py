@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engram.addressing import HashLayout, TokenMap
-from engram.config import EngramConfig, whole
+from engram.config import EngramConfig, as_integer
 from engram.integrations.formats.dialects import check_dialect, longest_orders, vocabulary
 from engram.integrations.formats.gguf import NUMBERS, TYPES, Value
 from engram.integrations.formats.safetensors_io import Stored
@@ -50,7 +50,7 @@ def token_map_of(path: Path, metadata: Mapping[str, Any]) -> TokenMap | None:
             return TokenMap(np.array(_integers(keys, "token_map"), dtype=np.int64))
         tokens = metadata.get("tokenizer.ggml.tokens")
         vocab = metadata.get(f"{arch}.vocab_size") or (len(tokens) if isinstance(tokens, list) else None)
-        return TokenMap.identity(vocabulary(whole("vocab_size", vocab))) if arch == "qwen4exp" and vocab else None
+        return TokenMap.identity(vocabulary(as_integer("vocab_size", vocab))) if arch == "qwen4exp" and vocab else None
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -70,8 +70,8 @@ def config_of(path: Path, metadata: Mapping[str, Any], token_map: TokenMap | Non
                 f"its architecture is {str(arch)[:40]!r}, not {' or '.join(ARCHITECTURES)}: give the configuration"
             )
         orders, heads = (
-            longest_orders(whole("max_ngram_size", keys["max_ngram_size"])),
-            whole("head_count", keys["head_count"]),
+            longest_orders(as_integer("max_ngram_size", keys["max_ngram_size"])),
+            as_integer("head_count", keys["head_count"]),
         )
         layers, primes = _integers(keys, "layer_ids"), _integers(keys, "primes")
         if not layers or heads < 1 or len(primes) != len(layers) * len(orders) * heads:
@@ -87,9 +87,9 @@ def config_of(path: Path, metadata: Mapping[str, Any], token_map: TokenMap | Non
             layers=tuple(layers),
             orders=orders,
             heads=heads,
-            head_dim=whole("key_length", keys["key_length"]),
+            head_dim=as_integer("key_length", keys["key_length"]),
             rows_per_head=primes[0],
-            pad_id=whole("pad_id", keys["pad_id"]),
+            pad_id=as_integer("pad_id", keys["pad_id"]),
             gate_eps=eps,
             table_dtype="bfloat16",
             compressed_vocab=None if token_map is None else token_map.size,
@@ -143,7 +143,7 @@ def _integers(keys: Mapping[str, Any], name: str) -> list[int]:
     """Return a key's integers, one or many. Texts of digits count: numbers above 2^53 may be written so."""
     value = keys[name]
     values = value if isinstance(value, list) else [value]
-    return [int(v) if isinstance(v, str) and v.isdecimal() and len(v) < 20 else whole(name, v) for v in values]
+    return [int(v) if isinstance(v, str) and v.isdecimal() and len(v) < 20 else as_integer(name, v) for v in values]
 
 
 class QuantisedRows(Rows):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engram.config import EngramConfig, whole
+from engram.config import EngramConfig, as_integer
 from engram.integrations.formats.dialects import refuse_unknown
 from engram.integrations.formats.gguf import is_gguf, read_gguf
 from engram.integrations.formats.gguf_memory import own_config
@@ -139,7 +139,7 @@ def _inspect_offloaded(home: Path, manifest: dict[str, Any], contents: dict[str,
     try:
         for layer, table in manifest["tables"].items():
             size = int(files[table["file"]]["bytes"])
-            shape = [whole("rows", table["rows"]), whole("dim", table["dim"])]
+            shape = [as_integer("rows", table["rows"]), as_integer("dim", table["dim"])]
             codec, file = str(table["form"]), str(table["file"])
             contents["tables"][int(layer)] = {"rows": shape[0], "dim": shape[1], "form": codec, "bytes": size}
             contents["tensors"].append({"name": file, "dtype": codec, "shape": shape, "bytes": size, "file": file})

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from engram.config import whole_numbers
+from engram.config import as_integers
 from engram.storage.untrusted import open_regular
 
 DTYPES = {
@@ -106,8 +106,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             tensors: dict[str, Any] = {
                 str(name): (
                     str(v["dtype"]),
-                    whole_numbers("shape", v["shape"]),
-                    *whole_numbers("offset", v["data_offsets"]),
+                    as_integers("shape", v["shape"]),
+                    *as_integers("offset", v["data_offsets"]),
                 )
                 for name, v in header.items()
             }

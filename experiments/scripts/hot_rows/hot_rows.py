@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram.config import whole
+from engram.config import as_integer
 from engram.tables import EncodedTable, Table
 
 _WAYS = 8  # rows per set; a row can lie in one set only
@@ -28,7 +28,7 @@ class HotRows:
 
     def __init__(self, table: Table, nbytes: int):
         dtype = torch.float32 if isinstance(table, EncodedTable) else table.dtype  # of what a gather returns
-        row, nbytes = table.dim * dtype.itemsize, whole("nbytes", nbytes)
+        row, nbytes = table.dim * dtype.itemsize, as_integer("nbytes", nbytes)
         sets = nbytes // (_WAYS * (row + 16))  # a tag and a clock reading beside each row
         if sets < 1:
             raise ValueError(f"nbytes must be at least {_WAYS * (row + 16):,} for rows of {row} bytes, not {nbytes:,}")

@@ -55,7 +55,7 @@ class Base(NamedTuple):
 
 
 def train(model: Any, batches: Batches, steps: int, lr: float, table_lr: float) -> dict[str, Any]:
-    """Train in bfloat16 (autocast; weights, rows and optimiser in float32): warm-up, then linearly down to zero."""
+    """Train in bfloat16 (autocast; weights, rows and optimizer in float32): warm-up, then linearly down to zero."""
     optimizer = build_optimizer(model, lr=lr, table_lr=table_lr, weight_decay=0.0)
     initial = [group["lr"] for group in optimizer.param_groups]
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -89,7 +89,7 @@ def train(model: Any, batches: Batches, steps: int, lr: float, table_lr: float) 
 def execute(job: Job, base: Base) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return (line of results.jsonl, arrays of documents.npz). Changes base.model: call it in a process of its own.
 
-    Times are in seconds, of the clock and of this process's CPU; memory and optimiser state in bytes.
+    Times are in seconds, of the clock and of this process's CPU; memory and optimizer state in bytes.
     """
     torch.manual_seed(job.seed)
     batches = pack(base.tokenizer, base.text.train, job.seed)

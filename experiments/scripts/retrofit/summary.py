@@ -140,7 +140,7 @@ def pairs_table(home: Path, arms: Arms) -> str:
 
 def costs_table(arms: Arms) -> str:
     head = ["arm", "lr / table lr", "trained parameters, M", "of them in rows", "LoRA rank", "all parameters, M"]
-    head += ["optimiser state, MB", "steps", "tokens", "seconds", "CPU seconds", "tokens per CPU second"]
+    head += ["optimizer state, MB", "steps", "tokens", "seconds", "CPU seconds", "tokens per CPU second"]
     rows = []
     for arm, runs in arms.items():
         if arm == OFF:

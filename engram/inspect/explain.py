@@ -29,7 +29,7 @@ class LayerExplanation:
     Attributes:
         rows: int64 [T, N, K], row ids in the layer's table.
         rows_in_head: the same, counted from each head's first row.
-        gate: float32 [T, M] in (0, 1); 0 at dead positions, 1 with gate="none".
+        gate: float32 [T, M] in (0, 1); 0 at dead positions and where the memory is off, 1 with gate="none".
         added: float32 [T, M], norm of what the memory added.
         hidden: float32 [T, M], norm of the hidden state that it was added to. With inject="values" it is added to the
             attention values, and `hidden` is still the norm of the hidden state.
@@ -257,9 +257,14 @@ def _recording(memory: EngramMemory, recorded: _Recorded) -> Iterator[_Recorded]
             gate = fusion.gate(rows.to(fusion.value.weight.dtype), hidden)
         if dead is not None:
             gate = gate.masked_fill(dead[..., None], 0)
-        recorded.layers[layer] = (gate, update.float().norm(dim=-1), hidden.float().norm(dim=-1))
         if memory.attachment is not None:
             recorded.recall = memory.attachment.recall
+        assert recorded.recall is not None
+        _, off = recorded.recall.switched_rows(layer)
+        if off is not None:  # by EngramMemory.off
+            off = torch.as_tensor(off, device=gate.device).expand(gate.shape[:2])[..., None]
+            gate, update = gate.masked_fill(off, 0), update.masked_fill(off[..., None], 0)
+        recorded.layers[layer] = (gate, update.float().norm(dim=-1), hidden.float().norm(dim=-1))
 
     with _hooked(memory, record):
         yield recorded

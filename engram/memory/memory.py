@@ -10,12 +10,13 @@ for i, block in enumerate(self.blocks):
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, nn, no_grad, zeros_like
 
 from engram.addressing import NgramHasher, TokenMap
 from engram.config import EngramConfig
@@ -27,6 +28,7 @@ from engram.memory.positions import after_cache, locate, unnamed
 from engram.memory.recall import Recall
 from engram.memory.row_state import RowState
 from engram.memory.saved import load_parts, save_memory
+from engram.memory.switches import make_switch, switched
 from engram.tables import Table
 
 
@@ -184,6 +186,56 @@ class EngramMemory(RowState):
         cache.take(piece)  # last: an error or an interruption before leaves the cache as it was
         return recall
 
+    def off(
+        self,
+        layers: int | Iterable[int] | None = None,
+        orders: int | Iterable[int] | None = None,
+        ngrams: Iterable[Sequence[int]] | None = None,
+        positions: int | Iterable[int] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Turn parts of the memory off within a `with` block: what all arguments select, everything by default.
+
+        With orders or ngrams, the rows that they select read as zeros. Without, the update is zero: the model computes
+        what it would without a memory there. Convolutions go on, so decoding may continue inside or outside the block.
+        Blocks nest, and each adds to what is off. A block acts on forward passes of its own thread (or asyncio task),
+        and also on a pass whose recall was made in it. Rows that are off in a training pass get gradients of zero, none
+        if their whole layer is off.
+
+        If the memory was attached to a model that had adapters of PEFT already, it is off too wherever they are
+        disabled (`with model.disable_adapter():`). Both ways give the reference model of preference training.
+
+        Args:
+            layers: layers of the memory. orders: n-gram lengths.
+            ngrams: n-grams as sequences of token ids, each as long as an order. N-grams that read the same rows in all
+                heads are off with them.
+            positions: positions in each sequence of ids, counted from the start of the text when decoding with a cache.
+
+        Raises:
+            ValueError: layers or orders that the memory does not have, n-grams of another length or with ids that are
+            not text, negative positions. TypeError: something else than integers. IndexError: an id outside the
+            vocabulary.
+
+        Example:
+            >>> import engram, torch
+            >>> config = engram.EngramConfig(layers=(0, 1), orders=(2, 3), heads=2, head_dim=4, rows_per_head=50)
+            >>> memory = engram.EngramMemory(config.replace(table_init="normal"), engram.TokenMap.identity(20), 8)
+            >>> model = engram.Transformer(engram.TransformerConfig(20, hidden_size=8, layers=2, heads=2), memory)
+            >>> ids = torch.tensor([[3, 4, 5, 3, 4]])
+            >>> with torch.no_grad():
+            ...     on = model(ids)
+            ...     with memory.off(ngrams=[(3, 4)]):
+            ...         off = model(ids)
+            >>> (on != off).any(-1).tolist()  # the bigram ends at positions 1 and 4; attention carries it on
+            [[False, True, True, True, True]]
+        """
+        return switched(self, make_switch(self.config, self._row_ids, layers, orders, ngrams, positions))
+
+    def _row_ids(self, ids: Tensor) -> Mapping[int, Tensor]:
+        """Return the row ids of an n-gram [1, n] that is a text of its own."""
+        if bool((ids < 0).any()) or self.unnamed(ids) is not None:
+            raise ValueError(f"the n-gram {ids[0].tolist()} has ids that are not text: no row is read for it")
+        return self.hasher(ids)
+
     @property
     def lag(self) -> int:
         """Number of positions that the convolutions reach back."""
@@ -191,10 +243,18 @@ class EngramMemory(RowState):
 
     def _fuse(self, layer: int, hidden: Tensor, recall: Recall) -> Tensor:
         history = recall.inputs_before(layer) if self.config.conv_kernel else None
-        on_device_of_ids = (recall.rows(layer), recall.documents, recall.dead)  # hidden may lie on another one
+        switched_rows, off = recall.switched_rows(layer)
+        on_device_of_ids = (switched_rows, recall.documents, recall.dead)  # hidden may lie on another one
         rows, documents, dead = (None if x is None else x.to(hidden.device) for x in on_device_of_ids)
         fusion = self.fusions[str(layer)]
-        update, inputs = fusion(rows, hidden, documents, history, dead)
+        if off is True:  # computed nevertheless: the convolution of later positions needs the inputs
+            with no_grad():
+                update, inputs = fusion(rows, hidden, documents, history, dead)
+            update = zeros_like(update)
+        else:
+            update, inputs = fusion(rows, hidden, documents, history, dead)
+            if isinstance(off, Tensor):
+                update = update.masked_fill(off.to(update.device).view(*off.shape, *[1] * (update.dim() - 2)), 0)
         if self.collects_gradients:
             self.gradients.look_before_backward(layer, update, fusion)
         if inputs is not None:

@@ -16,6 +16,7 @@ from engram.memory.cache import MemoryCache
 from engram.memory.compilation import uncompiled
 from engram.memory.gradients import RowGradients, keep_gradient
 from engram.memory.state import Tables
+from engram.memory.switches import active, masks
 from engram.storage.weak import WeakList
 from engram.tables.prefetch import Fetch, Task
 
@@ -55,6 +56,7 @@ class Recall:
         documents: document number of each position [B, T] on the model's device, or None. With a cache [B, H + T], with
             the H positions before them, as many as the convolution reaches back (EngramMemory.lag) and the text has.
         dead: True at dead positions [B, T] on the model's device; None if there are none.
+        switches: those of the memory when the recall was made, off wherever it is used; see EngramMemory.off.
         cache, start, number: decoding state, its positions before this piece, and the piece's number in it.
     """
 
@@ -69,6 +71,7 @@ class Recall:
     ):
         self.documents, self.device = documents, device
         self.dead = dead
+        self.switches = active(memory)  # also where a pass is computed again, outside their `with` block
         self.cache: MemoryCache | None = None
         self.start = self.number = 0
         self._memory = memory
@@ -136,6 +139,21 @@ class Recall:
                 keep = partial(keep_gradient, memory.gradients[layer], self.row_ids[layer], live)
                 rows.requires_grad_().register_post_accumulate_grad_hook(keep)
         return rows.flatten(2)
+
+    @uncompiled
+    def switched_rows(self, layer: int) -> tuple[Tensor, Tensor | bool | None]:
+        """Return the rows [B, T, d_mem], zeros where a switch is off (EngramMemory.off), and where the layer's update
+        is off: bool [B, T] on the model's device, True for everywhere, None for nowhere."""
+        rows = self.rows(layer)
+        current = active(self._memory)
+        switches = (*self.switches, *(switch for switch in current if switch not in self.switches))
+        if not switches:
+            return rows, None
+        columns, off = masks(switches, layer, self.row_ids[layer], self.start, self._memory.config.heads)
+        if columns is not None:
+            by_column = rows.unflatten(2, (columns.shape[2], -1))
+            rows = by_column.masked_fill(columns.to(rows.device)[..., None], 0).flatten(2)
+        return rows, off.to(rows.device) if isinstance(off, Tensor) else off
 
     @uncompiled
     def inputs_before(self, layer: int) -> Tensor | None:

@@ -14,6 +14,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -118,6 +119,8 @@ class Attachment:
         self.number = next(_numbers)  # by which a cache, also a copied one, names the attachment it belongs to
         self.calls = _Calls()
         self.dead_ids = placeholder_ids(root.config)
+        # Layers of PEFT that the model had before the memory, which is then off wherever they are disabled.
+        self.adapters = [m for m in root.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
         around = [m for m in root.modules() if isinstance(m, PreTrainedModel) and decoder in m.modules()]
         self.models = around[::-1]  # the decoder first, the outermost last
         self.names: dict[nn.Module, tuple[str, ...]] = {
@@ -155,6 +158,7 @@ class Attachment:
             "names": {m: names for m, names in self.names.items() if m in inner},
             "caches": {m: names for m, names in self.caches.items() if m in inner},
             "handles": [handle for handle in self.handles if id(handle.hooks_dict_ref()) in dicts],
+            "adapters": [m for m in self.adapters if m in inner],
             "model": self.model if id(self.model) in memo else top,
         }
         for name, value in self.__dict__.items():
@@ -218,7 +222,9 @@ class Attachment:
         numbers = None if numbers is None else numbers.to(ids.device)
         known = len(self.memory.hasher.token_map.table)
         self.memory.vocab_size = max(known, vocabulary(self.decoder))  # each time: embeddings may have been resized
-        recall = self.memory.recall(ids, documents=numbers, cache=state, dead=dead)
+        disabled = bool(self.adapters) and all(adapter.disable_adapters for adapter in self.adapters)
+        with self.memory.off() if disabled else nullcontext():
+            recall = self.memory.recall(ids, documents=numbers, cache=state, dead=dead)
         call.cache = cache
         if cache is not None:
             suspend(cache)  # until _leave

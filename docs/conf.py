@@ -42,6 +42,12 @@ def _rewrite(app, what, name, obj, options, lines):
     lines[:] = to_rst(lines)
 
 
+def _point_links_at_pages(app, name, source):
+    if not name.startswith(("results/", "notes/", "api/")):
+        source[0] = generate.site_links(source[0], HERE / f"{name}.md")
+
+
 def setup(app):
     generate.write_all()
+    app.connect("source-read", _point_links_at_pages)
     app.connect("autodoc-process-docstring", _rewrite)

@@ -66,6 +66,8 @@ def linked(text: str, source: Path, page: Path) -> str:
         if picture:
             return f"![{words}]({os.path.relpath(file, page.parent)})"
         question = file.parent if file.name in ("README.md", "tables.md") else file
+        if file == ROOT / "experiments" / "README.md":
+            return f"[{words}]({os.path.relpath(DOCS / 'results' / 'index.md', page.parent)})"
         if question in [*questions(), *scripts()]:
             return f"[{words}]({os.path.relpath(DOCS / 'results' / f'{question.name}.md', page.parent)})"
         if file.parent == ROOT / "paper_notes" and file.stem in NOTES and file.is_file():
@@ -76,6 +78,12 @@ def linked(text: str, source: Path, page: Path) -> str:
         return f"`{path}`" if words.strip("`./") in path else f"{words} (`{path}`)"
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
+def site_links(text: str, page: Path) -> str:
+    """Point a page's links to files of the repository, which work in a clone, at the pages made of these files."""
+    outside = r"\[[^\]]*\]\((?:\.\./)+(?:experiments|paper_notes)/[^)\s]+\.md\)"
+    return re.sub(outside, lambda match: linked(match[0], page, page), text)
 
 
 def answer(name: str, reading: str) -> str:

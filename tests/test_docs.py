@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 from documents import PAGES, ROOT, blocks, examples, literals, quotes_of_no_literal
 
 DOCS = ROOT / "docs"
@@ -31,15 +32,23 @@ def prepared(name: str) -> dict:
     """Objects that the text of an example requires."""
     import engram
 
+    if name == "attach_large":
+        from hf_models import build
+
+        config = engram.EngramConfig(layers=(1,), heads=2, head_dim=8, rows_per_head=512)
+        names = {name: getattr(engram, name) for name in ("EngramMemory", "TokenMap")}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}))
+        return names | {"engram": engram, "config": config, "model": build("llama"), "tokenizer": tokenizer}
     if name.startswith("attach"):
         from hf_models import build
 
         return {"engram": engram, "model": build("llama"), "tokenizer": engram.TokenMap.identity(64)}
-    return {"golden_folder": ROOT / "tests" / "golden"} if name == "golden" else {}
+    return {}
 
 
 @pytest.mark.parametrize(("page", "name"), CASES, ids=[f"{page.stem}:{name}" for page, name in CASES])
 def test_every_example_of_the_pages_runs(page, name, tmp_path, monkeypatch):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     names = prepared(name)
     for code in examples(page)[name]:

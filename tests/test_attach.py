@@ -545,7 +545,7 @@ def test_a_cache_that_a_broken_pass_filled_in_part_is_refused(error):
     model(ids[:, :5], **{CACHE: cache})
     ended_by(model.model.layers[1], error, lambda: model(ids[:, 5:8], **{CACHE: cache}))
     assert cache.get_seq_length() == 8  # of the first layer, the others hold 5
-    with pytest.raises(ValueError, match="broke off"):
+    with pytest.raises(ValueError, match="was interrupted"):
         model(ids[:, 8:], **{CACHE: cache})
     cache.reset()
     close(model(ids, **{CACHE: cache}).logits, full)
@@ -620,9 +620,9 @@ def test_a_cache_of_another_kind_is_refused_whatever_its_argument_is_called(name
     model, _ = attached("llama")  # generate_batch packs the next token of many requests into one row of each step
     places = torch.tensor([[5, 3, 8]])
     paged = object.__new__(PagedAttentionCache)
-    with pytest.raises(ValueError, match=r"is a PagedAttentionCache.*paged cache.*use generate\(\)"):
+    with pytest.raises(ValueError, match=r"is a PagedAttentionCache.*paged cache.*call generate\(\)"):
         model(text(1, 3), position_ids=places, **{name: paged})
-    with pytest.raises(ValueError, match=r"is a object, not a Cache of transformers"):
+    with pytest.raises(ValueError, match=r"is a object: expected a Cache of transformers"):
         model(text(1, 3), position_ids=places, **{name: object()})
     with pytest.raises(TypeError, match="is a tuple"):
         model(text(1, 3), position_ids=places, **{name: ((torch.zeros(1), torch.zeros(1)),)})
@@ -704,7 +704,7 @@ def test_a_mask_of_a_tree_of_drafts_is_refused():
     seen = torch.ones(1, 1, 3, 7).tril(4).bool()
     model(text(1, 3), attention_mask=seen, **{CACHE: copy.deepcopy(cache)})  # one branch
     seen[..., 2, 5] = False  # the third token is the second's sibling
-    with pytest.raises(ValueError, match="hides the position before"):
+    with pytest.raises(ValueError, match="not to the one directly before it"):
         model(text(1, 3), attention_mask=seen, **{CACHE: cache})
 
 

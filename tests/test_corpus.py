@@ -69,13 +69,13 @@ def test_exact_duplicates_are_dropped_across_corpora(tmp_path):
 def test_an_empty_folder_or_empty_texts_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "empty.txt").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="no text in it"):
+    with pytest.raises(ValueError, match="holds no text"):
         load_corpus(str(tmp_path))
 
 
 def test_text_that_is_not_utf8_is_refused_by_file_name(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not utf-8 text \(byte 3\)"):
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(byte 3\)"):
         load_corpus(str(tmp_path))
 
 
@@ -118,7 +118,7 @@ def test_parquet_is_read_with_pyarrow_and_refused_by_name_without(tmp_path, monk
     with pytest.warns(UserWarning, match='3 documents read from 1 files; skipped: 1 records without a string "text"'):
         assert [d.text for d in load_corpus(str(file))] == TEXTS
     parquet.write_table(pyarrow.table({"content": TEXTS}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"no text in it.*1 .parquet files without a string \"text\".*'content'"):
+    with pytest.raises(ValueError, match=r"holds no text.*1 .parquet files without a string \"text\".*'content'"):
         load_corpus(str(tmp_path / "b.parquet"))
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
@@ -197,7 +197,7 @@ def test_what_is_skipped_is_counted_in_one_line(tmp_path):
         ("a.txt.gz", b"plain text", r"a\.txt\.gz is damaged, or is not gzip"),
         ("a.txt", "wide".encode("utf-16-le"), r"a\.txt is not UTF-8 text: it is binary or UTF-16"),
         ("a.txt", "wide".encode("utf-16"), r"a\.txt is not UTF-8 text: it is binary or UTF-16"),
-        ("a.md", bytes(range(256)), r"a\.md is not utf-8 text"),
+        ("a.md", bytes(range(256)), r"a\.md is not UTF-8 text"),
     ],
 )
 def test_a_file_that_is_torn_or_no_text_is_refused_by_name_alone_and_in_a_folder(tmp_path, name, content, message):
@@ -266,7 +266,7 @@ def test_taking_out_a_tuning_slice_leaves_the_validation_side_alone():
 
 
 def test_a_corpus_with_too_few_documents_to_hold_any_out_is_refused():
-    with pytest.raises(ValueError, match=r"side is empty: 1 documents.*more, smaller documents"):
+    with pytest.raises(ValueError, match=r"part is empty: 1 documents.*more, smaller documents"):
         split(documents(1), 0.05)
 
 

@@ -34,13 +34,13 @@ def close(a, b):
 
 
 @torch.no_grad()
-def test_a_crop_beyond_the_margin_is_refused_and_the_cache_goes_on():
+def test_a_crop_beyond_the_margin_is_refused_and_the_cache_stays_usable():
     model, _ = attached()
     ids = text(1, 340)
     full, cache = model(ids).logits, hf.DynamicCache(config=model.config)
     for part in (slice(0, 320), slice(320, 321)):
         model(ids[:, part], **{CACHE: cache})
-    with pytest.raises(ValueError, match=r"takes back 257 of 321 positions.*a crop of 256 needs"):
+    with pytest.raises(ValueError, match=r"removes 257 of 321 positions.*undo at most 256"):
         cache.crop(-257)
     close(model(ids[:, 321:330], **{CACHE: cache}).logits, full[:, 321:330])
     cache.crop(-256)
@@ -57,11 +57,11 @@ def test_every_position_of_the_latest_pass_can_be_cropped(removed):
     model(ids[:, :10], **{CACHE: cache})
     model(torch.cat([ids[:, 10 : 610 - removed], text(1, removed, seed=5)], 1), **{CACHE: cache})
     cache.crop(-removed)
-    found = model(ids[:, 610 - removed : 630 - removed], **{CACHE: cache}).logits
-    close(found, model(ids).logits[:, 610 - removed : 630 - removed])
+    logits = model(ids[:, 610 - removed : 630 - removed], **{CACHE: cache}).logits
+    close(logits, model(ids).logits[:, 610 - removed : 630 - removed])
 
 
-def test_drafts_longer_than_the_margin_are_taken_back():
+def test_drafts_longer_than_the_margin_are_undone():
     model, _ = attached()
     model.config.max_position_embeddings = 2048
     ids, crops = text(1, 4).repeat(1, 160), []
@@ -88,7 +88,7 @@ class _After(hf.StoppingCriteria):
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, RuntimeError])
 @torch.no_grad()
-def test_a_cache_whose_forward_pass_broke_off_is_refused(ends, layer, kernel):
+def test_a_cache_whose_forward_pass_was_interrupted_is_refused(ends, layer, kernel):
     model, _ = attached(conv_kernel=kernel)
     ids, cache = text(), hf.DynamicCache(config=model.config)
     full = model(ids).logits
@@ -104,7 +104,7 @@ def test_a_cache_whose_forward_pass_broke_off_is_refused(ends, layer, kernel):
     handle.remove()
     for change in (lambda: None, lambda: cache.crop(-3), lambda: cache.reorder_cache(torch.tensor([1, 0]))):
         change()
-        with pytest.raises(ValueError, match=r"a forward pass .*broke off"):
+        with pytest.raises(ValueError, match=r"a forward pass .*was interrupted"):
             model(ids[:, 6:9], **{CACHE: cache})
     close(model(ids[:, 6:], **{CACHE: fork}).logits, full[:, 6:])
     cache.reset()
@@ -133,7 +133,7 @@ def test_a_change_of_a_cache_that_was_interrupted_is_refused(change, monkeypatch
         patch.setattr(MemoryCache, "select", stop)
         patch.setattr(MemoryCache, "rewind", stop)
         change(cache)
-    with pytest.raises(ValueError, match="a change of it broke off"):
+    with pytest.raises(ValueError, match="a change of it was interrupted"):
         model(ids[:, 6:], **{CACHE: cache})
 
 

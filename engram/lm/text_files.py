@@ -1,6 +1,6 @@
 """Documents from files as people have them: plain text, JSON lines, JSON and Parquet, also gzipped, in nested folders.
 
-Nothing is left out in silence: a file is read, refused by its name, or counted in the line of Reading.summary.
+Each file is read, refused by an error that names it, or counted in Reading.summary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Identity = tuple[int, int]  # device and inode
 
 
 class Text(NamedTuple):
-    """One document of a file: `name` is the file's, with #<number> if it holds several."""
+    """One document of a file. name: the file's, with #<number> if the file holds several documents."""
 
     name: str
     text: str
@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
 @dataclass
 class Reading:
-    """What came of reading a folder or file. skipped: reason -> how many; fields: of the first record without text."""
+    """Counts of what was read and skipped. skipped: {reason: count}. fields: of the first record without text."""
 
     files: int = 0
     documents: int = 0
@@ -38,7 +38,7 @@ class Reading:
     fields: str = ""
 
     def summary(self) -> str:
-        """One line; the part after the semicolon is missing if nothing was skipped."""
+        """Return one line, without the part after the semicolon if nothing was skipped."""
         read = f"{self.documents:,} documents read from {self.files:,} files"
         left = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common(8))
         rest = sum(count for _, count in self.skipped.most_common()[8:])
@@ -46,9 +46,9 @@ class Reading:
 
 
 def read_texts(path: str | os.PathLike[str], end_of_text: str, reading: Reading) -> Iterator[Text]:
-    """The documents of a file, or of all files of a known kind under a folder, sorted by name.
+    """Yield the documents of a file, or of all files of a known kind under a folder, sorted by name.
 
-    A text file (.txt, .md; any name if it is given itself) is one document, or several between end_of_text marks. Each
+    A text file (.txt, .md; any name if `path` is the file) is one document, or several between end_of_text marks. Each
     line of a .jsonl or .ndjson file, each element of the list in a .json file and each row of a .parquet file is one:
     a string, or an object with a string "text". Links are followed; a file or folder that is reached twice is read
     once. Hidden files are read like others.
@@ -57,8 +57,8 @@ def read_texts(path: str | os.PathLike[str], end_of_text: str, reading: Reading)
         reading: counts what was read and what was skipped.
 
     Raises:
-        OSError: a file that cannot be read. ValueError: one that is not UTF-8, torn, or not what its name says; a
-        .parquet file without pyarrow. The message names the file.
+        OSError: a file that cannot be read. ValueError: a file that is not UTF-8, is incomplete, or is not of the kind
+        of its suffix; a .parquet file without pyarrow. The message names the file.
     """
     root = Path(path)
     inside = root.is_dir()
@@ -78,7 +78,7 @@ def read_texts(path: str | os.PathLike[str], end_of_text: str, reading: Reading)
 
 
 def _kind(file: Path) -> tuple[str | None, bool]:
-    """("text", "lines", "json", "parquet" or None, whether it is gzipped), by the file's name."""
+    """Return ("text", "lines", "json", "parquet" or None, is it gzipped), by the file's name."""
     name = file.name.lower()
     zipped = name.endswith(".gz")
     kinds = {".txt": "text", ".md": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json"}
@@ -88,8 +88,8 @@ def _kind(file: Path) -> tuple[str | None, bool]:
 
 
 def _files(root: Path, skipped: Counter[str]) -> list[Path]:
-    """Regular files under a folder, sorted by name, each once. Linked folders are walked after those that are not, so
-    that a folder reached both ways keeps its own name; a link that leads to a folder above the root is not followed."""
+    """Return the regular files under a folder, sorted by name, each once. Linked folders are walked after the others,
+    so that a folder that is reached both ways keeps its own name. A link to a folder above the root is not followed."""
     above = {_identity(os.stat(folder)) for folder in root.resolve().parents}
     seen: set[_Identity] = set()
     files: list[Path] = []
@@ -115,27 +115,27 @@ def _files(root: Path, skipped: Counter[str]) -> list[Path]:
     regular = []
     for file in files:
         try:
-            facts = os.stat(file)
+            status = os.stat(file)
         except OSError:
             skipped["broken links"] += 1
             continue
-        if not stat.S_ISREG(facts.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             skipped["pipes, sockets or devices"] += 1
-        elif _identity(facts) not in seen:
-            seen.add(_identity(facts))
+        elif _identity(status) not in seen:
+            seen.add(_identity(status))
             regular.append(file)
     return regular
 
 
-def _identity(facts: os.stat_result) -> _Identity:
-    return facts.st_dev, facts.st_ino
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino
 
 
 def _texts(
     file: Path, kind: str | None, zipped: bool, end_of_text: str, reading: Reading, inside: bool
 ) -> Iterator[tuple[int | None, str]]:
-    """(number, text) of each document of a file; number is None for a whole file. inside: the file was found in a
-    folder, so it may lie there for another purpose."""
+    """Yield (number, text) of each document of a file; number is None if the file is one document. inside: the file is
+    one of a folder, where it may have another purpose."""
     if kind in (None, "text"):
         text = _decode(file, _content(file, zipped))
         pieces = text.split(end_of_text)
@@ -143,13 +143,13 @@ def _texts(
             reading.skipped["empty files"] += 1
         yield from [(None, text)] if len(pieces) == 1 else enumerate(pieces)
         return
-    found = without = records = 0
+    with_text = without = records = 0
     try:
         for record in _records(file, kind, zipped):
             value = record.get("text") if isinstance(record, dict) else record
             if isinstance(value, str):
                 _check_text(file, records, value)
-                found += bool(value.strip())
+                with_text += bool(value.strip())
                 yield records, value
             else:
                 without += 1
@@ -161,9 +161,9 @@ def _texts(
             raise ValueError(str(error)) from None
         reading.skipped[f"{file.suffix} files that are not JSON"] += 1
         return
-    if found:
-        left = {'records without a string "text"': without, "empty records": records - without - found}
-        reading.skipped.update({reason: count for reason, count in left.items() if count})
+    if with_text:
+        skipped = {'records without a string "text"': without, "empty records": records - without - with_text}
+        reading.skipped.update({reason: count for reason, count in skipped.items() if count})
     elif records:
         what = 'files without a string "text"' if without else "files of empty texts"
         reading.skipped[f"{file.suffix} {what}"] += 1
@@ -172,11 +172,11 @@ def _texts(
 
 
 class _NotJSON(Exception):
-    """A .json file does not hold JSON: configuration with comments has the same suffix."""
+    """Error of a .json file without JSON: configuration with comments has the same suffix."""
 
 
 def _records(file: Path, kind: str | None, zipped: bool) -> Iterator[Any]:
-    """Lines of JSON, elements of a JSON list, or rows of Parquet; of those only the column "text"."""
+    """Yield lines of JSON, elements of a JSON list, or rows of Parquet (only the column "text")."""
     if kind == "parquet":
         yield from _parquet(file)
     elif kind == "json":
@@ -237,12 +237,12 @@ def _lines(file: Path, zipped: bool) -> Iterator[bytes]:
 
 
 def _decode(file: Path, content: bytes) -> str:
-    if 10 * content.count(0) > len(content):  # ASCII in UTF-16 decodes, as every other character being NUL
+    if 10 * content.count(0) > len(content):  # ASCII in UTF-16 is valid UTF-8, with NUL as every other character
         raise ValueError(f"{file} is not UTF-8 text: it is binary or UTF-16; convert it, or remove it")
     try:
         return content.removeprefix(_BOM).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not utf-8 text (byte {error.start}); convert it or take it away") from error
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it, or remove it") from error
 
 
 def _check_text(file: Path, number: int, text: str) -> None:
@@ -250,5 +250,5 @@ def _check_text(file: Path, number: int, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{file}: the text of record {number} holds half a surrogate pair, which is not text"
+            f"{file}: the text of record {number} holds half a surrogate pair: remove the record"
         ) from None

@@ -1,4 +1,4 @@
-"""The library's own byte-level BPE: trained once, cached, and documents packed into one stream of ids."""
+"""Train and cache the library's own byte-level BPE, and pack documents into one stream of ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
     """Documents packed into one stream; each begins with <|endoftext|>, which is its first context and the separator.
 
     ids: int32 [tokens]
-    documents: int32 [tokens], the number of the document a token is of
+    documents: int32 [tokens], the document number of each token
     starts: int64 [documents + 1], document d is ids[starts[d]:starts[d + 1]]
     bytes: int64 [documents], utf-8 length of the text, for bits per byte (<|endoftext|> counts no bytes)
     """
@@ -36,13 +36,18 @@ class Encoded(NamedTuple):
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, cache: str | Path | None = None) -> tokenizers.Tokenizer:
-    """A byte-level BPE with `vocab_size` entries: id 0 is <|endoftext|>, 1..256 the bytes, the rest merges.
+    """Return a byte-level BPE with `vocab_size` entries: id 0 is <|endoftext|>, 1..256 the bytes, the rest merges.
 
-    Deterministic; any utf-8 text survives encode and decode unchanged, also one that spells out <|endoftext|>.
-    vocab_size 257 is a plain byte tokenizer. Where the text holds fewer pairs than asked for, the tokenizer is smaller
-    and a UserWarning states its size: build models with tokenizer.get_vocab_size().
-    cache: a folder (default $ENGRAM_CACHE, else ~/.cache/engram). A damaged file there is trained anew; a folder that
-    cannot be written costs a UserWarning, not the tokenizer. Raises ValueError if vocab_size < 257.
+    Training is deterministic. Encoding and decoding return any UTF-8 text unchanged, also one that contains the
+    characters <|endoftext|>. vocab_size 257 is a plain byte tokenizer. If the text has too few pairs for vocab_size,
+    the tokenizer is smaller, with a UserWarning that gives its size: build models with tokenizer.get_vocab_size().
+
+    Args:
+        cache: a folder (default $ENGRAM_CACHE, else ~/.cache/engram). If a file there is damaged, the tokenizer is
+            trained again; if the folder cannot be written, a UserWarning names it and the tokenizer is returned.
+
+    Raises:
+        ValueError: vocab_size below 257.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise ValueError(
@@ -52,7 +57,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, cache: str | Path | N
     tokenizer = _read(file)
     if tokenizer is None:
         tokenizer = _train(texts, vocab_size, file)
-    # Not part of a saved tokenizer: without it a document spelling out <|endoftext|> would be cut in two.
+    # Not stored in the file. Without it, a document that contains <|endoftext|> as text would be cut in two.
     tokenizer.encode_special_tokens = True
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
@@ -61,7 +66,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, cache: str | Path | N
 
 
 def encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> Encoded:
-    """All documents, in order, as one stream. Raises ValueError if there are none or ids do not fit the layout."""
+    """Return all documents, in order, as one stream. If there are none, or id 0 is not <|endoftext|>, raise."""
     if not documents:
         raise ValueError("no documents to encode")
     if tokenizer.token_to_id(END_OF_TEXT) != END_OF_TEXT_ID:
@@ -81,32 +86,32 @@ def encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> En
     )
 
 
-def token_ids(given: Any) -> torch.Tensor:
-    """Return int64 ids [batch, time] of whatever holds them.
+def token_ids(source: Any) -> torch.Tensor:
+    """Return token ids as int64 [batch, time].
 
     Args:
-        given: ids [time] or [batch, time] as lists, NumPy array or tensor of any integer type, or what a tokenizer or
+        source: ids [time] or [batch, time] as lists, NumPy array or tensor of any integer type, or what a tokenizer or
             its chat template returns: a mapping with "input_ids" (BatchEncoding), a tokenizers.Encoding.
 
     Raises:
         TypeError: no integers. ValueError: sequences of different lengths, or another number of dimensions.
     """
-    if isinstance(given, Mapping):
-        if "input_ids" not in given:
-            raise ValueError(f"these are not token ids: a mapping of {', '.join(map(str, given))} without input_ids")
-        given = given["input_ids"]
-    given = getattr(given, "ids", given)  # tokenizers.Encoding
-    if not isinstance(given, torch.Tensor):
+    if isinstance(source, Mapping):
+        if "input_ids" not in source:
+            raise ValueError(f"expected token ids or a mapping with input_ids, not with {', '.join(map(str, source))}")
+        source = source["input_ids"]
+    source = getattr(source, "ids", source)  # tokenizers.Encoding
+    if not isinstance(source, torch.Tensor):
         try:
-            array = np.asarray(given)
+            array = np.asarray(source)
         except ValueError as error:  # ragged
             raise ValueError("token ids must be [time] or [batch, time], all sequences of one length") from error
         if array.size and not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(f"token ids must be integers, not {array.dtype} ({type(given).__name__})")
-        given = torch.from_numpy(array.astype(np.int64))
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"token ids must be integers, not {given.dtype}")
-    ids = given.to(torch.int64)
+            raise TypeError(f"token ids must be integers, not {array.dtype} ({type(source).__name__})")
+        source = torch.from_numpy(array.astype(np.int64))
+    if source.is_floating_point() or source.is_complex() or source.dtype == torch.bool:
+        raise TypeError(f"token ids must be integers, not {source.dtype}")
+    ids = source.to(torch.int64)
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2:
         raise ValueError(f"token ids must be [time] or [batch, time], not of shape {list(ids.shape)}")
@@ -124,7 +129,7 @@ def _cache_file(texts: Sequence[str], vocab_size: int, cache: str | Path | None)
 
 
 def _read(file: Path) -> tokenizers.Tokenizer | None:
-    """The cached tokenizer, or None where there is none or the file is not, byte for byte, what was written."""
+    """Return the cached tokenizer; None if the file does not exist, or is not byte for byte what was written."""
     try:
         checksum, _, body = file.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):

@@ -88,8 +88,8 @@ class Cache:
         for name, positions in parts.items():
             if positions != self.length:
                 raise RuntimeError(
-                    f"this cache is at position {self.length}, its {name} at {positions}: a forward pass broke off, or "
-                    f"a recall was made for other positions. cache.rewind(0) takes back what it left behind"
+                    f"this cache is at position {self.length}, its {name} at {positions}: a forward pass was "
+                    f"interrupted, or a recall was made for other positions. cache.rewind(0) removes what it left"
                 )
 
     def rewind(self, positions: int) -> None:
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: more positions than max_length. IndexError: an id outside the vocabulary. RuntimeError: a cache
-            in which an earlier forward pass broke off.
+            in which an earlier forward pass was interrupted.
         """
         start = 0 if cache is None else cache.length
         stop = start + ids.shape[1]

@@ -13,12 +13,12 @@ from engram.tables.encoded import place_table
 
 
 def encode_all(tables: Tables, codec: str, name: str, folder: Path | None) -> dict[int, EncodedTable]:
-    """Return an encoded copy of each table. name: of the codec, as its files end. See EngramMemory.encode_tables."""
+    """Return an encoded copy of each table. name: of the codec, as in file names. See EngramMemory.encode_tables."""
     paths = {layer: None if folder is None else folder / f"layer-{layer}.{name}" for layer in tables}
     for path in filter(None, paths.values()):  # before the work
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            raise ValueError(f"{path} exists already: give another folder, or delete it")
+            raise ValueError(f"{path} exists already: pass another folder, or delete it")
     encoded: dict[int, EncodedTable] = {}
     try:
         with ExitStack() as stack:  # all layers get their names together, once all are complete

@@ -74,7 +74,7 @@ def locate(
     if lookback is not None and (unnamed := unnamed_of(lookback)) is not None:
         lookback = lookback.masked_fill(unnamed, -1)
     if dead is not None:
-        begins = dead.cumsum(1)  # each begins a document, of which it is padding
+        begins = dead.cumsum(1)  # each dead position begins a document, in which it is padding
         numbers = begins if numbers is None else numbers + begins
         host = host.masked_fill(dead.cpu(), config.pad_id)
         if lookback is not None:  # a dead first position ends the n-grams around it
@@ -85,14 +85,14 @@ def locate(
 def after_cache(
     at: Positions, cache: MemoryCache, config: EngramConfig, hasher: Any, lag: int, device: torch.device
 ) -> tuple[Positions, Extension]:
-    """Return the positions as they go on from the text of a decoding cache, and what the cache has to take up.
+    """Return the positions with the look-back of a decoding cache, and the piece of text to store in the cache.
 
     Raises:
         IndexError, ValueError: ids that the hasher refuses; another number of sequences than the cache holds.
     """
     ids = at.ids
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(hasher.token_map.table):
-        hasher(ids)  # raises: a cache must not take up what is refused
+        hasher(ids)  # raises: ids that are refused must not enter the cache
     marked = ids if at.dead is None else ids.masked_fill(at.dead.cpu(), -1)
     documents = None if at.documents is None else at.documents.cpu()
     piece = cache.prepare(marked, documents, config.orders[-1] - 1, lag)

@@ -1,4 +1,4 @@
-"""What a forward pass of transformers says about its positions: which are not text, and where documents begin."""
+"""Find which positions of a forward pass of transformers are not text, and where documents begin, by its arguments."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 _PLACEHOLDERS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
-_HIDDEN = -1000.0  # a finished mask adds less than this to the scores of the keys it hides, and more as a bias
+_HIDDEN = -1000.0  # an additive mask hides a key if its value is below this; above it, the value is a bias
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
-    """Token ids of a multimodal model whose embeddings are replaced by those of an image, a video or a sound.
+    """Return the token ids that a multimodal model replaces by the embeddings of an image, a video or a sound.
 
-    Most configurations name them beside their parts, some within one (Phi-4: vision_config.image_token_id).
+    Most configurations name them at the top, some in a part of theirs (Phi-4: vision_config.image_token_id).
     """
     parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
-    found = (getattr(part, name, None) for part in parts for name in _PLACEHOLDERS)
-    return tuple(sorted({i for i in found if isinstance(i, int)}))
+    ids = (getattr(part, name, None) for part in parts for name in _PLACEHOLDERS)
+    return tuple(sorted({i for i in ids if isinstance(i, int)}))
 
 
 def vocabulary(decoder: Any) -> int:
@@ -28,24 +28,22 @@ def vocabulary(decoder: Any) -> int:
 
 
 def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
-    """True [B, T] at the positions of this pass that an attention mask calls padding; None where there are none.
+    """Return True [B, T] at the positions of this pass that are padding in an attention mask; None if none are.
 
     Args:
-        mask: [B, past + T] with 0 at padding, longer where it has room for what comes later, or [B, T] of these alone;
-            or the finished mask(s) [B, 1, T, keys] that `generate` makes for static caches, where padding may not
-            attend to itself, alone or as a dict by kind of layer; or None.
-        past: positions before these, in a cache.
+        mask: [B, past + T] with 0 at padding, or longer, with room for later positions, or [B, T] for this pass alone;
+            or a mask of pairs [B, 1, T, keys], as `generate` makes it for static caches, in which padding does not
+            attend to itself; or a dict of such masks by kind of layer; or None.
+        past: number of cached positions before this pass.
 
     Raises:
-        TypeError: another kind of mask. ValueError: another shape, or a dict of none.
+        TypeError: a mask that is not a tensor. ValueError: a shape that does not fit the ids, or an empty dict.
     """
-    mask = _one(mask)
+    mask = _least_hiding(mask)
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"attention_mask is {type(mask).__name__}: the memory reads tensors [batch, time] with 0 at padding"
-        )
+        raise TypeError(f"attention_mask is {type(mask).__name__}: expected a tensor [batch, time] with 0 at padding")
     if mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= time:
         first = past if past + time <= mask.shape[1] else mask.shape[1] - time
         dead = mask[:, first : first + time] == 0
@@ -57,8 +55,8 @@ def padding(mask: Any, batch: int, time: int, past: int) -> Tensor | None:
     return dead if bool(dead.any()) else None
 
 
-def _one(mask: Any) -> Any:
-    """Return the mask, of those by kind of layer, that hides least."""
+def _least_hiding(mask: Any) -> Any:
+    """Return the mask; of a dict by kind of layer, the mask that hides the fewest keys."""
     if isinstance(mask, dict):
         if not mask:
             raise ValueError("attention_mask is an empty dict: it needs the mask of each kind of layer")
@@ -67,7 +65,7 @@ def _one(mask: Any) -> Any:
 
 
 def _keys(mask: Tensor, past: int) -> Tensor:
-    """[B, T, T]: what a finished mask says of the positions of this pass among themselves."""
+    """Return [B, T, T]: the part of a mask of pairs in which this pass attends to its own positions."""
     time, keys = mask.shape[2:]
     first = past if past + time <= keys else keys - time  # a sliding window holds the last keys
     return mask[:, 0, :, first : first + time]
@@ -76,18 +74,18 @@ def _keys(mask: Tensor, past: int) -> Tensor:
 def documents(
     position_ids: Tensor | None, ends: Tensor | None, mask: Any, dead: Tensor | None, batch: int, time: int, past: int
 ) -> Tensor | None:
-    """Document numbers [B, T] of a packed batch; None for one document.
+    """Return the document numbers [B, T] of a packed batch; None if each sequence is one document.
 
     Args:
-        position_ids: [B or 1, T], where an id that does not rise begins a document; or [axes, B, T] of a multimodal
-            model, whose first axis counts time.
-        ends: cu_seq_lens_q of a batch that was packed into one row: 0, then the end of each document.
-        mask: as in `padding`. In a finished mask, a position that sees nothing before itself begins a document.
-        dead: [B, T], positions that are not text. past: positions before these, in a cache.
+        position_ids: [B or 1, T]; an id that is not above the one before it begins a document. A multimodal model has
+            [axes, B, T], of which the first axis counts time.
+        ends: cu_seq_lens_q of a batch that was packed into one sequence: 0, then the end of each document.
+        mask: as in `padding`. In a mask of pairs, a position that attends to none before it begins a document.
+        dead: True [B, T] at positions that are not text. past: number of cached positions before this pass.
 
     Raises:
-        ValueError: shapes that do not fit the ids; a mask that lets a position see older ones, but not the one before
-        it, as in a tree of drafts: it has no n-grams.
+        ValueError: shapes that do not fit the ids; a mask in which a position attends to older positions but not to the
+        one directly before it, as in a tree of drafts, which has no n-grams.
     """
     if time == 1:
         return None
@@ -98,13 +96,16 @@ def documents(
         if position_ids.dim() == 1:
             position_ids = position_ids[None]
         if position_ids.shape[-1] != time or position_ids.shape[0] not in (1, batch):
-            raise ValueError(f"position_ids are {tuple(position_ids.shape)}, the ids {(batch, time)}")
+            raise ValueError(f"position_ids have shape {tuple(position_ids.shape)}, the ids {(batch, time)}")
         begins[:, 1:] |= (position_ids[:, 1:] <= position_ids[:, :-1]).cpu()
     if ends is not None:
         if batch != 1 or int(ends[-1]) != time:
-            raise ValueError(f"cu_seq_lens_q ends at {int(ends[-1])}: it packs one row, the ids are {(batch, time)}")
+            raise ValueError(
+                f"cu_seq_lens_q ends at {int(ends[-1])}, which does not fit ids of {(batch, time)}: it describes "
+                f"documents packed into one sequence"
+            )
         begins[0, ends[:-1].long().cpu()] = True
-    mask = _one(mask)
+    mask = _least_hiding(mask)
     if mask is not None and mask.dim() == 4:
         seen = _keys(mask, past)
         seen = (seen if seen.dtype == torch.bool else seen > _HIDDEN).cpu()
@@ -113,8 +114,8 @@ def documents(
             apart = apart & ~(dead[:, 1:] | dead[:, :-1]).cpu()
         if bool((apart & seen.tril(-1).any(2)[:, 1:]).any()):
             raise ValueError(
-                "attention_mask hides the position before from one that sees older ones (a tree of drafts?): the "
-                "memory reads n-grams of consecutive positions"
+                "in attention_mask, a position attends to older positions but not to the one directly before it (a "
+                "tree of drafts?): the memory reads n-grams of consecutive positions, so pass one draft per sequence"
             )
         begins[:, 1:] |= apart
     return begins.cumsum(1) if bool(begins[:, 1:].any()) else None

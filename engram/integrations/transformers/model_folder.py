@@ -43,14 +43,14 @@ class HasMemory(Protocol):
 
 
 class SavePretrained:
-    """save_pretrained of a model with an attached memory, which stands in front of its class's method."""
+    """Replacement of save_pretrained on a model with an attached memory; it calls the method of the model's class."""
 
     def __init__(self, attachment: HasMemory, model: PreTrainedModel):
         self.attachment, self.model = attachment, model
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> Any:
-        """As PreTrainedModel.save_pretrained. The memory's rows and weights lie in the shards, once; if the model has
-        adapters of PEFT, which are then written alone, the folder gets a saved memory beside them."""
+        """Save as PreTrainedModel.save_pretrained does. The memory's rows and weights are written to the shards, once.
+        If the model has adapters of PEFT, only those are written, and the folder gets a saved memory beside them."""
         home, state, memory = Path(save_directory), options.get("state_dict"), self.attachment.memory
         result = type(self.model).save_pretrained(self.model, save_directory, *args, **options)
         if not options.get("is_main_process", True):
@@ -58,16 +58,16 @@ class SavePretrained:
         if getattr(self.model, "_hf_peft_config_loaded", False):
             memory.save(home / FOLDER, overwrite=True)
         elif state is None or any(key.endswith(f"{FOLDER}._extra_state") for key in state):
-            _write_facts(home / FOLDER, memory)
+            _write_description(home / FOLDER, memory)
             _mark(home / "config.json")
         return result
 
 
-def _write_facts(folder: Path, memory: EngramMemory) -> None:
-    facts = {"config": json.loads(memory.config.to_json()), "hidden_size": memory.hidden_size}
-    facts |= {"streams": memory.streams, "codec": memory.codec}
+def _write_description(folder: Path, memory: EngramMemory) -> None:
+    description = {"config": json.loads(memory.config.to_json()), "hidden_size": memory.hidden_size}
+    description |= {"streams": memory.streams, "codec": memory.codec}
     with whole_folder(folder, overwrite=True) as partial:
-        (partial / "config.json").write_text(json.dumps(facts, indent=1))
+        (partial / "config.json").write_text(json.dumps(description, indent=1))
         memory.hasher.token_map.save(partial / "token_map.safetensors")
 
 
@@ -75,16 +75,20 @@ def _mark(path: Path) -> None:
     """Make transformers refuse a config.json."""
     published = json.loads(path.read_text())
     kind = published["model_type"]
-    published |= {"model_type": f"{kind} {_NOTE}", "engram": {"opened_as": kind}}  # not "model_type": taken for a part
+    published |= {
+        "model_type": f"{kind} {_NOTE}",
+        "engram": {"opened_as": kind},
+    }  # not "model_type": read as a part
     published.setdefault("quantization_config", {"engram": f"{kind} {_NOTE}"})
     write_whole(path, (json.dumps(published, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_config(home: Path) -> tuple[Any, Any]:
-    """The model's configuration, and its class's name where the folder was marked, else None.
+    """Return the model's configuration, and the name of its class if the folder was marked, else None.
 
     Raises:
-        ValueError: a config.json that cannot be read, or of a model that transformers does not know.
+        FileNotFoundError: no config.json. ValueError: a config.json that cannot be read, or whose model is unknown to
+        transformers.
     """
     path = home / "config.json"
     if not path.is_file():
@@ -106,8 +110,8 @@ def read_config(home: Path) -> tuple[Any, Any]:
 
 
 def open_memory(folder: Any, token_map: TokenMap | None = None) -> EngramMemory:
-    """The memory in a folder: a saved memory, a folder with one in its sub-folder `engram` (a checkpoint of PEFT), or
-    what save_pretrained of a model with an attached memory wrote.
+    """Return the memory in a folder: a saved memory, a folder with one in its sub-folder `engram` (a checkpoint of
+    PEFT), or what save_pretrained of a model with an attached memory wrote.
 
     Raises:
         FileNotFoundError, ValueError: see EngramMemory.load.
@@ -121,16 +125,17 @@ def open_memory(folder: Any, token_map: TokenMap | None = None) -> EngramMemory:
     if (inner / "manifest.json").exists():
         return EngramMemory.load(inner, token_map=token_map)
     try:
-        facts = read_json(inner / "config.json", "the shape of a memory")
-        config = EngramConfig.from_json(json.dumps(facts["config"]))
-        shape, codec = (int(facts["hidden_size"]), int(facts["streams"])), facts["codec"]
+        description = read_json(inner / "config.json", "the shape of a memory")
+        config = EngramConfig.from_json(json.dumps(description["config"]))
+        shape = int(description["hidden_size"]), int(description["streams"])
+        codec = description["codec"]
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{inner / 'config.json'} is damaged: {error!r}") from error
     saved_map = TokenMap.load(inner / "token_map.safetensors")
     checkpoint = open_checkpoint(home)
     states = [name for name in checkpoint.tensors if name.endswith(f"{FOLDER}._extra_state")]
     if len(states) != 1:
-        raise ValueError(f"{home} has the files of a memory in {inner}, and {len(states)} memories in its shards")
+        raise ValueError(f"{inner} describes one memory, the shards in {home} hold {len(states)}: save the model again")
     prefix = states[0].removesuffix("_extra_state")
     tables: dict[int, Table] | None = None
     if codec is not None:
@@ -170,8 +175,8 @@ def _read_rows(table: Table, checkpoint: Checkpoint, name: str) -> None:
     for first in range(0, table.rows, block):
         rows = stored.read(first, min(first + block, table.rows))
         if rows.dtype != table.dtype:
-            raise ValueError(f"{stored.path}: the rows {name} are {rows.dtype}, the memory needs {table.dtype}")
-        if rows.view(torch.uint8).any():  # rows never written take no memory
+            raise ValueError(f"{stored.path}: the rows {name} are {rows.dtype}, expected {table.dtype}")
+        if rows.view(torch.uint8).any():  # rows of zeros are not written, so that they take no memory
             table.tensor[first : first + len(rows)] = rows
     if isinstance(table, EncodedTable):
         table.validate()

@@ -1,7 +1,7 @@
-"""offload: the n-gram table of a Qwen4-Exp model of transformers moves out of the model, to disk or host memory.
+"""Move the n-gram tables of a Qwen4-Exp model of transformers out of the model, to disk or host memory.
 
-The model keeps its own hashing, gate and convolution; where its nn.Embedding stood, rows are gathered from a table.
-They are the same bits, so logits are too. It is for inference: the rows get no gradient.
+The model keeps its own hashing, gate and convolution; a table replaces its nn.Embedding. The rows are the same bits, so
+the logits are the same too. This is for inference: the rows get no gradient.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class HostedRows(nn.Module):
 
     def forward(self, row_ids: Tensor) -> Tensor:
         if self.table is None:
-            raise RuntimeError("these rows were never loaded")
+            raise RuntimeError("the rows of this module were not loaded: open the checkpoint with load_offloaded")
         return self.table.gather(row_ids.cpu()).to(row_ids.device, self.weight.dtype)
 
 
 def _embeddings(model: nn.Module) -> dict[int, Any]:
-    """{0-based layer: the module that hashes and looks up} of a Qwen4-Exp model."""
+    """Return {0-based layer: the module that hashes ids and looks up rows} of a Qwen4-Exp model."""
     modules: list[Any] = [m for m in model.modules() if type(m).__name__ == "Qwen4ExpTextNGramEmbedding"]
     return {int(m.layer_idx): m for m in modules}
 
@@ -61,20 +61,20 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
             mapped read-only (`engram verify` checks them); None keeps them in host memory.
 
     Returns:
-        {0-based layer: HostTable}. The model's memory falls by the tables' size (with folder=None only a device's).
-        save_pretrained no longer writes the rows.
+        {0-based layer: HostTable}. The model takes less memory by the tables' size (with folder=None, less of its
+        device's memory only). save_pretrained no longer writes the rows.
 
     Raises:
         ValueError: a model without such a table, one that was offloaded already, or rows that are neither float32 nor
-        bfloat16. FileExistsError: the folder is there.
+        bfloat16. FileExistsError: the folder exists.
     """
-    found = _embeddings(hf_model)
-    if not found:
+    embeddings = _embeddings(hf_model)
+    if not embeddings:
         raise ValueError(
             f"{type(hf_model).__name__} has no n-gram table that offload can move: it supports Qwen4-Exp's PLE layers"
         )
     weights: dict[int, Tensor] = {}
-    for layer, module in found.items():
+    for layer, module in embeddings.items():
         weight = module.ngram_embedding.weight
         if isinstance(module.ngram_embedding, HostedRows):
             raise ValueError(f"the table of layer {layer} is offloaded already")
@@ -88,25 +88,28 @@ def offload(hf_model: nn.Module, folder: str | os.PathLike[str] | None = None) -
         weight = weights[layer]
         yield from (piece.cpu() for piece in weight.split(max(1, BLOCK // (4 * weight.shape[1]))))
 
-    facts = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
-    tables = _store(facts, blocks, folder)
-    for layer, module in found.items():
+    shapes = {n: (*w.shape, str(w.dtype).removeprefix("torch.")) for n, w in weights.items()}
+    tables = _store(shapes, blocks, folder)
+    for layer, module in embeddings.items():
         ids = torch.randint(0, tables[layer].rows, (_SAMPLE,), generator=torch.Generator().manual_seed(0), device="cpu")
         if not torch.equal(tables[layer].gather(ids), weights[layer][ids.to(weights[layer].device)].cpu()):
-            raise OSError(f"the rows of layer {layer} do not read back as they were written")
+            raise OSError(f"the rows of layer {layer} do not read back as they were written: check the disk")
         module.ngram_embedding = HostedRows(weights[layer].dtype, tables[layer])
     return tables
 
 
 def _store(
-    facts: Any, blocks: Any, folder: str | os.PathLike[str] | None, origin: dict[str, Any] | None = None
+    shapes: Any, blocks: Any, folder: str | os.PathLike[str] | None, origin: dict[str, Any] | None = None
 ) -> dict[int, Table]:
-    """Tables filled with blocks(layer). facts: {layer: (rows, dim, form)}; origin: of the rows, for the manifest."""
+    """Return tables filled with blocks(layer). shapes: {layer: (rows, dim, name of the dtype or codec)}; origin: of the
+    rows, for the manifest."""
     if folder is None:
         tables: dict[int, Table] = {}
-        for layer, (rows, dim, form) in facts.items():
+        for layer, (rows, dim, stored_as) in shapes.items():
             table: Table = (
-                EncodedTable(rows, dim, "fp8") if form == "fp8" else HostTable(rows, dim, getattr(torch, form))
+                EncodedTable(rows, dim, "fp8")
+                if stored_as == "fp8"
+                else HostTable(rows, dim, getattr(torch, stored_as))
             )
             first = 0
             for block in blocks(layer):
@@ -117,10 +120,10 @@ def _store(
     home = Path(folder)
     with whole_folder(home, overwrite=False) as partial:
         manifest: dict[str, Any] = {"format": FORMAT, "origin": origin, "tables": {}, "files": {}}
-        for layer, (rows, dim, form) in facts.items():
-            name = f"layer-{layer}.{form}"
+        for layer, (rows, dim, stored_as) in shapes.items():
+            name = f"layer-{layer}.{stored_as}"
             manifest["files"][name] = write_rows(partial / name, blocks(layer))
-            manifest["tables"][str(layer)] = {"file": name, "rows": rows, "dim": dim, "form": form}
+            manifest["tables"][str(layer)] = {"file": name, "rows": rows, "dim": dim, "form": stored_as}
         manifest["digest"] = manifest_digest(manifest)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return _open(home)
@@ -131,16 +134,17 @@ def _open(folder: Path) -> dict[int, Table]:
 
 
 def _tables_of(shown: Path, home: Path) -> dict[int, Table]:
-    """home: where the files of the folder `shown` are read (see pinned_folder)."""
+    """Open the tables of the folder `shown`. home: the path at which its files are read (see pinned_folder)."""
     tables: dict[int, Table] = {}
     manifest = load_manifest(home)
     if manifest.get("format") != FORMAT or manifest.get("digest") != manifest_digest(manifest):
-        raise ValueError(f"{home / 'manifest.json'} is not an {FORMAT} manifest, or was altered: give another folder")
+        raise ValueError(f"{home / 'manifest.json'} is not an {FORMAT} manifest, or was altered: pass another folder")
     for layer, table in manifest["tables"].items():
         path, shape = home / table["file"], (table["rows"], table["dim"])
-        if table["file"] not in manifest["files"]:  # of which load_manifest has checked every name
+        if table["file"] not in manifest["files"]:  # load_manifest has checked the names in this list
             raise ValueError(
-                f"{home / 'manifest.json'} names {table['file']!r} for layer {layer}, not one of its files"
+                f"{home / 'manifest.json'} names {table['file']!r} for layer {layer}, which is not in its list of "
+                f"files: pass another folder"
             )
         if table["form"] == "fp8":
             tables[int(layer)] = EncodedTable(*shape, "fp8", path, mode="r")
@@ -153,29 +157,28 @@ def _tables_of(shown: Path, home: Path) -> dict[int, Table]:
 def load_offloaded(
     checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> Any:
-    """A Qwen4-Exp model from a safetensors checkpoint whose n-gram table never enters the model, nor memory as a whole.
+    """Load a Qwen4-Exp model from a safetensors checkpoint, with its n-gram tables outside the model.
 
-    The rows are streamed from the checkpoint's shards into `folder`, and everything else is loaded by from_pretrained.
-    A folder that an earlier call made of the same checkpoint is opened again at once, after a look at random rows; at
-    all of them, where the checkpoint's files are not the same any more by size and time of change.
+    The rows are copied block by block from the checkpoint's shards into `folder`, and from_pretrained loads everything
+    else. If an earlier call has written `folder` from the same checkpoint, it is opened again: a sample of its rows is
+    compared with the checkpoint, or all rows if a file of the checkpoint has another size or modification time.
 
     Args:
         checkpoint: folder with config.json and safetensors. folder: for the rows; None keeps them in host memory.
-        kwargs: of from_pretrained (dtype, attn_implementation, device_map ...).
+        kwargs: for from_pretrained (dtype, attn_implementation, device_map ...).
 
     Returns:
-        The model, in eval mode. `_embeddings`' tables are reachable as module.ngram_embedding.table.
+        The model, in eval mode. The table of a layer is module.ngram_embedding.table.
 
     Raises:
-        ValueError: a checkpoint that open_source refuses; a folder with other rows than the checkpoint's.
-        FileExistsError: a folder without rows.
+        ValueError: a checkpoint that open_source refuses or that lacks weights; a folder with other rows than the
+        checkpoint's. FileExistsError: a folder without rows.
     """
     import transformers
 
     source = open_source(checkpoint)
     if source.kind != "qwen":
         raise ValueError(f"{checkpoint} is a {source.kind} memory: load_offloaded reads Qwen4-Exp checkpoints")
-    forms = {layer: rows.kept for layer, rows in source.rows.items()}
     recoders = {layer: Recoder(rows, rows.kept) for layer, rows in source.rows.items()}
 
     def blocks(layer: int) -> Iterator[Tensor]:
@@ -184,17 +187,17 @@ def load_offloaded(
 
     if folder is not None and (Path(folder) / "manifest.json").is_file():
         tables = _open(Path(folder))
-        whole = json.loads((Path(folder) / "manifest.json").read_text()).get("origin") != _origin(source)
-        _check_same(source.rows, recoders, tables, Path(folder), whole)
+        changed = json.loads((Path(folder) / "manifest.json").read_text()).get("origin") != _origin(source)
+        _check_same(source.rows, recoders, tables, Path(folder), compare_all=changed)
     else:
-        facts = {layer: (rows.rows, rows.dim, forms[layer]) for layer, rows in source.rows.items()}
-        tables = _store(facts, blocks, folder, _origin(source))
+        shapes = {layer: (rows.rows, rows.dim, rows.kept) for layer, rows in source.rows.items()}
+        tables = _store(shapes, blocks, folder, _origin(source))
 
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     base = getattr(transformers, (config.architectures or ["Qwen4ExpForCausalLM"])[0])
 
     class Hosted(base):  # type: ignore[misc, valid-type]
-        """The model as from_pretrained builds it, without the tables: their tensors are then not read."""
+        """The model's class without the tables, so that from_pretrained does not read their tensors."""
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
@@ -221,14 +224,14 @@ def load_offloaded(
 
 
 def _origin(source: Source) -> dict[str, Any]:
-    """Return sizes and times of the files that the rows are from, which are known without reading the files."""
+    """Return sizes and modification times of the files that hold the rows; the files themselves are not read."""
     files = {stored.path for rows in source.rows.values() for _, *parts in rows.parts for stored in parts if stored}
-    facts = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
-    return {"layout": source.layout.digest, "files": facts}
+    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+    return {"layout": source.layout.digest, "files": stamps}
 
 
 def _check_same(
-    rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, Table], home: Path, whole: bool
+    rows: dict[int, Rows], recoders: dict[int, Recoder], tables: dict[int, Table], home: Path, compare_all: bool
 ) -> None:
     """Compare all rows, or a sample of them, with the checkpoint's. Raise ValueError at the first that differs."""
     generator = torch.Generator().manual_seed(0)
@@ -236,19 +239,21 @@ def _check_same(
         raise ValueError(f"{home} holds tables of layers {sorted(tables)}, the checkpoint has {sorted(rows)}")
     for layer, table in tables.items():
         if (table.rows, table.dim) != (rows[layer].rows, rows[layer].dim):
-            raise ValueError(f"{home} holds {table.rows:,} x {table.dim} of layer {layer}: another checkpoint's")
+            raise ValueError(
+                f"{home} holds {table.rows:,} x {table.dim} values of layer {layer}, the checkpoint "
+                f"{rows[layer].rows:,} x {rows[layer].dim}: pass another folder, or delete this one"
+            )
         assert table.path is not None
         shape, dtype = tuple(table.tensor.shape), NAMES[table.tensor.dtype]
-        file = Stored(
-            table.path.name, table.path, dtype, shape, 0, table.nbytes
-        )  # read, not mapped: stays out of memory
+        # Read, not mapped, so that the rows do not stay in memory.
+        file = Stored(table.path.name, table.path, dtype, shape, 0, table.nbytes)
         sample = torch.randint(0, table.rows, (_SAMPLE,), generator=generator, device="cpu").tolist()
-        size = recoders[layer].block if whole else 1
-        for row in range(0, table.rows, size) if whole else sample:
+        size = recoders[layer].block if compare_all else 1
+        for row in range(0, table.rows, size) if compare_all else sample:
             stop = min(row + size, table.rows)
-            wanted, found = recoders[layer].read(row, stop), file.read(row, stop)
-            if not torch.equal(wanted, found):
-                row += int((wanted != found).any(1).nonzero()[0])
+            expected, stored = recoders[layer].read(row, stop), file.read(row, stop)
+            if not torch.equal(expected, stored):
+                row += int((expected != stored).any(1).nonzero()[0])
                 raise ValueError(
-                    f"row {row:,} of layer {layer} in {home} is not the checkpoint's: another one was here"
+                    f"row {row:,} of layer {layer} in {home} is not the checkpoint's: pass another folder, or delete it"
                 )

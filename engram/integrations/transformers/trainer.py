@@ -1,4 +1,4 @@
-"""MemoryCallback: transformers' Trainer keeps the memory of a PEFT model in each checkpoint."""
+"""MemoryCallback: save the memory of a PEFT model in each checkpoint of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from engram.memory import EngramMemory
 
 
 class MemoryCallback(transformers.TrainerCallback):
-    """Save the memory in the folder `engram` of each checkpoint that holds adapters of PEFT alone, and read it back
-    when training resumes and when load_best_model_at_end goes back to the best checkpoint. Checkpoints of other models
-    hold the memory among their weights, and are left alone.
+    """Save the memory in the folder `engram` of each checkpoint that holds only adapters of PEFT. Read it back when
+    training resumes and when load_best_model_at_end loads the best checkpoint. Checkpoints of other models hold the
+    memory among their weights, and are not changed.
 
         Trainer(model, arguments, optimizers=(build_optimizer(model), None), callbacks=[engram.MemoryCallback()])
 
     Args:
-        resumed_from: the checkpoint that train(resume_from_checkpoint=...) is given, where it is not in output_dir.
+        resumed_from: the checkpoint passed to train(resume_from_checkpoint=...), if it is not in output_dir.
 
     Raises:
-        FileNotFoundError: a checkpoint that was saved without this callback. ValueError: a memory that does not fit.
+        FileNotFoundError: a checkpoint that was saved without this callback. ValueError: a memory of another shape.
     """
 
     def __init__(self, resumed_from: str | os.PathLike[str] | None = None):
@@ -37,9 +37,9 @@ class MemoryCallback(transformers.TrainerCallback):
                 memory.save(checkpoint / FOLDER, overwrite=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
-        if state.global_step:  # of the checkpoint that training goes on from
-            given = self.resumed_from or args.resume_from_checkpoint
-            _restore(model, _checkpoint(args, state) if given is None or given is True else Path(given))
+        if state.global_step:  # training resumes from a checkpoint of this step
+            path = self.resumed_from or args.resume_from_checkpoint
+            _restore(model, _checkpoint(args, state) if path is None or path is True else Path(path))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -57,15 +57,15 @@ def _holds_adapters(checkpoint: Path) -> bool:
 def _memories(model: nn.Module) -> list[EngramMemory]:
     memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
     if len(memories) > 1:
-        raise ValueError(f"{type(model).__name__} has {len(memories)} memories, and a checkpoint has room for one")
+        raise ValueError(f"{type(model).__name__} has {len(memories)} memories, but MemoryCallback saves only one")
     return memories
 
 
 def _restore(model: nn.Module, checkpoint: Path) -> None:
-    """Read a memory back from a checkpoint that holds it apart from the weights.
+    """Read a memory back from a checkpoint that holds it in a folder of its own.
 
     Raises:
-        FileNotFoundError: it was saved without the memory. ValueError: a memory that does not fit.
+        FileNotFoundError: a checkpoint without the memory. ValueError: a memory of another shape.
     """
     folder = checkpoint / FOLDER
     for memory in _memories(model):
@@ -79,7 +79,7 @@ def _restore(model: nn.Module, checkpoint: Path) -> None:
         if not (folder / "manifest.json").is_file():
             raise FileNotFoundError(
                 f"{checkpoint} holds adapters of PEFT without their memory: it was saved without MemoryCallback. Start "
-                f"again, or put what memory.save wrote into {folder}"
+                f"again, or copy the folder that memory.save wrote to {folder}"
             )
         saved = EngramMemory.load(folder, mode="shared", token_map=memory.hasher.token_map)
         try:

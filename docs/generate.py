@@ -32,7 +32,7 @@ API = {  # page -> what one does with its names, and the names in the order in w
     ),
     "tools": (
         "Look inside, check, convert, measure",
-        ["explain", "plan", "verify", "inspect_file", "convert", "bench"],
+        ["explain", "plan", "verify", "inspect_file", "open_tables", "convert", "bench"],
     ),
     "addresses": ("Addresses alone", ["TokenMap", "HashLayout", "NgramHasher"]),
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from engram.config import EngramConfig
     from engram.inspect.explain import explain
     from engram.inspect.plan import plan
-    from engram.integrations.formats import convert, inspect_file
+    from engram.integrations.formats import convert, inspect_file, open_tables
     from engram.integrations.transformers.attach import attach, detach
     from engram.integrations.transformers.offload import offload
     from engram.integrations.transformers.pretrained import from_pretrained, load_pretrained
@@ -71,6 +71,7 @@ __all__ = [
     "load_pretrained",
     "load_run",
     "offload",
+    "open_tables",
     "plan",
     "train",
     "verify",
@@ -100,6 +101,7 @@ _HOME = {  # public name -> module that defines it
     "load_pretrained": "engram.integrations.transformers.pretrained",
     "load_run": "engram.lm.run",
     "offload": "engram.integrations.transformers.offload",
+    "open_tables": "engram.integrations.formats",
     "plan": "engram.inspect.plan",
     "train": "engram.lm.train",
     "verify": "engram.storage.manifest",

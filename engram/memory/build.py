@@ -145,14 +145,15 @@ def make_tables(
 
 
 def check_tables(config: EngramConfig, rows: Mapping[int, int], tables: Tables) -> str | None:
-    """Compare tables with the configuration and the rows per layer. Return their codec's name, None for float rows.
+    """Compare tables with the configuration and the rows per layer. Return their codec's name (of tables in a
+    released checkpoint, their form), None for float rows.
 
     Raises:
         ValueError: other shapes, codecs that differ, or other initial rows than the configuration makes.
     """
     shapes = {layer: (table.rows, table.dim) for layer, table in tables.items()}
     expected = {layer: (rows.get(layer), config.head_dim) for layer in config.layers}
-    codecs = {t.codec.name if isinstance(t, EncodedTable) else None for t in tables.values()}
+    codecs = {t.codec.name if isinstance(t, EncodedTable) else getattr(t, "form", None) for t in tables.values()}
     if shapes != expected or len(codecs) != 1:
         raise ValueError(f"the tables have shapes {shapes}, stored as {codecs}; the configuration needs {expected}")
     codec = codecs.pop()

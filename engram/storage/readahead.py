@@ -18,26 +18,29 @@ _SAMPLE, _FEW = 64, 4  # with fewer than 4 of 64 rows missing, requests for all 
 NORMAL, RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4  # for madvise
 
 
-def page_ranges(row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mmap.PAGESIZE) -> np.ndarray:
+def page_ranges(
+    row_ids: np.ndarray, row_bytes: int, nbytes: int, page: int = mmap.PAGESIZE, offset: int = 0
+) -> np.ndarray:
     """Return the pages of some rows, as few byte ranges.
 
     Args:
-        row_ids: int64, any shape, each in the table. row_bytes: of one row. nbytes: of the table.
+        row_ids: int64, any shape, each in the table. row_bytes: of one row. nbytes: of the file up to the table's
+            end. offset: of the table in its file.
 
     Returns:
         int64 [ranges, 2], (first byte, bytes), ascending and page-aligned except at the end of the table.
     """
-    first = np.unique(row_ids) * row_bytes // page
+    first = (np.unique(row_ids) * row_bytes + offset) // page
     if not len(first):
         return np.empty((0, 2), np.int64)
-    last = (np.unique(row_ids) * row_bytes + row_bytes - 1) // page
+    last = (np.unique(row_ids) * row_bytes + offset + row_bytes - 1) // page
     gap = np.flatnonzero(first[1:] - last[:-1] > _MERGE)
     start = first[np.concatenate([[0], gap + 1])] * page
     end = np.minimum((last[np.concatenate([gap, [len(last) - 1]])] + 1) * page, nbytes)
     return np.stack([start, end - start], axis=1)
 
 
-def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int) -> bool:
+def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int, offset: int = 0) -> bool:
     """Return True if the page cache holds nearly all of these rows of a table mapped from `file` at `address`, judged
     by a sample of 64; about 0.1 ms. Return False if the system cannot tell."""
     ids = row_ids.reshape(-1)
@@ -45,7 +48,7 @@ def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int) -> b
         return False
     missing, resident = 0, _resident_pages(file, address)
     for row in ids[:: max(1, len(ids) // _SAMPLE)][:_SAMPLE].tolist():
-        missing += not resident(row * row_bytes)
+        missing += not resident(offset + row * row_bytes)
         if missing >= _FEW:
             return False
     return True
@@ -80,9 +83,9 @@ def _resident_pages(file: int, address: int) -> Callable[[int], bool]:
     return resident
 
 
-def will_need(file: int, address: int, row_ids: np.ndarray, row_bytes: int, nbytes: int) -> int:
+def will_need(file: int, address: int, row_ids: np.ndarray, row_bytes: int, nbytes: int, offset: int = 0) -> int:
     """Start to read the pages of some rows of a table mapped from `file` at `address`. Return the bytes requested."""
-    ranges = page_ranges(row_ids, row_bytes, nbytes)
+    ranges = page_ranges(row_ids, row_bytes, nbytes, offset=offset)
     done = _advise_batches(ranges, address) if sys.platform == "linux" else 0
     if hasattr(os, "posix_fadvise"):
         for start, size in ranges[done:].tolist():  # an older system: one call per range

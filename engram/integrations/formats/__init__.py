@@ -5,8 +5,9 @@ from typing import Any
 
 from engram.integrations.formats.conversion import convert
 from engram.integrations.formats.inspection import inspect_file
+from engram.integrations.formats.opened import open_tables
 
-__all__ = ["convert", "inspect_file"]
+__all__ = ["convert", "inspect_file", "open_tables"]
 
 
 def __getattr__(name: str) -> Any:

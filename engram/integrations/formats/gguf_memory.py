@@ -150,6 +150,11 @@ class QuantisedRows(Rows):
     """Rows of a type that ggml packs in blocks, dequantised to float32 by the gguf package."""
 
     def _values(self, stored: Stored, first: int, stop: int) -> Tensor:
+        data = stored.read_bytes(stored.offset + first * stored.row_bytes, (stop - first) * stored.row_bytes)
+        return self.unpack(stored, data.view(stop - first, stored.row_bytes))
+
+    def unpack(self, stored: Stored, packed: Tensor) -> Tensor:
+        """Return packed rows, uint8 [n, bytes per row], as float32 [n, dim]."""
         try:
             from gguf import GGMLQuantizationType
             from gguf.quants import dequantize
@@ -157,13 +162,11 @@ class QuantisedRows(Rows):
             raise ValueError(
                 f"{stored.path}: tensor {stored.name} is {stored.dtype}, which the gguf package reads: pip install gguf"
             ) from None
-        data = stored.read_bytes(stored.offset + first * stored.row_bytes, (stop - first) * stored.row_bytes)
-        packed = data.view(stop - first, stored.row_bytes).numpy()
         try:
-            rows = dequantize(packed, GGMLQuantizationType(NUMBERS[stored.dtype]))
+            rows = dequantize(packed.numpy(), GGMLQuantizationType(NUMBERS[stored.dtype]))
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"{stored.path}: tensor {stored.name} is {stored.dtype}: {error}") from error
-        return torch.from_numpy(np.array(rows, dtype=np.float32)).view(stop - first, self.dim)
+        return torch.from_numpy(np.array(rows, dtype=np.float32)).view(len(packed), self.dim)
 
 
 def rows_of(stored: Stored, config: EngramConfig, rows: int) -> Rows:

@@ -64,13 +64,16 @@ class Source:
 
 
 def open_source(
-    path: str | os.PathLike[str], config: EngramConfig | None = None, token_map: TokenMap | None = None
+    path: str | os.PathLike[str],
+    config: EngramConfig | None = None,
+    token_map: TokenMap | None = None,
+    fusions: bool = True,
 ) -> Source:
     """Open a memory: a saved memory, safetensors of a released dialect (a file, or a folder with config.json), or GGUF.
 
     Args:
         config: for a source without config.json (demo state dicts). token_map: of the model's tokenizer; by default
-            token_map.safetensors or tokenizer.json beside the tensors is read.
+            token_map.safetensors or tokenizer.json beside the tensors is read. fusions: False to read only tables.
 
     Raises:
         FileNotFoundError: the path does not exist. ValueError: a tensor is missing, or has another shape, dtype or
@@ -108,6 +111,8 @@ def open_source(
         rows = layout.rows[layer]
         source.rows[layer] = table_rows(checkpoint, kind, config, layer, prefixes[layer], tables[layer], rows, layout)
         check_buffers(checkpoint, kind, prefixes[layer], layout, layer)
+        if not fusions:
+            continue
         weights, streams, width = read_fusion(kind, config, checkpoint, prefixes[layer])
         if source.streams and (source.streams, source.hidden_size) != (streams, width):
             raise ValueError(f"layer {layer} has {streams} streams x {width}, another has {source.streams}")

@@ -58,7 +58,11 @@ class Scale:
         """Return float32 scales to multiply with values [n, dim]."""
         if not self.block:
             return self._read(0, 1).view(1, 1)
-        scales = self._read(self.first + first, self.first + stop).view(stop - first, -1)
+        return self.widen(self.stored.read(self.first + first, self.first + stop).view(stop - first, -1), dim)
+
+    def widen(self, scales: Tensor, dim: int) -> Tensor:
+        """Return stored scales [n, scales per row] as float32 [n, 1] or [n, dim]."""
+        scales = _as_float(scales)
         return scales if scales.shape[1] == 1 else scales.repeat_interleave(self.block, 1)[:, :dim]
 
     def is_e8m0(self, dim: int) -> bool:
@@ -72,7 +76,11 @@ class Scale:
 
     def _read(self, first: int, stop: int) -> Tensor:
         scales = self.stored.read() if not self.block else self.stored.read(first, stop)
-        return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+        return _as_float(scales)
+
+
+def _as_float(scales: Tensor) -> Tensor:
+    return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
 
 
 def scale_of(checkpoint: Checkpoint, name: str) -> str | None:

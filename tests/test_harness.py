@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[lm-eval]
 import datasets
 import huggingface_hub
 import transformers as hf
+from hf_models import build
 from lm_eval.api.instance import Instance
 
 import engram
@@ -217,6 +218,13 @@ def test_a_model_is_loaded_on_the_device_that_is_named(saved, device):
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"} and not model.training
     with pytest.raises(ValueError, match=f"no device '{device}': torch"):
         load_pretrained(*saved, device=device)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_a_model_folder_without_a_tokenizer_is_named(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: .* tokenizer\.save_pretrained"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

@@ -77,7 +77,7 @@ def load_pretrained(
         (model, tokenizer), both of transformers.
 
     Raises:
-        FileNotFoundError: the folder holds no model, or `memory` holds no memory.
+        FileNotFoundError: the folder holds no model or no tokenizer, or `memory` holds no memory.
         ValueError, OSError: files that transformers cannot read, a memory of another model or tokenizer, or a device
             that this machine does not have.
 
@@ -100,6 +100,9 @@ def load_pretrained(
     home = Path(folder)
     torch_device = device_of(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     config, architecture = read_config(home)
+    # Without files of a tokenizer, transformers returns an empty one for some models.
+    if not any(word in path.name for path in home.iterdir() for word in ("token", "vocab", ".model")):
+        raise FileNotFoundError(f"{home} holds no tokenizer: save the model's there with tokenizer.save_pretrained")
     tokenizer = transformers.AutoTokenizer.from_pretrained(home, config=config, local_files_only=True)
     if architecture is not None:
         if memory is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, and say what they hold.
+"""Write and read checkpoints, which appear whole or not at all and list the digests of what they hold.
 
     FOLDER/step-00000400/manifest.json          sizes and xxh3-128 digests of the files below, facts of the run, and the
                                                 digest of all that
@@ -29,11 +29,11 @@ from engram.storage.manifest import check_digest, load_manifest, manifest_digest
 from engram.storage.partial import discard, remove_partial
 from engram.storage.untrusted import read_tensors
 
-_FORMAT, _WITHOUT_DIGEST = 2, 1  # manifests of format 1 state no digest of themselves
+_FORMAT, _WITHOUT_DIGEST = 2, 1  # manifests of format 1 have no digest of their own
 
 
 def _split_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dict as (dense weights, tables)."""
+    """Return the state dict as (dense weights, tables)."""
     state = model.state_dict()
     prefixes = [name for name, module in model.named_modules() if isinstance(module, EngramMemory)]
     table_keys = {k for k in state for p in prefixes if k.startswith(f"{p}.tables." if p else "tables.")}
@@ -41,13 +41,13 @@ def _split_model(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and no two in the same memory (tied embeddings), which safetensors refuses."""
-    apart, places = {}, set()
+    """Copy tensors to the CPU, no two into the same memory (tied embeddings), which safetensors refuses."""
+    apart, addresses = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in places and tensor.numel() else tensor
-        places.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if address in addresses and tensor.numel() else tensor
+        addresses.add(address)
     return apart
 
 
@@ -89,7 +89,7 @@ def save_checkpoint(
     manifest["groups"] = [{k: v for k, v in group.items()} for group in state["param_groups"]]
     manifest["row_steps"] = [{str(k): o.steps for k, o in layers.items()} for layers in optimizer.rows]
     try:
-        manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read: the digest is of that
+        manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as it is read again: the digest is of that
     except ValueError as error:
         raise ValueError(f"facts and settings of a checkpoint are finite JSON values: {error}") from None
     dense_state = {i: values for i, values in state["state"].items() if isinstance(i, int)}
@@ -97,8 +97,8 @@ def save_checkpoint(
         f"{i}.{k}": torch.as_tensor(v) for i, values in dense_state.items() for k, v in values.items() if k != "rows"
     }
     try:
-        remove_partial(home, r"step-\d+")  # of a run that was killed here: each holds whole tables
-        with whole_folder(target, overwrite=True) as partial:  # there already: the same step once more, after a resume
+        remove_partial(home, r"step-\d+")  # left by a killed run: each holds complete tables
+        with whole_folder(target, overwrite=True) as partial:  # it exists if a resumed run repeats a step
             for name, tensors in (("model", dense), ("optimizer", adam)):
                 path = partial / f"{name}.safetensors"
                 safetensors.torch.save_file(_apart(tensors), path)
@@ -118,17 +118,17 @@ def save_checkpoint(
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in a folder, the one of the highest step last."""
+    """Return the checkpoints in a folder, the one of the highest step last."""
     return [path for path in step_folders(folder) if (path / "manifest.json").is_file()]
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of the highest step in a folder, or None."""
+    """Return the checkpoint of the highest step in a folder, or None."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint's manifest, after checking that every file is there with its size and digest.
+    """Return a checkpoint's manifest, after checking that every file exists with its size and digest.
 
     Raises:
         FileNotFoundError: no checkpoint there. ValueError: an altered manifest; a missing, truncated, changed or

@@ -32,7 +32,7 @@ from engram.lm.transformer import Transformer
 
 
 class TransformerLM(TemplateLM):
-    """lm-eval's view of a Transformer: every text begins with <|endoftext|>, as the documents it was trained on.
+    """Adapter of a Transformer for lm-eval. Every text begins with <|endoftext|>, as the documents of training do.
 
     Sequences of one batch are padded on the right, behind everything that is scored, and prompts to continue are
     batched with others of their length: no n-gram, convolution or attention ever sees padding.
@@ -59,7 +59,7 @@ class TransformerLM(TemplateLM):
         return ids if add_special_tokens is False else [END_OF_TEXT_ID, *ids]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Summed nats (negative) of each text, in windows as lm-eval cuts them: each token is predicted once."""
+        """Return the summed nats (negative) of each text, in windows of lm-eval: each token is predicted once."""
         windows: list[Any] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -83,7 +83,9 @@ class TransformerLM(TemplateLM):
                 )
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         windows = [(c + x)[-(self.max_length + 1) :] for _text, c, x in requests]
-        order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))  # of like length together: little padding
+        order = sorted(
+            range(len(windows)), key=lambda i: -len(windows[i])
+        )  # similar lengths together, for little padding
         while order:
             longest = len(windows[order[0]])
             size = max(1, self.batch_tokens // longest)
@@ -98,7 +100,7 @@ class TransformerLM(TemplateLM):
         return scores
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The likeliest continuation of each prompt, cut before the first of its stop strings."""
+        """Return the likeliest continuation of each prompt, cut before the first of its stop strings."""
         answers = [""] * len(requests)
         groups: dict[tuple[int, int], list[tuple[int, list[int], list[str]]]] = {}
         for i, request in enumerate(requests):
@@ -144,7 +146,7 @@ def adapter(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
 
 
 def load_tasks(names: list[str], task_files: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """lm-eval's task objects, with their data.
+    """Load lm-eval's task objects, with their data.
 
     Args:
         names: tasks, groups or tags. task_files: folder with the tasks' YAML files; names of data files in them are
@@ -245,5 +247,5 @@ def _inside(folder: Path | None) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,5 +1,5 @@
-"""How far a long command is: a live bar on a terminal, and elsewhere a plain line at least every 30 seconds. On stderr,
-so that stdout holds results only.
+"""Show the progress of a long command on stderr: a live bar on a terminal, elsewhere a plain line at least every 30
+seconds. Stdout holds results only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Task:
         self._bar = None if progress._live is None else progress._live.add_task(printable(name), total=total, amount="")
 
     def update(self, done: float, total: float | None = None, text: str | None = None) -> None:
-        """Say how far the work is. total, text: if they changed."""
+        """Set how much is done. total, text: if they changed."""
         self.done = done
         self.total = self.total if total is None else total
         self.text = self.text if text is None else text
@@ -68,14 +68,14 @@ class Progress:
 
     def __init__(self, live: bool = True, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
-        self._wanted = live and self.stream.isatty()
+        self._shows_bar = live and self.stream.isatty()
         self._live: Any = None
         self._newest: Task | None = None
         self._over = threading.Event()
         self._printer = threading.Thread(target=self._print, name="engram-progress", daemon=True)
 
     def __enter__(self) -> Progress:
-        if self._wanted:
+        if self._shows_bar:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
@@ -104,5 +104,5 @@ class Progress:
     def _print(self) -> None:
         while not self._over.wait(EVERY):
             if self._newest is not None:
-                with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has gone
+                with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has ended
                     print(self._newest.line(), file=self.stream, flush=True)

@@ -1,4 +1,4 @@
-"""The folder of a run while it trains: one process at a time writes there, and log.jsonl gets a line per step."""
+"""Lock the folder of a run while it trains, so that one process writes there, and append a line per step to its log."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from engram.storage.files import write_whole
 from engram.storage.locks import try_lock
 
 LOCK, LOG = ".lock", "log.jsonl"
-_held: ContextVar[frozenset[tuple[int, str]]] = ContextVar("held", default=frozenset())
+_locked: ContextVar[frozenset[tuple[int, str]]] = ContextVar("held", default=frozenset())
 
 
 @contextmanager
 def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder during the block, so that no other process or thread writes a run there. Blocks of one thread nest.
+    """Lock a folder during the block, so that no other process or thread writes a run there. Blocks of one thread nest.
 
     The operating system holds the lock, on FOLDER/.lock, so it ends with its process, also after a kill. If the file
     system has no locks, there is a warning. A folder that did not exist and is empty at the end is removed.
@@ -32,15 +32,15 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     new = not home.exists()
     home.mkdir(parents=True, exist_ok=True)
     key = (os.getpid(), os.path.realpath(home))
-    if key in _held.get():
+    if key in _locked.get():
         yield
         return
     handle = _lock(home)
-    token = _held.set(_held.get() | {key})
+    token = _locked.set(_locked.get() | {key})
     try:
         yield
     finally:
-        _held.reset(token)
+        _locked.reset(token)
         if os.getpid() == key[0]:  # a forked child must not remove its parent's lock
             with suppress(OSError):
                 (home / LOCK).unlink()
@@ -50,7 +50,7 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _lock(home: Path) -> int:
-    """A locked descriptor of the lock file, which holds the number of this process."""
+    """Return a locked descriptor of the lock file, which holds the number of this process."""
     path = home / LOCK
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
@@ -104,7 +104,7 @@ class StepLog:
         self._file.write((json.dumps(values) + "\n").encode())
 
     def sync(self) -> None:
-        """Force the lines to the disk, before a checkpoint that stands for them."""
+        """Force the lines to the disk, before the checkpoint of their steps is written."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

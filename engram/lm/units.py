@@ -1,4 +1,4 @@
-"""Numbers as people read them: counts with a prefix of powers of 1000, bytes with one of powers of 1024."""
+"""Format counts with a prefix of powers of 1000, and bytes with one of powers of 1024."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ API = {  # page -> what one does with its names, and the names in the order in w
         "Look inside, check, convert, measure",
         ["explain", "plan", "verify", "inspect_file", "open_tables", "convert", "bench"],
     ),
+    "counts": ("Count a text instead of training on it", ["CountMemory"]),
     "addresses": ("Addresses alone", ["TokenMap", "HashLayout", "NgramHasher"]),
 }
 

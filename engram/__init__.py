@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engram import addressing as addressing
     from engram import benchmarks as benchmarks
     from engram import config as config
+    from engram import counts as counts
     from engram import fusion as fusion
     from engram import inspect as inspect
     from engram import integrations as integrations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from engram.addressing import HashLayout, NgramHasher, TokenMap
     from engram.benchmarks import bench
     from engram.config import EngramConfig
+    from engram.counts import CountMemory
     from engram.inspect.explain import explain
     from engram.inspect.plan import plan
     from engram.integrations.formats import convert, inspect_file, open_tables
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _moved.install()
 
 __all__ = [
+    "CountMemory",
     "EngramConfig",
     "EngramMemory",
     "HashLayout",
@@ -78,6 +81,7 @@ __all__ = [
 ]
 
 _HOME = {  # public name -> module that defines it
+    "CountMemory": "engram.counts",
     "EngramConfig": "engram.config",
     "EngramMemory": "engram.memory",
     "HashLayout": "engram.addressing",
@@ -111,6 +115,7 @@ _ROOMS = (
     "addressing",
     "benchmarks",
     "config",
+    "counts",
     "fusion",
     "inspect",
     "integrations",

@@ -18,7 +18,7 @@ FLOORS = (
     {"storage"},
     {"config", "device"},
     {"tables"},
-    {"addressing", "fusion"},
+    {"addressing", "counts", "fusion"},
     {"memory"},
     {"optimizer"},
     {"lm", "integrations"},

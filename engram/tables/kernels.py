@@ -1,9 +1,9 @@
 """The hot loops: loads the compiled kernels and spreads their work over the cores.
 
-The C files here (rows) and ../addressing/hash.c (addresses) are called through ctypes, which drops the GIL for the
-length of a call. The main thread spreads a call over torch's own OpenMP threads: these still spin on the cores after
-the operation before, so that threads of another pool would have to wait for them. The runtime is found in the running
-process, and the library is built without it.
+The C files here (rows), ../addressing/hash.c (addresses) and ../counts/counts.c (n-grams) are called through ctypes,
+which drops the GIL for the length of a call. The main thread spreads a call over torch's own OpenMP threads: these
+still spin on the cores after the operation before, so that threads of another pool would have to wait for them. The
+runtime is found in the running process, and the library is built without it.
 
 A pool of Python threads does the work, with the same bits, where torch's threads cannot: in other threads than the main
 one (rows that are fetched ahead must not hold up the model), inside a parallel region, in a forked process, with
@@ -47,6 +47,10 @@ _ARGUMENTS = {
     "decode_check": "Pq",
     "encode": "PPPq",
     "hash": "PPPPqqqP",
+    "counts_find": "PPPPPQq",
+    "counts_add": "PPPPPPPPQqq",
+    "counts_place": "PPQq",
+    "counts_list": "PPPPPq",
 }
 
 

@@ -338,7 +338,7 @@ def test_what_a_chat_template_gives_is_explained() -> None:
         ([[1, 2], [3]], ValueError, "all sequences of one length"),
         (7, ValueError, r"not of shape \[\]"),
         ([[[1]]], ValueError, r"not of shape \[1, 1, 1\]"),
-        ({"labels": [1]}, ValueError, "a mapping of labels without input_ids"),
+        ({"labels": [1]}, ValueError, "a mapping with input_ids, not with labels"),
         ([[1, 2], [3, 4]], ValueError, r"one text of at least one token, not ids of shape \[2, 2\]"),
         ({"input_ids": [[1, 2], [3, 4]]}, ValueError, r"not ids of shape \[2, 2\]"),
         ({"input_ids": []}, ValueError, r"shape \[1, 0\]"),

@@ -23,9 +23,9 @@ class EngramFusion(nn.Module):
         u^m   = gate^m value,  y^m = u^m + SiLU(conv(norm(u^m)))
 
     The signed square root is in every released code and not in the paper's equation (gate="plain" leaves it out).
-    Norms, score and gate are computed in float32 at least, whatever autocast says; projections are as it says. The
-    gains of the norms stay in float32 where the module is made bfloat16 or float16: a gain of 1, whose next neighbours
-    are 0.4 and 0.8 % away there, would never move.
+    Norms, score and gate are computed in float32 at least, also under autocast, which applies to the projections. The
+    gains of the norms stay float32 if the module is converted to bfloat16 or float16: in bfloat16 the numbers next to 1
+    are 0.4 and 0.8 % away, so that a gain of 1 would never move.
 
     Args:
         config: which parts exist. hidden_size: d. streams: M residual streams (4 with hyper-connections, else 1).
@@ -81,15 +81,15 @@ class EngramFusion(nn.Module):
         history: Tensor | None = None,
         dead_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the memory adds.
+        """Return what the memory adds.
 
         Args:
             rows_BTE: the concatenated rows of each position.
             hidden: [B, T, d], or [B, T, M, d] with M residual streams.
             documents_BT: document number of each position; the convolution never crosses a document. With a history
-                [B, H + T]: of its positions too.
-            history: [B, H, M*d] the inputs of the convolution just before, when decoding step by step: all that it
-            reaches back to (EngramMemory.lag), fewer only at the start of a text.
+                [B, H + T], the numbers of its positions first.
+            history: [B, H, M*d] the inputs of the convolution at the positions before, when decoding step by step: all
+            that it reaches back to (EngramMemory.lag), fewer only at the start of a text.
             dead_BT: True at positions that are not text, where the gate is 0 (DeepSeek-V4.1).
 
         Returns:
@@ -105,8 +105,8 @@ class EngramFusion(nn.Module):
             )
         if rows_BTE.shape[:2] != hidden.shape[:2]:
             raise ValueError(
-                f"the rows are of {list(rows_BTE.shape[:2])} positions, the hidden state has {list(hidden.shape[:2])}: "
-                f"this recall is of other ids"
+                f"the rows have {list(rows_BTE.shape[:2])} positions, the hidden state {list(hidden.shape[:2])}: "
+                f"this recall was made from other ids"
             )
         rows_BTE = rows_BTE.to(self._dtype(hidden))  # rows arrive as float32, whatever the model computes in
         value_BT1d = self.value(rows_BTE).unsqueeze(2)
@@ -125,14 +125,14 @@ class EngramFusion(nn.Module):
         return (y.squeeze(2) if flat else y), inputs
 
     def _dtype(self, hidden: Tensor) -> torch.dtype:
-        """What the projections take: the dtype of their weights, or of the hidden state where quantisation keeps the
-        weights in another form (a method, whole numbers, fp8)."""
+        """Return the dtype that the projections take: that of their weights, or of the hidden state if quantisation
+        keeps the weights otherwise (a method, integers, fp8)."""
         weight = getattr(self.value, "weight", None)
         plain = isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
         return weight.dtype if plain else hidden.dtype  # type: ignore[union-attr]
 
     def gate(self, rows_BTE: Tensor, hidden_BTMd: Tensor) -> Tensor:
-        """The gate [B, T, M] in (0, 1), float32 (float64 for float64 input)."""
+        """Return the gate [B, T, M] in (0, 1), float32 (float64 for float64 input)."""
         key = self.key(rows_BTE).unflatten(-1, (self.streams, self.hidden_size))
         with torch.autocast(key.device.type, enabled=False):
             wide = torch.promote_types(key.dtype, torch.float32)

@@ -121,7 +121,7 @@ class EngramOptimizer(torch.optim.AdamW):
         if scale is not None:
             grad = grad / scale.to(grad.device)
         began = time.perf_counter()
-        memory.recalls_are_stale = True  # until they are patched, whatever happens before
+        memory.recalls_are_stale = True  # until they are patched, also if an error comes first
         memory.gradients[layer].clear()
         self.touched += optimizer.step(ids, grad)
         memory.patch(layer, ids)
@@ -143,9 +143,10 @@ class EngramOptimizer(torch.optim.AdamW):
 
     @property
     def interrupted(self) -> str | None:
-        """What the last step updated and what not, if it was interrupted (KeyboardInterrupt, an error) after it had
-        begun; else None. Each row is unchanged or completely updated. The next step warns of it and continues from
-        there, with the gradients of new backward passes; loading a state, as of a checkpoint, sets it to None."""
+        """Text that names what the last step updated and what it did not, if it was interrupted (KeyboardInterrupt,
+        an error) after it had begun; else None. Each row is unchanged or completely updated. The next step warns of it
+        and continues from there, with the gradients of new backward passes; loading a state, as of a checkpoint, sets
+        it to None."""
         if self._progress is None:
             return None
         left = []
@@ -182,7 +183,7 @@ class EngramOptimizer(torch.optim.AdamW):
 
         The state of a table's rows (live tensors) lies under "rows" in the state of a weight of its fusion module (of
         another weight, if none of them is trained), as "<number of the memory>.<layer>": code that moves the state of
-        weights moves that of rows. Digests of the fusion weights that it belongs to lie beside it.
+        weights also moves that of rows. Digests of the fusion weights that it belongs to lie beside it.
         """
         if self.interrupted is not None:
             warnings.warn(f"this is the state after a step that was interrupted: {self.interrupted}", stacklevel=2)
@@ -206,9 +207,9 @@ class EngramOptimizer(torch.optim.AdamW):
             if not match_weights(self.memories[number].fusions, saved):
                 raise RuntimeError(
                     "this optimizer's state was saved beside other weights of the memory than it has now, so training "
-                    "would continue with other rows: load the memory's state too (checkpoints that PEFT writes hold "
-                    "adapters alone: add engram.MemoryCallback() to the Trainer, or memory.save beside them and "
-                    "engram.attach(model, folder) to continue). To train from these rows on, build a new optimizer"
+                    "would continue with other rows: load the memory's state too (checkpoints that PEFT writes have "
+                    "only adapters: add engram.MemoryCallback() to the Trainer, or memory.save beside them and "
+                    "engram.attach(model, folder) to continue). To train the present rows, build a new optimizer"
                 )
         self._saved_beside = {}
 
@@ -315,9 +316,9 @@ def build_optimizer(
         "sinkhorn": lambda table: RowSinkhorn(table, table_lr, (table_betas or (0.95, 0.0))[0]),
     }
     if table_betas is not None and len(table_betas) != 2:
-        raise ValueError(f"table_betas are two numbers, not {table_betas}")
+        raise ValueError(f"table_betas must be two numbers, not {table_betas}")
     if table_optimizer not in make:
-        raise ValueError(f"table_optimizer is {', '.join(map(repr, make))}, not {table_optimizer!r}")
+        raise ValueError(f"table_optimizer must be one of {', '.join(map(repr, make))}, not {table_optimizer!r}")
     memories = [module for module in model.modules() if isinstance(module, EngramMemory)]
     rows: list[dict[int, Any]] = []
     try:

@@ -56,7 +56,7 @@ def test_with_zero_rows_step_0_logits_are_those_of_the_model_alone(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_memory_alone_learns_a_text_by_heart(name):
+def test_training_only_the_memory_memorises_a_text(name):
     model, memory = attached(name, ZERO)
     model.train().requires_grad_(False)
     memory.requires_grad_(True)
@@ -86,7 +86,7 @@ def test_cached_decoding_equals_the_full_forward(name):
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_a_cache_that_the_model_made_itself_goes_on(name):
+def test_a_cache_that_the_model_made_itself_continues_the_text(name):
     model, _ = attached(name)
     ids = text()
     full = model(ids, use_cache=False).logits
@@ -137,7 +137,7 @@ def test_generate_with_a_cache_equals_generate_without(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
-def test_beam_search_reorders_what_the_memory_remembers(name):
+def test_beam_search_reorders_the_state_of_the_memory(name):
     model, _ = attached(name)
     kwargs = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4, "do_sample": False}
     kwargs |= {"output_scores": True, "return_dict_in_generate": True}
@@ -219,7 +219,7 @@ def test_a_cache_that_the_memory_has_not_followed_is_refused():
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
 @torch.no_grad()
-def test_packed_documents_are_read_as_each_alone(name):
+def test_packed_documents_give_what_each_gives_alone(name):
     model, _ = attached(name)
     ids = text(time=20)
     places = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
@@ -228,13 +228,13 @@ def test_packed_documents_are_read_as_each_alone(name):
     close(packed[:, 8:], model(ids[:, 8:]).logits)
 
 
-def test_without_transformers_the_error_says_what_to_install():
+def test_without_transformers_the_error_names_what_to_install():
     code = "import sys; sys.modules['transformers'] = None; import engram; engram.attach"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 1 and "pip install -e '.[hf]'" in ran.stderr
 
 
-def test_detach_gives_the_untouched_model_back():
+def test_detach_returns_the_unchanged_model():
     model = build("gemma3_images")
     before, ids = set(model.state_dict()), text()
     plain = model(ids).logits
@@ -251,7 +251,7 @@ def test_detach_gives_the_untouched_model_back():
         engram.detach(model)
 
 
-def test_a_saved_memory_comes_back_as_an_adapter(tmp_path):
+def test_a_saved_memory_attaches_as_an_adapter(tmp_path):
     model, memory = attached("llama")
     logits = model(text()).logits
     memory.save(tmp_path / "adapter")
@@ -265,7 +265,7 @@ def test_a_saved_memory_comes_back_as_an_adapter(tmp_path):
         engram.attach(model, memory, TokenMap.identity(VOCAB - 1))
 
 
-def test_a_model_saved_with_its_memory_comes_back_whole(tmp_path):
+def test_a_model_saved_with_its_memory_loads_completely(tmp_path):
     model, memory = attached("mixtral")
     memory.tables[0].write(torch.tensor([7]), torch.full((1, 8), 3.0))
     model.save_pretrained(tmp_path / "model")
@@ -436,7 +436,7 @@ def test_embeddings_without_ids_are_refused_and_ids_pass_again():
     assert torch.equal(model(text()).logits, logits)
 
 
-def test_a_forward_pass_that_broke_off_leaves_no_ids_behind():
+def test_a_forward_pass_that_raised_leaves_no_ids_behind():
     model, _ = attached("llama")
 
     def fail(*args):
@@ -479,7 +479,7 @@ def parts(model) -> dict[str, torch.nn.Module]:
 @pytest.mark.parametrize("where", ["embedding", "first layer", "inside a layer", "last layer", "norm", "head"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), GeneratorExit(), SystemExit(1), RuntimeError("no memory left")])
 @torch.no_grad()
-def test_nothing_of_a_forward_pass_survives_whatever_ended_it(where, error):
+def test_no_state_of_a_forward_pass_remains_whatever_ended_it(where, error):
     model, _ = attached("llama")
     ids, more = (
         text(),
@@ -500,7 +500,7 @@ def test_nothing_of_a_forward_pass_survives_whatever_ended_it(where, error):
 
 
 @torch.no_grad()
-def test_an_interrupted_pass_in_another_thread_leaves_this_one_alone():
+def test_an_interrupted_pass_in_another_thread_does_not_affect_this_one():
     model, _ = attached("llama")
     ids, mask = text(), torch.tensor([[0] * 8 + [1] * 4] * 2)
     want, found = model.model(ids).last_hidden_state, []
@@ -538,7 +538,7 @@ def test_a_generate_that_was_interrupted_changes_nothing_that_follows():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory left")])
 @torch.no_grad()
-def test_a_cache_that_a_broken_pass_filled_in_part_is_refused(error):
+def test_a_cache_that_an_interrupted_pass_filled_in_part_is_refused(error):
     model, _ = attached("llama")
     ids = text()
     full, cache = model(ids).logits, hf.DynamicCache(config=model.config)
@@ -639,7 +639,7 @@ def test_generate_batch_is_refused_with_the_reason():
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
 def test_a_cache_is_followed_by_whichever_name_forward_accepts(name):
-    """The name in the signature, and older ones that forward() renames."""
+    """The cache is followed under the name in the signature and under older names that forward() renames."""
     model, _ = attached("llama")
     if name not in inspect.signature(hf.LlamaModel.forward).parameters and CACHE != "cache":
         pytest.skip("this version of transformers has not heard of `cache`")
@@ -727,7 +727,7 @@ def test_placeholders_are_found_in_the_parts_of_a_configuration():
     assert placeholder_ids(CONFIGS["llama"]()) == ()
 
 
-def test_an_unknown_architecture_is_named_with_what_was_looked_for():
+def test_the_error_for_an_unknown_architecture_names_the_expected_attributes():
     t5 = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=32, num_layers=2))
     with pytest.raises(ValueError, match=r"architecture of T5ForConditionalGeneration.*named layers, h, blocks.*block"):
         engram.attach(t5, ZERO, IDENTITY)
@@ -735,7 +735,7 @@ def test_an_unknown_architecture_is_named_with_what_was_looked_for():
         engram.attach(torch.nn.Linear(2, 2), ZERO, IDENTITY)
 
 
-def test_attaching_what_does_not_fit_is_refused():
+def test_attaching_a_memory_that_does_not_fit_is_refused():
     model, memory = attached("llama")
     with pytest.raises(ValueError, match="has a memory already"):
         engram.attach(model, ZERO, IDENTITY)
@@ -753,7 +753,7 @@ def test_attaching_what_does_not_fit_is_refused():
         engram.attach(build("deepseek_v4"), engram.EngramMemory(ZERO, IDENTITY, 32))
 
 
-def test_a_refused_attach_leaves_the_model_alone():
+def test_a_refused_attach_leaves_the_model_unchanged():
     model = build("llama")
     before = set(model.state_dict())
     with pytest.raises(ValueError, match="compressed ids"):
@@ -785,7 +785,7 @@ def test_a_model_that_was_compiled_and_has_run_gets_its_memory(how):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "deepseek_v3"])
 @torch.no_grad()
-def test_a_mask_with_room_for_what_comes_later_is_read_from_its_start(name):
+def test_a_mask_with_room_for_later_positions_is_read_from_its_start(name):
     model, ids = attached(name)[0].eval(), text(2, 9)
     expected = model(ids).logits
     mask = torch.zeros(2, 30, dtype=torch.long)
@@ -800,8 +800,8 @@ def test_a_mask_with_room_for_what_comes_later_is_read_from_its_start(name):
     close(torch.cat(pieces, dim=1), expected)
 
 
-def test_attaching_twice_says_what_to_do_next():
-    """As when cells of a notebook run twice: the one that attaches, the one that makes the memory, both."""
+def test_the_error_for_attaching_twice_names_what_to_do_next():
+    """Imitate a notebook whose cells run twice: the one that attaches, the one that makes the memory, or both."""
     model, memory = attached("llama")
     for again in (FULL, memory, engram.EngramMemory(FULL, IDENTITY, 32)):
         with pytest.raises(ValueError, match=r"go on with that one, or call engram.detach\(model\) and attach again"):
@@ -815,7 +815,7 @@ def test_attaching_twice_says_what_to_do_next():
 
 
 def test_attach_draws_no_random_number_of_the_model_and_leaves_no_hook():
-    """It runs the model up to its first layer, where the dropout of gpt2 would draw."""
+    """attach runs the model up to its first layer, where the dropout of gpt2 would draw."""
     kept = engram.EngramMemory(FULL, IDENTITY, 32)
     for name in ("gpt2", "llama"):
         model = build(name).train()
@@ -839,8 +839,8 @@ def test_streams_in_an_axis_of_their_own_are_refused_at_attach(streams):
 
 
 @pytest.mark.parametrize("change", ["narrower", "more streams", "more sequences"])
-def test_layers_that_pass_on_something_else_are_refused_at_attach(change):
-    """Whatever the class is called: what reaches the first layer decides."""
+def test_layers_that_return_something_other_than_a_hidden_state_are_refused_at_attach(change):
+    """The input of the first layer decides, not the name of the class."""
     model = build("llama")
     changes = {
         "narrower": lambda x: x[..., :16],

@@ -167,7 +167,7 @@ def test_a_trained_run_is_resumed_evaluated_and_continued(engram, text_folder, t
         (("ablate", "--device", "cuda:99"), "this machine has no device 'cuda:99': torch"),
         (("generate", "run", "--device", "gpu"), "this machine has no device 'gpu': torch"),
         (("evaluate", "/nonexistent/run"), "holds no run.json"),
-        (("bench", "fast"), "unknown benchmark fast: choose out of hash"),
+        (("bench", "fast"), "unknown benchmark fast: choose from hash"),
         (("train",), "unknown arm 'engrm'"),
         (("ablate", "--no-such-option"), "No such option"),
     ],

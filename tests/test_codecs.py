@@ -382,7 +382,7 @@ def test_a_mapped_file_keeps_its_rows_its_lock_and_its_size(tmp_path):
     path, rows = tmp_path / "rows.bin", normal(300, 32)
     table = EncodedTable(300, 32, "fp8", path)
     table.write(torch.arange(300), rows)
-    with pytest.raises(BlockingIOError, match="already held"):
+    with pytest.raises(BlockingIOError, match="already open"):
         EncodedTable(300, 32, "fp8", path)
     table.close()
     assert path.stat().st_size == 300 * 33

@@ -1,4 +1,4 @@
-"""A memory's folder: whole or absent, checked before it is believed, shared by processes, and every fault by name."""
+"""Saved memories: written completely or not at all, checked before use, shared by processes; errors name the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and 
 
 
 def memory(seed: int = 0, config: EngramConfig = CONFIG, rows: int = 500) -> EngramMemory:
-    """A memory in whose tables every other row was written."""
+    """Return a memory in whose tables every other row was written."""
     torch.manual_seed(seed)
     m = EngramMemory(config, TokenMap.identity(VOCAB), HIDDEN)
     for table in m.tables.values():
@@ -50,7 +50,7 @@ def same(a: EngramMemory, b: EngramMemory) -> bool:
 
 @pytest.fixture(scope="module")
 def elsewhere(forked):
-    """elsewhere(code, *arguments) -> (exit status, output) of another process, with this file's names at hand."""
+    """elsewhere(code, *arguments) -> (exit status, output) of another process, which imports all names of this file."""
     names = "import json, os, random, signal, sys, tempfile, time\nfrom test_files import *\n"
 
     def run(code: str, *arguments: object) -> tuple[int, str]:
@@ -61,7 +61,7 @@ def elsewhere(forked):
 
 
 def alter(folder: Path, change) -> None:
-    """Change a manifest and write its digest anew, so that the change is not found by the digest."""
+    """Change a manifest and write its digest anew, so that the digest does not reveal the change."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     manifest["digest"] = manifest_digest(manifest)
@@ -160,7 +160,7 @@ def test_tables_of_another_shape_than_the_configuration_are_refused():
         EngramMemory(CONFIG, TokenMap.identity(VOCAB), HIDDEN, tables={1: HostTable(10, 8), 3: HostTable(10, 8)})
 
 
-def test_tables_that_are_given_are_those_that_loading_makes(tmp_path):
+def test_tables_passed_to_the_constructor_must_be_those_that_loading_makes(tmp_path):
     rows, config = memory().layout.rows, CONFIG.replace(table_init="zero", seed=3)
     tables = {layer: HostTable(memory(config=config).layout.rows[layer], 8) for layer in config.layers}
     given = EngramMemory(config, TokenMap.identity(VOCAB), HIDDEN, tables=tables)
@@ -189,7 +189,7 @@ def test_rows_never_written_take_no_disk_space(tmp_path):
     assert torch.equal(EngramMemory.load(folder, "shared").tables[1].gather(torch.arange(300)), rows_of(m)[0][:300])
 
 
-def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_memory(saved, tmp_path):
+def test_an_existing_folder_is_replaced_only_with_overwrite_and_only_if_it_is_a_memory(saved, tmp_path):
     other = memory(seed=1)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         other.save(saved)
@@ -245,7 +245,7 @@ def test_rows_copied_into_files_train_there_and_leave_the_saved_folder_alone(sav
 # Read-only tables.
 
 
-def test_rows_of_a_shared_memory_can_be_neither_written_nor_trained_nor_loaded_over(saved):
+def test_rows_of_a_shared_memory_cannot_be_written_trained_or_loaded_over(saved):
     shared = EngramMemory.load(saved, "shared")
     table = shared.tables[1]
     attempts = [
@@ -284,14 +284,14 @@ print(digest, any("layer-1.rows" in line and " r--s " in line for line in maps.s
 
 
 @linux
-def test_a_file_is_held_by_one_trainer_or_by_readers(tmp_path):
+def test_a_file_is_open_in_one_trainer_or_in_readers(tmp_path):
     path = tmp_path / "rows"
     trainer = HostTable(100, 8, path=path)
     with pytest.raises(BlockingIOError, match="a table that trains it"):
         HostTable(100, 8, path=path, mode="r")
     trainer.close()
     readers = [HostTable(100, 8, path=path, mode="r") for _ in range(2)]
-    with pytest.raises(BlockingIOError, match="already held"):
+    with pytest.raises(BlockingIOError, match="already open"):
         HostTable(100, 8, path=path)
     for reader in readers:
         reader.close()
@@ -301,13 +301,13 @@ def test_a_file_is_held_by_one_trainer_or_by_readers(tmp_path):
 def test_opening_for_reading_creates_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         HostTable(100, 8, path=tmp_path / "rows", mode="r")
-    with pytest.raises(ValueError, match="mode is"):
+    with pytest.raises(ValueError, match="mode must be"):
         HostTable(100, 8, mode="r")
     assert not list(tmp_path.iterdir())
 
 
 @linux
-def test_a_file_truncated_under_a_live_table_is_an_error_and_no_crash(tmp_path, elsewhere):
+def test_a_file_truncated_under_a_live_table_raises_and_does_not_crash(tmp_path, elsewhere):
     code = """
 table = HostTable(4096, 64, path=sys.argv[1])
 table.write(torch.arange(10), torch.ones(10, 64))
@@ -325,7 +325,7 @@ for work in (table.gather, table.prefetch, lambda ids: table.write(ids, torch.on
 
 @linux
 @pytest.mark.parametrize("file", ["layer-3.rows", "layer-1.rows.v"])
-def test_a_truncated_file_is_an_error_and_no_crash_wherever_its_rows_are_used(tmp_path, elsewhere, file):
+def test_a_truncated_file_raises_and_does_not_crash_wherever_its_rows_are_used(tmp_path, elsewhere, file):
     code = """
 import copy
 from engram import Transformer, TransformerConfig
@@ -545,7 +545,7 @@ def test_a_manifest_cannot_point_outside_its_folder(saved, tmp_path):
         EngramMemory.load(saved)
 
 
-def test_verify_reads_checkpoints_and_runs_and_the_command_says_which_block(saved, tmp_path, capsys):
+def test_verify_reads_checkpoints_and_runs_and_the_command_names_the_block(saved, tmp_path, capsys):
     from engram.lm.checkpoint import save_checkpoint
 
     m = memory()
@@ -568,7 +568,7 @@ def test_verify_reads_checkpoints_and_runs_and_the_command_says_which_block(save
 
 
 @linux
-def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_old_memory_whole(saved, tmp_path, elsewhere):
+def test_a_disk_that_fills_up_leaves_nothing_half_written_and_the_old_memory_complete(saved, tmp_path, elsewhere):
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
@@ -737,7 +737,7 @@ def test_prefetching_changes_no_row_and_reads_no_more_than_the_pages(tmp_path, m
 
 
 @linux
-def test_asking_whether_rows_are_in_memory_reads_none_of_them(tmp_path):
+def test_checking_whether_rows_are_in_memory_reads_none_of_them(tmp_path):
     table = HostTable(100_000, 64, path=tmp_path / "rows")
     drop_pages(table)
     ids = torch.randint(0, 100_000, (500,)).numpy()
@@ -746,7 +746,7 @@ def test_asking_whether_rows_are_in_memory_reads_none_of_them(tmp_path):
 
 
 @linux
-def test_another_users_file_is_asked_by_reading_without_waiting(tmp_path, monkeypatch):
+def test_pages_of_another_users_file_are_checked_by_reading_without_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     table = HostTable(10_000, 64, path=tmp_path / "rows")
     ids = torch.randint(0, 10_000, (500,))

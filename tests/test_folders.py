@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever other processes write, read or kill, and after power cuts."""
+"""Files and folders are complete or absent, whatever other processes write, read or kill, and after power cuts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_memory_that_is_read_beside_an_overwriting_process_is_the_old_one_or_t
 
 
 def replace_once(monkeypatch, where: str, write) -> list[int]:
-    """The next call of the function `where` happens after write()."""
+    """Call write() once, just before the next call of the function `where`."""
     module, name = where.rsplit(".", 1)
     real, done = getattr(__import__(module, fromlist=[name]), name), list[int]()
 
@@ -76,7 +76,7 @@ def replace_once(monkeypatch, where: str, write) -> list[int]:
 
 
 def without(what: str, monkeypatch) -> None:
-    """A system that lacks locks on folders, paths of descriptors, or both."""
+    """Imitate a system that lacks locks on folders, paths of descriptors, or both."""
     if "locks" in what:
         import fcntl
 
@@ -109,7 +109,7 @@ def test_a_memory_that_is_replaced_while_it_is_read_is_never_mixed(saved, monkey
     assert names(saved.parent) == ["memory"]
 
 
-def test_a_copy_into_files_begins_again_when_its_source_was_replaced(saved, tmp_path, monkeypatch):  # noqa: F811
+def test_a_copy_into_files_starts_again_if_its_source_was_replaced(saved, tmp_path, monkeypatch):  # noqa: F811
     without("no locks", monkeypatch)
     other = memory(seed=1)
     done = replace_once(monkeypatch, "safetensors.torch.load_file", lambda: other.save(saved, overwrite=True))
@@ -133,7 +133,7 @@ def test_a_folder_that_is_replaced_each_time_is_an_error_that_names_the_reason(s
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "config"])
-def test_real_damage_is_refused_at_once_and_named_by_the_folders_own_name(saved, monkeypatch, damage):  # noqa: F811
+def test_real_damage_is_refused_at_once_with_the_folders_own_name(saved, monkeypatch, damage):  # noqa: F811
     tried = []
     monkeypatch.setattr("engram.memory.saved.read_manifest", lambda home: tried.append(home) or read_manifest(home))
     if damage == "flip":
@@ -173,7 +173,7 @@ def test_a_pinned_folder_that_is_deleted_by_hand_is_reported(saved):  # noqa: F8
 
 
 @pytest.mark.parametrize("system", ["as it is", "no locks"])
-def test_a_checkpoint_that_is_written_anew_while_it_is_read_is_not_mixed(tmp_path, monkeypatch, system):
+def test_a_checkpoint_that_is_rewritten_while_it_is_read_is_not_mixed(tmp_path, monkeypatch, system):
     one, two, into = (memory(seed) for seed in range(3))
     step = save_checkpoint(tmp_path, one, build_optimizer(one), 1, {"text": "one"})
     without(system, monkeypatch)
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_written_anew_while_it_is_read_is_not_mixed(tmp_pat
 
 
 @linux
-def test_a_checkpoint_that_is_removed_by_keep_stays_for_its_reader(tmp_path):
+def test_a_checkpoint_that_keep_removes_stays_until_its_reader_ends(tmp_path):
     m = memory()
     step = save_checkpoint(tmp_path, m, build_optimizer(m), 1, {})
     with pinned_folder(step) as path:
@@ -212,7 +212,7 @@ def test_a_reader_waits_while_a_writer_is_between_its_two_renames(saved, monkeyp
 
 
 def checked(blocks: list[str], count: int | None = None) -> list[int]:
-    """Numbers of the blocks that are read of a file with these digests, in blocks of 100 bytes."""
+    """Return the numbers of the blocks that are read of a file with these digests, in blocks of 100 bytes."""
     size = 100 * len(blocks) if count is None else count
     entry = {"bytes": size, "xxh3_128": "", "blocks": blocks}
     found: list[int] = []
@@ -329,7 +329,7 @@ def test_a_target_that_another_writer_makes_first_is_replaced_or_refused(tmp_pat
 
 @pytest.fixture
 def synced(monkeypatch) -> set[tuple[int, int]]:
-    """Files and folders that were synced, as (device, inode)."""
+    """Set of the files and folders that were synced, as (device, inode)."""
     found, fsync = set(), os.fsync
 
     def record(handle):
@@ -369,7 +369,7 @@ def test_single_files_are_synced_with_their_names(tmp_path, synced):
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_a_folder_that_is_in_place_and_not_confirmed_is_reported_as_it_is(tmp_path, monkeypatch, old):
+def test_a_complete_folder_whose_name_the_disk_did_not_confirm_is_reported(tmp_path, monkeypatch, old):
     target, fsync = tmp_path / "memory", os.fsync
     if old:
         memory().save(target)
@@ -381,23 +381,23 @@ def test_a_folder_that_is_in_place_and_not_confirmed_is_reported_as_it_is(tmp_pa
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(NotSynced, match=r"memory is whole and in place.*Input/output error") as error:
+    with pytest.raises(NotSynced, match=r"memory is complete, and what it replaced.*Input/output error") as error:
         memory(seed=1).save(target, overwrite=True)
     assert "half-written" not in str(error.value)
     assert same(EngramMemory.load(target), memory(seed=1)) and names(tmp_path) == ["memory"]
     m = memory()
-    with pytest.raises(NotSynced, match=r"step-00000001 is whole and in place"):
+    with pytest.raises(NotSynced, match=r"step-00000001 is complete, and"):
         parent = os.stat(tmp_path / "memory").st_ino
         save_checkpoint(tmp_path / "memory", m, build_optimizer(m), 1, {})
     assert checkpoints(tmp_path / "memory")
     parent = os.stat(tmp_path).st_ino
-    with pytest.raises(NotSynced, match="file is whole and in place"):
+    with pytest.raises(NotSynced, match="file is complete, and"):
         write_whole(tmp_path / "file", b"text")
     assert (tmp_path / "file").read_bytes() == b"text"
 
 
 @pytest.mark.parametrize("what", ["saved", "replaced", "encoded"])
-def test_a_file_inside_that_is_not_confirmed_goes_with_its_folder(tmp_path, monkeypatch, what):
+def test_a_folder_is_removed_if_the_disk_did_not_confirm_a_file_in_it(tmp_path, monkeypatch, what):
     m, old, fsync = memory(config=CONFIG.replace(head_dim=32, table_init="zero")), memory(seed=1), os.fsync
     if what == "replaced":
         old.save(tmp_path / "memory")
@@ -415,7 +415,7 @@ def test_a_file_inside_that_is_not_confirmed_goes_with_its_folder(tmp_path, monk
     assert what != "replaced" or same(EngramMemory.load(tmp_path / "memory"), old)
 
 
-def test_a_file_that_cannot_be_synced_is_not_put_in_place(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_synced_does_not_get_its_name(tmp_path, monkeypatch):
     write_whole(tmp_path / "file", b"old")
 
     def broken(handle):
@@ -430,7 +430,7 @@ def test_a_file_that_cannot_be_synced_is_not_put_in_place(tmp_path, monkeypatch)
 
 
 @linux
-def test_a_system_that_syncs_no_read_only_descriptors_and_no_folders_can_save(tmp_path, monkeypatch):
+def test_a_system_that_cannot_sync_read_only_descriptors_or_folders_can_save(tmp_path, monkeypatch):
     import fcntl
 
     real_fsync = os.fsync
@@ -451,7 +451,7 @@ def test_a_system_that_syncs_no_read_only_descriptors_and_no_folders_can_save(tm
 
 
 @pytest.mark.parametrize("name", ["a[b]", "a**b", "*", "a?b", "[!a]", "plain", "a.partial-1-1"])
-def test_leftovers_are_cleared_by_their_exact_name(tmp_path, name):
+def test_leftovers_are_removed_by_their_exact_name(tmp_path, name):
     mine = [f".{name}.partial-12-345", f".{name}.partial-12"]
     others = [f".{name}.partial-notes", f".{name}.partial-12-345-mine", f"{name}.partial-1-2", ".ab.partial-1-1"]
     for left in mine + others:
@@ -474,7 +474,7 @@ def test_the_old_folder_of_a_cut_save_is_named_whatever_its_name(tmp_path, name)
         EngramMemory.load(tmp_path / name)
 
 
-def test_leftovers_of_a_run_are_cleared_and_a_users_folders_stay(tmp_path):
+def test_leftovers_of_a_run_are_removed_and_a_users_folders_stay(tmp_path):
     for left in (
         ".step-00000007.partial-1-1",
         ".step-00000003.partial-1",
@@ -488,7 +488,7 @@ def test_leftovers_of_a_run_are_cleared_and_a_users_folders_stay(tmp_path):
 
 
 @linux
-def test_a_leftover_that_a_living_process_holds_stays(tmp_path):
+def test_a_leftover_that_a_running_process_has_locked_stays(tmp_path):
     held = tmp_path / ".new.partial-1-1"
     held.mkdir()
     handle = locks.open_locked(held)
@@ -503,7 +503,7 @@ def test_a_leftover_that_a_living_process_holds_stays(tmp_path):
 # Names that somebody else put there.
 
 
-def test_links_at_names_that_can_be_foreseen_are_not_followed(tmp_path, monkeypatch):
+def test_links_at_predictable_names_are_not_followed(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "shared").mkdir()
@@ -535,7 +535,7 @@ def test_a_file_has_the_mode_of_the_umask(tmp_path):
         assert stat.S_IMODE((tmp_path / "map").stat().st_mode) == mode
 
 
-def test_a_file_written_under_a_link_replaces_the_link_alone(tmp_path):
+def test_a_file_written_to_the_name_of_a_link_replaces_only_the_link(tmp_path):
     (tmp_path / "elsewhere").write_text("precious")
     (tmp_path / "file").symlink_to(tmp_path / "elsewhere")
     write_whole(tmp_path / "file", b"text")
@@ -610,7 +610,7 @@ def test_an_encoder_that_meets_an_error_anywhere_leaves_nothing_and_can_try_agai
 
 
 @linux
-def test_a_killed_encoder_or_gguf_writer_is_cleared_up_by_the_next(tmp_path, elsewhere):  # noqa: F811
+def test_files_of_a_killed_encoder_or_gguf_writer_are_removed_by_the_next(tmp_path, elsewhere):  # noqa: F811
     code = """
 from engram.integrations.formats import convert
 config = CONFIG.replace(head_dim=32, table_init="zero")
@@ -686,7 +686,7 @@ def test_a_linked_folder_is_trained_and_linked_rows_are_read(saved, tmp_path):  
 
 @pytest.mark.parametrize("to", ["engram", "deepseek-v4.1", "gguf"])
 @pytest.mark.parametrize("system", ["as it is", "no locks"])
-def test_what_is_converted_is_one_memory_though_its_source_is_replaced(tmp_path, monkeypatch, to, system):
+def test_convert_reads_one_memory_although_its_source_is_replaced(tmp_path, monkeypatch, to, system):
     import engram.integrations.formats.conversion as formats
 
     config = EngramConfig(
@@ -733,12 +733,12 @@ def test_offloaded_tables_lie_in_files_that_their_manifest_lists(tmp_path, name)
 
 
 @pytest.mark.parametrize("part", [1, 7, 100])
-def test_a_header_that_is_written_in_parts_is_whole(tmp_path, monkeypatch, part):
+def test_a_header_that_is_written_in_parts_is_complete(tmp_path, monkeypatch, part):
     from engram.integrations.formats import gguf
     from engram.integrations.formats import safetensors_io as tensors
 
     class Short:
-        """A file whose writes take a part only."""
+        """A file whose writes accept only a part of the bytes."""
 
         def __init__(self, path, *args, **kwargs):
             self.file = open(path, *args, **kwargs)
@@ -765,7 +765,7 @@ def test_a_header_that_is_written_in_parts_is_whole(tmp_path, monkeypatch, part)
 
 
 @pytest.mark.parametrize("at", [0, 9, 40])
-def test_a_header_that_reads_otherwise_than_it_was_written_is_noticed(tmp_path, at):
+def test_a_header_that_does_not_read_back_as_written_is_refused(tmp_path, at):
     from engram.integrations.formats import gguf
     from engram.integrations.formats import safetensors_io as tensors
 

@@ -1,4 +1,4 @@
-"""convert and inspect: every format to and fro, and what is refused."""
+"""convert and inspect: every format in both directions, and the inputs that are refused."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ QWEN = EngramConfig(
 
 
 def e4m3(shape, seed: int) -> torch.Tensor:
-    """Random e4m3 bytes that are no NaN."""
+    """Return random e4m3 bytes that are not NaN."""
     bits = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return torch.where(bits % 128 == 127, bits - 1, bits).view(torch.float8_e4m3fn)
 
 
 def e8m0(shape, seed: int) -> torch.Tensor:
-    """Random scales, the smallest (byte 0) among them."""
+    """Return random scales, the smallest (byte 0) among them."""
     bits = torch.randint(100, 150, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     bits.view(-1)[0] = 0
     return bits.view(torch.float8_e8m0fnu)
@@ -81,7 +81,7 @@ def rows_of(config: EngramConfig) -> dict[int, int]:
 
 @pytest.fixture
 def v41(tmp_path: Path) -> Path:
-    """A checkpoint as DeepSeek-V4.1's: the real names and dtypes, a file per layer, an index, a backbone's tensor."""
+    """Write a checkpoint like DeepSeek-V4.1's: real names and dtypes, a file per layer, an index, another tensor."""
     home = tmp_path / "v41"
     home.mkdir()
     names: dict[str, str] = {}
@@ -96,7 +96,7 @@ def v41(tmp_path: Path) -> Path:
 
 
 def filled(config: EngramConfig, streams: int = M, token_map: TokenMap = TOKENS) -> EngramMemory:
-    """A memory with random rows and weights."""
+    """Return a memory with random rows and weights."""
     torch.manual_seed(0)
     memory = EngramMemory(config, token_map, D, streams)
     for table in memory.tables.values():
@@ -122,7 +122,7 @@ def rewrite(home: Path, name: str, value: torch.Tensor | None) -> None:
 # --- to and fro ---
 
 
-def test_v41_tensors_survive_the_way_into_our_folder_and_back_bit_for_bit(v41, tmp_path):
+def test_v41_tensors_convert_to_our_folder_and_back_bit_for_bit(v41, tmp_path):
     report = convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
     assert report["lossless"] and report["rows"] == rows_of(V41)
     assert all(result["problem"] is None for result in verify(tmp_path / "ours"))
@@ -139,7 +139,7 @@ def test_v41_tensors_survive_the_way_into_our_folder_and_back_bit_for_bit(v41, t
         assert torch.equal(after[f"layers.{layer}.engram.wkv.weight"].float(), wkv * wide)
 
 
-def test_rows_of_a_v41_checkpoint_read_from_our_folder_as_values_times_scales(v41, tmp_path):
+def test_rows_of_a_converted_v41_checkpoint_are_values_times_scales(v41, tmp_path):
     convert(v41, tmp_path / "ours", "engram", token_map=TOKENS)
     memory = EngramMemory.load(tmp_path / "ours", mode="shared")
     assert memory.codec == "fp8" and memory.tables[1].nbytes == rows_of(V41)[1] * 66
@@ -163,7 +163,7 @@ def test_every_layout_of_v41_tensors_reads_back_as_the_same_rows(v41, tmp_path, 
         assert all(torch.equal(v, after.weights[layer][k]) for k, v in before.weights[layer].items())
 
 
-def test_ranks_by_head_hold_whole_columns_and_ranks_by_row_differ_by_one_row_at_most(v41, tmp_path):
+def test_ranks_by_head_have_complete_columns_and_ranks_by_row_differ_by_at_most_one_row(v41, tmp_path):
     layout = open_source(v41).layout
     convert(v41, tmp_path / "head", "deepseek-v4.1", shards=4, by="head")
     convert(v41, tmp_path / "row", "deepseek-v4.1", shards=4, by="row")
@@ -174,7 +174,7 @@ def test_ranks_by_head_hold_whole_columns_and_ranks_by_row_differ_by_one_row_at_
 
 
 @pytest.mark.parametrize(("config", "to"), [(DEMO, "demo"), (QWEN, "qwen")])
-def test_our_folder_survives_the_way_into_a_dialect_and_back(config, to, tmp_path):
+def test_our_folder_converts_to_a_dialect_and_back(config, to, tmp_path):
     token_map = TOKENS if to == "demo" else TokenMap.identity(VOCAB)
     memory = filled(config, token_map=token_map)
     memory.save(tmp_path / "ours")
@@ -286,7 +286,7 @@ def test_encoded_folders_convert_to_the_values_they_read_as(codec, tmp_path):
     assert torch.equal(rows.read(0, rows.rows).float(), table.gather(torch.arange(table.rows)))
 
 
-def test_never_written_rows_of_a_normal_table_convert_as_what_they_read_as(tmp_path):
+def test_never_written_rows_of_a_normal_table_convert_to_the_values_they_read_as(tmp_path):
     memory = EngramMemory(DEMO, TOKENS, D, M)
     memory.save(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "demo", "demo")
@@ -408,7 +408,7 @@ def test_ranks_under_each_others_names_are_refused(v41, tmp_path):
         open_source(home)
 
 
-def test_ranks_that_disagree_on_a_weight_that_all_hold_are_refused(v41, tmp_path):
+def test_ranks_that_differ_in_a_weight_that_all_have_are_refused(v41, tmp_path):
     home = tmp_path / "tp"
     convert(v41, home, "deepseek-v4.1", shards=2)
     tensors = safetensors.torch.load_file(home / "model1-mp2.safetensors")
@@ -521,19 +521,19 @@ def test_a_token_map_of_another_tokenizer_version_is_refused(v41, tmp_path, toke
         convert(v41, tmp_path / "ours", "engram", token_map=token_map)
 
 
-def test_a_token_map_of_the_same_size_is_refused_where_the_checkpoint_has_its_own(v41, tmp_path):
+def test_a_token_map_of_the_same_size_is_refused_if_the_checkpoint_has_its_own(v41, tmp_path):
     TOKENS.save(v41 / "token_map.safetensors")
     with pytest.raises(ValueError, match="is not the one in"):
         convert(v41, tmp_path / "ours", "engram", token_map=TokenMap.identity(VOCAB))
 
 
 def grown(*added: int) -> TokenMap:
-    """TOKENS after tokens were added: of these classes, of which those from VOCAB on are new."""
+    """Return TOKENS with added tokens of these classes; classes from VOCAB on are new."""
     return TokenMap(np.concatenate([TOKENS.table, added]))
 
 
 @pytest.mark.parametrize("added", [(VOCAB,), (VOCAB, VOCAB + 1, VOCAB + 2), (3, VOCAB, 5)])
-def test_a_tokenizer_with_tokens_added_since_converts_to_the_same_memory(v41, tmp_path, added):
+def test_a_tokenizer_with_added_tokens_converts_to_the_same_memory(v41, tmp_path, added):
     TOKENS.save(v41 / "token_map.safetensors")
     swapped = TOKENS.table.copy()
     swapped[[3, 4]] = swapped[[4, 3]]
@@ -552,7 +552,7 @@ def test_a_tokenizer_with_tokens_added_since_converts_to_the_same_memory(v41, tm
 
 
 @pytest.mark.parametrize("added", [["new"], ["new", "Ｗ3", "newer"], ["w40", "w41"]])
-def test_a_tokenizer_beside_a_checkpoint_may_have_grown_if_the_one_before_is_given(v41, tmp_path, added):
+def test_a_tokenizer_beside_a_checkpoint_may_have_grown_if_the_earlier_one_is_passed(v41, tmp_path, added):
     from tokenizers import Tokenizer, models
 
     words = [f"w{i}" for i in range(VOCAB)] + [f"W{i}" for i in range(10)] + added
@@ -570,7 +570,7 @@ def test_a_tokenizer_beside_a_checkpoint_may_have_grown_if_the_one_before_is_giv
 
 
 @pytest.mark.parametrize("to", ["engram", "gguf"])
-def test_a_format_that_says_how_rows_are_addressed_needs_the_tokenizer(v41, tmp_path, to):
+def test_a_format_that_stores_addresses_needs_the_tokenizer(v41, tmp_path, to):
     with pytest.raises(ValueError, match="give token_map"):
         convert(v41, tmp_path / "there", to)
     convert(v41, tmp_path / "there", to, token_map=TOKENS)
@@ -631,7 +631,7 @@ def test_more_ranks_than_columns_are_refused(v41, tmp_path):
         convert(v41, tmp_path / "there", "deepseek-v4.1", shards=99, by="head")
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_written(v41, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_refused_before_anything_is_written(v41, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: Free)
     with pytest.raises(OSError, match=r"no room for .*there: its tables take [\d,]+ bytes, 100 are free"):
         convert(v41, tmp_path / "there", "deepseek-v4.1")
@@ -664,13 +664,13 @@ class Free:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
-def test_an_index_that_makes_no_sense_is_refused_by_name(v41, text):
+def test_an_invalid_index_is_refused_by_name(v41, text):
     (v41 / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"index\.json cannot be read"):
         open_source(v41)
 
 
-def test_a_disk_that_gives_back_one_other_byte_is_noticed(v41, tmp_path, monkeypatch):
+def test_a_disk_that_returns_one_wrong_byte_is_refused(v41, tmp_path, monkeypatch):
     from engram.integrations.formats import safetensors_io as tensors
 
     write, done = os.pwrite, []
@@ -739,7 +739,7 @@ def test_a_damaged_folder_of_ours_is_not_given_new_digests(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["weights{}-mp12", "model_{:02}-mp12", "model{:02}-mp12"])
-def test_ranks_join_by_their_number_whatever_their_files_are_called(v41, tmp_path, name):
+def test_ranks_are_joined_by_number_whatever_their_file_names(v41, tmp_path, name):
     convert(v41, tmp_path / "tp", "deepseek-v4.1", shards=12)
     other = tmp_path / "other"
     other.mkdir()

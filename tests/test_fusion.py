@@ -152,7 +152,7 @@ def test_biases_exist_only_where_asked():
 def test_rows_of_other_positions_are_refused():
     fusion = EngramFusion(EngramConfig(layers=(1,), heads=1, head_dim=2, rows_per_head=7), 8)  # d_mem 4
     for shape in ((1, 1, 8), (3, 5, 8)):
-        with pytest.raises(ValueError, match=r"the rows are of \[1, 5\] positions"):
+        with pytest.raises(ValueError, match=r"the rows have \[1, 5\] positions"):
             fusion(torch.zeros(1, 5, 8), torch.zeros(shape))
 
 

@@ -1,4 +1,4 @@
-"""Every form in which transformers says which positions are padding, where documents begin and what is cached."""
+"""Every form in which transformers passes the padding, the starts of documents and the cache."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PAD = torch.tensor([3, 0])  # positions of padding before each text of a batch o
 
 
 def left_padded(ids):
-    """Ids whose first positions are an ordinary token, and the mask and position ids that say which are padding."""
+    """Return ids whose first positions are an ordinary token, and the mask and position ids that mark the padding."""
     mask = torch.arange(ids.shape[1]) >= PAD[:, None]
     return torch.where(mask, ids, 9), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def finished(mask, window=None):
-    """bool [B, 1, T, T]: causal, without the keys that are padding, and of the last `window` only."""
+    """Return bool [B, 1, T, T]: causal, without the keys that are padding, and of the last `window` only."""
     time = mask.shape[1]
     seen = torch.ones(time, time).tril().bool()
     if window is not None:
@@ -72,7 +72,7 @@ CASES = [("llama", form) for form in FORMS] + [("gemma3", form) for form in [*li
 
 @pytest.mark.parametrize(("name", "form"), CASES)
 @torch.no_grad()
-def test_every_form_of_a_padding_mask_reads_each_text_as_it_is_alone(name, form):
+def test_with_every_form_of_padding_mask_each_text_gives_what_it_gives_alone(name, form):
     model, memory = attached(name)
     seen, recall = [], memory.recall
     memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
@@ -90,7 +90,7 @@ PACKED = [5, 4, 3]
 
 
 def packed(how, time=12):
-    """Arguments that say that the positions are documents of the lengths PACKED."""
+    """Return arguments that mark the positions as documents of the lengths PACKED."""
     numbers = torch.repeat_interleave(torch.arange(len(PACKED)), torch.tensor(PACKED))
     places = torch.cat([torch.arange(n) for n in PACKED])[None]
     ends = torch.tensor([0, *PACKED]).cumsum(0).to(torch.int32)
@@ -110,7 +110,7 @@ def packed(how, time=12):
     "how", ["position ids", "flash attention", "flash attention alone", "blocks", "additive blocks", "blocks alone"]
 )
 @torch.no_grad()
-def test_every_form_of_packing_reads_each_document_as_it_is_alone(how):
+def test_with_every_form_of_packing_each_document_gives_what_it_gives_alone(how):
     model, memory = attached("llama")
     seen, recall = [], memory.recall
     memory.recall = lambda *args, **kwargs: seen.append(recall(*args, **kwargs)) or seen[-1]
@@ -123,7 +123,7 @@ def test_every_form_of_packing_reads_each_document_as_it_is_alone(how):
 @pytest.mark.parametrize("kind", ["dynamic", "sliding", "static", "offloaded", "offloaded_static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 @torch.no_grad()
-def test_every_kind_of_cache_decodes_what_no_cache_does(name, kind):
+def test_every_kind_of_cache_decodes_as_without_a_cache(name, kind):
     model, _ = attached(name)
     ids = text(time=20)
     full = model(ids, use_cache=False).logits
@@ -183,7 +183,7 @@ def test_the_default_dtype_of_torch_changes_nothing(dtype):
 
 @torch.no_grad()
 def test_the_default_device_of_torch_changes_nothing():
-    """Here the device meta, on which nothing can be computed, stands for one on which the model is not."""
+    """The device meta, on which nothing can be computed, stands for a device other than the model's."""
     model, _ = attached("llama")
     ids, mask, places = left_padded(text())
     cases = [

@@ -61,7 +61,7 @@ def rows(model) -> torch.Tensor:
 
 
 def update(model) -> torch.Tensor:
-    """What the memory of layer 1 adds to a hidden state."""
+    """Return what the memory of layer 1 adds to a hidden state."""
     hidden = torch.randn(4, 12, 32, generator=torch.Generator().manual_seed(0))
     return model.memory[1](hidden, model.memory.recall(text()))
 
@@ -88,7 +88,7 @@ class Config(hf.PretrainedConfig):
 
 
 class WithMemory(hf.PreTrainedModel):
-    """A model of one's own that has a memory from the beginning."""
+    """A user's own model that has a memory from the beginning."""
 
     config_class = Config
     made: ClassVar[dict[str, str]] = {}
@@ -349,7 +349,7 @@ def test_a_deep_copy_of_a_memory_is_independent():
 
 @pytest.mark.parametrize("codec", [None, "fp8", "pq8"])
 @pytest.mark.parametrize("mode", ["files", "shared"])
-def test_a_copy_of_tables_in_files_keeps_its_rows_in_memory_and_shares_what_is_never_written(tmp_path, codec, mode):
+def test_a_copy_of_tables_in_files_has_its_rows_in_memory_and_shares_read_only_files(tmp_path, codec, mode):
     model, _ = trained(folder=tmp_path / "tables", head_dim=32)
     if codec:
         model.memory.encode_tables(codec, tmp_path / "encoded")
@@ -424,7 +424,7 @@ def test_a_copy_of_one_layer_does_not_copy_the_tables(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["own", "attached", "memory", "optimizer"])
-def test_pickling_says_what_to_do_instead(kind):
+def test_the_error_for_pickling_names_the_alternative(kind):
     model, optimizer = trained()
     thing = {"own": model, "attached": attached()[0], "memory": model.memory, "optimizer": optimizer}[kind]
     with pytest.raises(TypeError, match=r"not pickled.*memory\.save"):
@@ -443,7 +443,7 @@ class Logits(nn.Module):
 @pytest.mark.parametrize("kind", ["own", "attached"])
 @pytest.mark.parametrize("tool", ["jit.trace", "export", "make_fx", "vmap", "grad"])
 @pytest.mark.filterwarnings("ignore")
-def test_what_records_or_transforms_operations_is_refused_by_name(kind, tool):
+def test_recording_or_transforming_operations_is_refused_by_name(kind, tool):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     model = (make() if kind == "own" else Logits(attached()[0])).eval()
@@ -480,7 +480,7 @@ def test_dynamic_quantisation_reaches_the_fusion(kind, gate):
 
 
 class Packed(nn.Module):
-    """A linear layer as weight-only quantisers leave it: whole numbers and scales."""
+    """A linear layer as weight-only quantisers leave it: integers and scales."""
 
     def __init__(self, linear):
         super().__init__()
@@ -493,7 +493,7 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_kept_as_whole_numbers_do_not_round_the_rows(dtype):
+def test_weights_stored_as_integers_do_not_round_the_rows(dtype):
     model, memory = attached()
     model.to(dtype)
     plain = model(text()).logits
@@ -503,7 +503,7 @@ def test_weights_kept_as_whole_numbers_do_not_round_the_rows(dtype):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_weights_that_accelerate_keeps_in_host_memory_or_on_disk_are_brought_back(tmp_path, when):
+def test_weights_that_accelerate_keeps_in_host_memory_or_on_disk_are_loaded_for_use(tmp_path, when):
     from accelerate import cpu_offload, disk_offload
 
     for offload in (cpu_offload, lambda m, execution_device: disk_offload(m, str(tmp_path), execution_device)):
@@ -576,7 +576,7 @@ def test_an_optimizer_from_before_the_processes_is_refused_when_it_is_prepared(m
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_images", "mixtral", "qwen3"])
-def test_a_saved_model_brings_its_memory_along_and_transformers_alone_refuses_it(tmp_path, name):
+def test_a_saved_model_loads_with_its_memory_and_transformers_alone_refuses_it(tmp_path, name):
     model, memory = attached(name)
     model.save_pretrained(tmp_path)
     logits = model(text()).logits
@@ -601,7 +601,7 @@ def test_a_saved_model_brings_its_memory_along_and_transformers_alone_refuses_it
 
 
 @pytest.mark.parametrize("form", ["shards", "bfloat16", "pq8", "int8", "saved twice", "loaded and saved"])
-def test_model_folders_of_every_form_come_back(tmp_path, form):
+def test_model_folders_of_every_form_load(tmp_path, form):
     model, memory = attached("llama", head_dim=32, table_dtype="bfloat16" if form == "bfloat16" else "float32")
     if form == "bfloat16":
         model.bfloat16()

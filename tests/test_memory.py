@@ -138,7 +138,7 @@ def test_rows_of_dead_positions_get_no_gradient():
 
 
 @pytest.mark.parametrize("pieces", [[1] * 20, [5, 1, 1, 9, 4], [8, 12]])
-def test_a_cache_takes_dead_positions_and_documents_along(pieces):
+def test_a_cache_keeps_dead_positions_and_documents(pieces):
     memory = make(SMALL.replace(conv_init="uniform")).memory
     ids, hidden = text(), torch.randn(2, 20, 32)
     dead = torch.zeros(2, 20, dtype=torch.bool)
@@ -165,7 +165,7 @@ def test_documents_within_a_piece_cut_a_cached_text():
     torch.testing.assert_close(torch.cat(steps, dim=1), whole)
 
 
-def test_a_cache_whose_sequences_were_chosen_anew_goes_on_with_them():
+def test_a_cache_continues_with_the_sequences_that_were_selected():
     memory = make(SMALL.replace(conv_init="uniform")).memory
     ids, hidden = text(B=3), torch.randn(3, 20, 32)
     dead = torch.zeros(3, 12, dtype=torch.bool)
@@ -276,7 +276,7 @@ def test_accumulated_gradients_equal_one_large_batch():
     torch.testing.assert_close(train(1), train(2), rtol=1e-3, atol=1e-5)
 
 
-def test_scaled_losses_move_rows_as_unscaled_ones_do_and_infinite_ones_not_at_all():
+def test_scaled_losses_move_rows_as_unscaled_ones_do_and_infinite_ones_move_none():
     def train(scale: float | None, loss_times: float = 1.0) -> tuple[torch.Tensor, int, float]:
         model = make(SMALL.replace(table_init="zero"))
         optimizer = build_optimizer(model, table_lr=0.1)
@@ -460,12 +460,12 @@ def test_a_buffer_of_ids_may_be_used_again_at_once(size, monkeypatch):
 
 @pytest.mark.parametrize("name", ["documents", "dead"])
 @pytest.mark.parametrize("wrong", [torch.zeros(20), torch.zeros(2, 19), torch.zeros(1, 20), np.zeros((2, 20))])
-def test_what_is_said_of_positions_has_the_shape_of_the_ids(name, wrong):
+def test_arguments_about_positions_must_have_the_shape_of_the_ids(name, wrong):
     with pytest.raises(ValueError, match=rf"{name} must be a tensor of the ids' shape \[2, 20\]"):
         make().memory.recall(text(), **{name: wrong})
 
 
-def test_a_part_of_the_rows_is_refused_and_a_folder_that_did_not_come_to_be_can_be_tried_again(tmp_path, monkeypatch):
+def test_a_folder_with_rows_of_some_layers_is_refused_and_a_failed_folder_can_be_made_again(tmp_path, monkeypatch):
     config = SMALL.replace(layers=(0, 1))
     new_table = engram.memory.build.new_table
 
@@ -495,7 +495,7 @@ def test_a_memory_that_was_not_closed_releases_its_files(tmp_path):
     make(folder=tmp_path).memory.close()
 
 
-def test_files_that_are_there_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+def test_existing_files_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
     memory = make(SMALL.replace(layers=(0, 1), head_dim=32)).memory
     (tmp_path / "layer-1.fp8").write_bytes(b"x")
     monkeypatch.setattr("engram.memory.encoding.encode_table", lambda *_: pytest.fail("a table was encoded"))
@@ -503,7 +503,7 @@ def test_files_that_are_there_are_refused_before_anything_is_encoded(tmp_path, m
         memory.encode_tables("fp8", tmp_path)
 
 
-def test_what_is_refused_is_not_taken_up_by_the_cache():
+def test_refused_ids_do_not_enter_the_cache():
     model, ids, cache = make().eval(), text(T=10), Cache()
     with torch.no_grad():
         before = model(ids[:, :5], cache=cache)
@@ -518,7 +518,7 @@ def test_what_is_refused_is_not_taken_up_by_the_cache():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_a_piece_that_begins_dead_does_not_look_past_it(cut):
+def test_a_piece_that_begins_with_a_dead_position_does_not_read_tokens_before_it(cut):
     memory = make(SMALL.replace(conv_kernel=0, boundary="dead")).memory
     ids = torch.tensor([[5, 6, -1, 7, 8, 9]])
     whole = memory.recall(ids).row_ids
@@ -592,7 +592,7 @@ def test_a_written_row_reaches_a_recall_in_flight(path, monkeypatch):
 
 @pytest.mark.parametrize("used", [False, True], ids=["on their way", "used before"])
 @pytest.mark.parametrize("change", ["load", "encode"])
-def test_a_recall_in_flight_reads_what_replaces_all_rows(change, used):
+def test_a_recall_in_flight_reads_the_rows_that_replace_all_rows(change, used):
     config = SMALL.replace(head_dim=32)  # of which int4 rows can be made
     model, other, ids = make(config), make(config), text()
     for table in (*model.memory.tables.values(), *other.memory.tables.values()):
@@ -700,5 +700,5 @@ def test_parts_that_do_not_belong_to_the_memory_are_refused():
     with pytest.raises(ValueError, match="another token map"):
         EngramMemory(SMALL, token_map, 32, hasher=LastToken(TokenMap.identity(VOCAB)))
     for layers in ((1,), (1, 2, 3), (0, 1)):
-        with pytest.raises(ValueError, match=rf"the fusions are of layers \[{', '.join(map(str, layers))}\]"):
+        with pytest.raises(ValueError, match=rf"the fusions belong to layers \[{', '.join(map(str, layers))}\]"):
             EngramMemory(SMALL, token_map, 32, fusions={layer: Added() for layer in layers})

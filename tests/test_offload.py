@@ -80,7 +80,7 @@ def test_the_models_parameters_and_state_dict_shrink_by_the_tables(tmp_path):
     assert not any("ngram_embedding" in name for name in model.state_dict())
 
 
-def test_casting_an_offloaded_model_casts_its_rows_as_it_would_have_cast_the_table(tmp_path):
+def test_casting_an_offloaded_model_casts_its_rows_as_casting_the_table_would(tmp_path):
     model, twin = qwen(), qwen()
     offload(model, tmp_path / "rows")
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_offloaded_rows_pass_engram_verify_and_a_changed_byte_does_not(tmp_path)
     assert any(r["problem"] for r in verify(tmp_path / "rows"))
 
 
-def test_what_cannot_be_offloaded_is_refused_with_the_reason(tmp_path):
+def test_models_that_cannot_be_offloaded_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="Linear has no n-gram table"):
         offload(torch.nn.Linear(2, 2))
     model = qwen()
@@ -120,7 +120,7 @@ def test_what_cannot_be_offloaded_is_refused_with_the_reason(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """What save_pretrained writes: split shards, real names."""
+    """Write a checkpoint with save_pretrained: split shards, real names."""
     folder = tmp_path_factory.mktemp("qwen") / "model"
     qwen(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -170,7 +170,7 @@ def test_a_checkpoint_without_one_of_its_shards_is_refused_by_name(checkpoint, t
 
 
 def resident() -> int:
-    """Bytes of this process's own memory that are in RAM; mapped files, which the system can drop, do not count."""
+    """Return the bytes of this process's own memory in RAM; mapped files, which the system can drop, do not count."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
 
@@ -213,7 +213,7 @@ def test_rows_of_a_checkpoint_that_has_changed_are_all_compared(checkpoint, tmp_
         load_offloaded(home, tmp_path / "rows")
 
 
-def test_a_folder_that_is_there_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_an_existing_folder_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "engram.integrations.transformers.offload.write_rows", lambda *_: pytest.fail("rows were written")
     )

@@ -50,7 +50,7 @@ def stuck(monkeypatch, threaded):
 
 
 def child(work, seconds=30) -> int:
-    """The exit code of work() in a forked process; 0 where it returns True."""
+    """Return the exit code of work() in a forked process: 0 if it returns True."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -113,7 +113,7 @@ def trains(memory, recall, wanted):
 
 @forks
 @pytest.mark.parametrize("work", [use, hashes, patches, writes, renews, encodes, trains])
-def test_a_forked_process_fetches_what_was_in_flight_anew(stuck, work):
+def test_a_forked_process_fetches_rows_in_flight_again(stuck, work):
     memory = make()
     wanted = memory.tables[2].gather(memory.hasher(text())[2]).flatten(2)
     recall = memory.recall(text())
@@ -121,7 +121,7 @@ def test_a_forked_process_fetches_what_was_in_flight_anew(stuck, work):
 
 
 @forks
-def test_a_fork_in_the_middle_of_a_fetch_or_a_patch_hangs_no_child(threaded, monkeypatch):
+def test_a_fork_in_the_middle_of_a_fetch_or_a_patch_blocks_no_child(threaded, monkeypatch):
     memory, inside, go_on = make(), threading.Event(), threading.Event()
     wanted = memory.tables[2].gather(memory.hasher(text())[2]).flatten(2)
     gather, here = HostTable.gather, os.getpid()
@@ -155,7 +155,7 @@ def test_rows_that_had_arrived_before_a_fork_are_those_of_the_child(threaded):
     assert torch.equal(recall.rows(2), before)  # a table in memory is the child's own
 
 
-def test_what_the_work_raises_is_raised_in_every_use(threaded):
+def test_an_error_of_the_work_is_raised_in_every_use(threaded):
     def fail():
         raise OSError("no such row")
 
@@ -285,7 +285,7 @@ def test_a_patch_that_was_interrupted_leaves_no_old_row_behind(threaded, monkeyp
         assert torch.equal(recall.rows(1).unflatten(2, (4, 32))[0, 3, 2], torch.full((32,), 9.0))
 
 
-def test_a_weak_list_is_listed_while_it_changes(often_switched):
+def test_a_weak_list_can_be_listed_while_it_changes(often_switched):
     class Thing:
         pass
 
@@ -303,7 +303,7 @@ def test_a_weak_list_is_listed_while_it_changes(often_switched):
     together(change, change, look, seconds=1)
 
 
-def test_a_weak_list_holds_what_lives_and_its_copy_is_empty():
+def test_a_weak_list_lists_live_objects_and_its_copy_is_empty():
     class Thing:
         pass
 

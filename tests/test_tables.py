@@ -80,7 +80,7 @@ def test_32_bit_row_ids_are_refused():
 
 
 @pytest.mark.parametrize("place", [0, 511, 512, 70_001, 99_999])
-def test_a_gather_names_the_first_bad_row_wherever_it_stands(path_of, place):
+def test_a_gather_names_the_first_bad_row_at_any_position(path_of, place):
     ids = torch.zeros(100_000, dtype=torch.int64)
     ids[place] = 2**45  # reading it would end the process
     ids[place + 1 :: 7] = -1
@@ -156,7 +156,7 @@ def test_a_mapped_file_keeps_its_rows_and_refuses_another_size(tmp_path):
 
 def test_two_layers_cannot_share_one_table_file(tmp_path):
     first = HostTable(10, 4, path=tmp_path / "rows.bin")
-    with pytest.raises(BlockingIOError, match="already held"):
+    with pytest.raises(BlockingIOError, match="already open"):
         HostTable(10, 4, path=tmp_path / "rows.bin")
     first.close()
 
@@ -213,7 +213,7 @@ def test_sizes_that_are_not_integers_are_refused(arguments, name):
     assert HostTable(np.int64(10), np.int32(4)).tensor.shape == (10, 4)
 
 
-def test_a_seed_and_a_spread_of_initial_rows_that_cannot_be_are_refused():
+def test_an_impossible_seed_or_deviation_of_initial_rows_is_refused():
     with pytest.raises(TypeError, match="seed must be an int"):
         HostTable(10, 4, init="normal", seed=1.5)
     for std in (-1.0, float("nan"), float("inf")):
@@ -234,7 +234,7 @@ def test_rows_to_write_of_another_shape_are_refused(shape):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_reading_goes_on_and_writing_warns(monkeypatch, tmp_path, code):
+def test_without_locks_reading_works_and_writing_warns(monkeypatch, tmp_path, code):
     fcntl = pytest.importorskip("fcntl")
     path = tmp_path / "rows.bin"
     HostTable(10, 4, path=path).close()
@@ -295,7 +295,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_every_table_has_what_the_protocol_says(kind, tmp_path):
+def test_every_table_has_what_the_protocol_lists(kind, tmp_path):
     table = TABLES[kind](tmp_path)
     members = {name for name in (*Table.__annotations__, *vars(Table)) if not name.startswith("_")}
     assert {"gather", "prefetch", "rows", "dim", "tensor", "close"} <= members
@@ -318,6 +318,6 @@ def test_a_table_is_not_pickled_and_the_error_names_its_class(kind, tmp_path):
 
 @pytest.mark.parametrize("rows", [torch.zeros(10, 32), np.zeros((10, 32), np.float32), None])
 @pytest.mark.parametrize("optimizer", [RowRMS, RowAdam])
-def test_a_row_optimizer_refuses_what_is_not_a_table(rows, optimizer):
+def test_a_row_optimizer_refuses_objects_that_are_not_tables(rows, optimizer):
     with pytest.raises(TypeError, match=f"trains the rows of a HostTable, not of a {type(rows).__name__}"):
         optimizer(rows)

@@ -277,7 +277,7 @@ def _processor() -> str:
 
 
 def write_report(report: dict[str, Any], folder: str | os.PathLike[str]) -> None:
-    """Write report.json, curves.png and report.html into a folder, each whole or not at all."""
+    """Write report.json, curves.png and report.html into a folder, each completely or not at all."""
     from engram.ablation.figure import draw_curves
     from engram.ablation.html_report import write_html
 

@@ -57,8 +57,8 @@ def _looks(arms: Sequence[str], palette: Mapping[str, Any]) -> dict[str, _Look]:
 
 
 def draw_curves(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draw curves.png: validation loss while training, and the gain over plain by seen count. It is written whole or
-    not at all."""
+    """Draw curves.png: validation loss while training, and the gain over plain by seen count. It is written
+    completely or not at all."""
     write_whole(path, figure_png(report))
 
 

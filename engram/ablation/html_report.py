@@ -76,8 +76,8 @@ _LIMITS = (
 
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write report.html: one file with style, figures and tables that loads nothing else. It is written whole or not at
-    all."""
+    """Write report.html: one file with style, figures and tables that loads nothing else. It is written completely
+    or not at all."""
     words = {
         "drawn": "",
         "student": "",

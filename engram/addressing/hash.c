@@ -144,7 +144,7 @@ struct hash {
 };
 
 // Fills the flat positions [first, last) of out. Returns -1, or a position at or before an id outside the vocabulary
-// (the caller says which). The form of a kernel is described in tables/kernels.c.
+// (the caller finds which). The form of a kernel is described in tables/kernels.c.
 CLONES
 int64_t engram_hash(const struct hash *a, int64_t first, int64_t last) {
     const struct engram_hash_plan *plan = a->plan;

@@ -119,7 +119,7 @@ class TokenMap:
         if count > _ALIKE:
             raise ValueError(
                 f"{type(tokenizer).__name__} decodes {count:,} of its {len(table):,} tokens to {text!r}: they would "
-                f"read each other's rows. Pass another class of this tokenizer (tokenizers.Tokenizer, say), or "
+                f"read each other's rows. Pass another class of this tokenizer (such as tokenizers.Tokenizer), or "
                 f"TokenMap.identity({len(table)}), which merges nothing"
             )
         return cls(np.array(table, dtype=np.int64))
@@ -167,7 +167,7 @@ class TokenMap:
         return False
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file, completely or not at all."""
         from safetensors.numpy import save
 
         from engram.storage.files import write_whole

@@ -44,7 +44,7 @@ def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = N
     """Run the named benchmarks.
 
     Args:
-        names: out of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
+        names: any of "hash", "lookup", "update", "codecs", "step", "prefetch", "scale" (step time against rows stored),
             "disk" and "convert" (which write files of 4 and 6 GiB in the temporary folder), "attach" and "decode" (a
             step at growing positions of a text), which need transformers.
         on_name: called with the name of each benchmark before it runs.
@@ -61,7 +61,7 @@ def bench(names: Sequence[str] = USUAL, on_name: Callable[[str], Any] | None = N
     """
     unknown = [name for name in names if name not in _BENCHES]
     if unknown:
-        raise ValueError(f"unknown benchmark {', '.join(unknown)}: choose out of {', '.join(_BENCHES)}")
+        raise ValueError(f"unknown benchmark {', '.join(unknown)}: choose from {', '.join(_BENCHES)}")
     tune_allocator()
     results = {}
     for name in names:

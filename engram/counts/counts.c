@@ -1,5 +1,5 @@
 /* Counts of n-grams: children of a trie, found by (parent node, token) in one hash table per order. Called through ctypes
- * (../tables/kernels.py). reference.py has the same two functions in Python, with the same bits.
+ * (../tables/kernels.py). reference.py has the same functions in Python, with the same bits.
  *
  * A node has `words` uint32: parent, token, count, next, and where it can be a context also first, distinct, once, total.
  * next and first link the successors of a context, newest first. distinct, once and total are over the successors whose

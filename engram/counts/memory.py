@@ -26,7 +26,7 @@ _CHUNK = 1 << 14  # positions: their parents' nodes are still in the cache when 
 
 
 class Reading(NamedTuple):
-    """What a count memory holds of each position and order; every array is int64 [B, T, orders].
+    """Counts of a count memory at each position and order; every array is int64 [B, T, orders].
 
     Attributes:
         total: occurrences of the context with a next token. distinct: its different next tokens. once: those of them
@@ -289,7 +289,7 @@ class CountMemory:
         return ids
 
     def _flat(self, ids: Any, documents: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens uint32, True where an n-gram goes on from the position before, True where alive), [B * T]."""
+        """Return (tokens uint32, True where n-grams continue from the position before, True where alive), [B * T]."""
         ids = self._checked("ids", rows("ids", ids))
         alive, linked = ids >= 0, np.zeros(ids.shape, dtype=bool)
         linked[:, 1:] = alive[:, 1:] & alive[:, :-1]

@@ -22,7 +22,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def save(folder: Path, levels: list[Level], facts: dict[str, Any], overwrite: bool) -> Path:
-    """Write levels and facts to a new folder."""
+    """Write levels, and `facts` as fields of the manifest, to a new folder."""
     with whole_folder(folder, overwrite) as home:
         files = {}
         for n, level in enumerate(levels, 1):
@@ -36,7 +36,7 @@ def save(folder: Path, levels: list[Level], facts: dict[str, Any], overwrite: bo
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[Level]]:
-    """Return the facts and levels of a folder."""
+    """Return the manifest and the levels of a folder."""
     return read_folder(folder, _load)
 
 

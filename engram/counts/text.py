@@ -1,4 +1,4 @@
-"""A text as the count memory takes it: rows of integers, and where its n-grams go on."""
+"""A text as the count memory takes it: rows of integers, and where its n-grams continue."""
 
 from __future__ import annotations
 

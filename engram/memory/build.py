@@ -71,7 +71,7 @@ def make_fusions(
     if fusions is None:
         return {layer: EngramFusion(config, hidden_size, streams) for layer in config.layers}
     if set(fusions) != set(config.layers):
-        raise ValueError(f"the fusions are of layers {sorted(fusions)}, the configuration needs {config.layers}")
+        raise ValueError(f"the fusions belong to layers {sorted(fusions)}, the configuration needs {config.layers}")
     return fusions
 
 
@@ -86,7 +86,7 @@ def extended_hasher(hasher: Any, layout: HashLayout, grown: Any) -> tuple[Any, i
         return hasher, len(extended.table)
     if not isinstance(hasher, NgramHasher):
         kind = type(hasher).__name__
-        raise ValueError(f"the rows are addressed by a {kind}, which cannot take up new tokens: build a new memory")
+        raise ValueError(f"the rows are addressed by a {kind}, which cannot accept new tokens: build a new memory")
     return NgramHasher(layout, extended), len(extended.table)
 
 

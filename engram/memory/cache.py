@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REWIND = 256  # positions that a cache can take back unless told otherwise
+REWIND = 256  # default number of positions that a cache can take back
 _IN_FLIGHT = 64  # recalls beyond those of the margin whose position in the text is kept
 
 

@@ -16,7 +16,7 @@ def weight_digests(fusions: nn.Module) -> dict[str, str]:
 
 def match_weights(fusions: nn.Module, saved: str | dict[str, str]) -> bool:
     """Return True if a state saved beside weights of these digests belongs to the current weights."""
-    if isinstance(saved, str):  # of the bits as they were, by earlier versions
+    if isinstance(saved, str):  # earlier versions wrote one digest, without a cast
         return saved in ("", _digest(fusions))
     dtypes = {weight.dtype for weight in fusions.parameters()}
     dtype = next((dtype for dtype in _DTYPES[1:] if dtype in dtypes), torch.float32)

@@ -1,4 +1,4 @@
-"""EngramMemory: addressing + tables + fusion for all layers of one model. The one object a backbone talks to.
+"""EngramMemory: addressing + tables + fusion for all layers of one model. A backbone uses only this object.
 
 recall = self.memory.recall(ids)                 # hash once for all layers; fetching starts now
 for i, block in enumerate(self.blocks):
@@ -109,7 +109,7 @@ class EngramMemory(RowState):
         return attachment.model
 
     def extend(self, grown: Any) -> None:
-        """Take up tokens that were added to the tokenizer since the rows were addressed; see TokenMap.extend. Rows and
+        """Accept tokens that were added to the tokenizer since the rows were addressed; see TokenMap.extend. Rows and
         digests stay; the token map itself changes only if a new token joins the class of an old one.
 
         Args:
@@ -193,10 +193,10 @@ class EngramMemory(RowState):
         ngrams: Iterable[Sequence[int]] | None = None,
         positions: int | Iterable[int] | None = None,
     ) -> AbstractContextManager[None]:
-        """Turn parts of the memory off within a `with` block: what all arguments select, everything by default.
+        """Turn off, within a `with` block, the parts of the memory that all arguments select; by default everything.
 
         With orders or ngrams, the rows that they select read as zeros. Without, the update is zero: the model computes
-        what it would without a memory there. Convolutions go on, so decoding may continue inside or outside the block.
+        what it would without a memory there. Convolutions still run, so decoding may continue in or outside the block.
         Blocks nest, and each adds to what is off. A block acts on forward passes of its own thread (or asyncio task),
         and also on a pass whose recall was made in it. Rows that are off in a training pass get gradients of zero, none
         if their whole layer is off.
@@ -335,8 +335,8 @@ class EngramMemory(RowState):
         return memory.eval() if mode == "shared" else memory
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngramMemory:
-        """Return a memory of its own, with the rows of this moment in memory; rows that were opened read-only stay
-        shared. It has no optimizer and no row gradients. A copy of a model with an attached memory gets a copy attached
+        """Return an independent copy, with the present rows in memory; rows that were opened read-only stay shared.
+        It has no optimizer and no row gradients. A copy of a model with an attached memory gets a copy attached
         to it.
 
         Raises:

@@ -56,7 +56,7 @@ class Recall:
         documents: document number of each position [B, T] on the model's device, or None. With a cache [B, H + T], with
             the H positions before them, as many as the convolution reaches back (EngramMemory.lag) and the text has.
         dead: True at dead positions [B, T] on the model's device; None if there are none.
-        switches: those of the memory when the recall was made, off wherever it is used; see EngramMemory.off.
+        switches: those of the memory when the recall was made; they apply to every use (EngramMemory.off).
         cache, start, number: decoding state, its positions before this piece, and the piece's number in it.
     """
 

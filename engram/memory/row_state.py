@@ -73,9 +73,9 @@ class RowState(nn.Module):
         rows = {layer: table.rows for layer, table in self.tables.items()} if any_rows else layout.rows
         self.codec = check_tables(config, rows, self.tables)
         self.gradients = RowGradients(config.layers)
-        self.recalls: WeakList[Recall] = WeakList()  # that live, told of every change of rows
+        self.recalls: WeakList[Recall] = WeakList()  # those in use; each is renewed when rows change
         self.recalls_are_stale = False  # rows have changed, and an interrupt kept patch() from renewing them
-        self._replaced = False  # by the load_state_dict that runs: all rows
+        self._replaced = False  # True if the running load_state_dict replaces all rows
         self.register_load_state_dict_post_hook(_finish_load)
 
     # Rows that change.

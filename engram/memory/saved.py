@@ -69,7 +69,7 @@ class Saveable(Protocol):
 class Parts:
     """Parts of a saved memory, from which EngramMemory.load builds one.
 
-    weights: of all fusion modules, by the keys of their state dict. new_files: the tables are in new files, which
+    weights: those of all fusion modules, by the keys of their state dict. new_files: the tables are in new files, which
     `discard` deletes.
     """
 
@@ -137,7 +137,8 @@ def _fusion_weights(memory: Saveable) -> dict[str, Tensor]:
     if odd := set(weights) ^ set(expected):
         raise ValueError(
             f"the fusion weights are not those of a memory ({min(odd)}): another library has wrapped them, as PEFT "
-            f'does with target_modules="all-linear". Undo that first (merge_and_unload): no one could load the folder'
+            f'does with target_modules="all-linear". Undo that first (merge_and_unload), or the folder could not be '
+            f"loaded"
         )
     return weights
 
@@ -191,7 +192,7 @@ def load_parts(
 ) -> Parts:
     """Read and check the parts of a saved memory; see EngramMemory.load."""
     if mode not in ("copy", "shared") or (mode == "shared" and rows_in is not None):
-        raise ValueError(f'mode is "copy" (where rows_in may name a folder) or "shared", not {mode!r}')
+        raise ValueError(f'mode must be "copy" (where rows_in may name a folder) or "shared", not {mode!r}')
     home = Path(folder)
     return read_folder(home, lambda pinned: _load(home, pinned, mode == "shared", token_map, rows_in))
 

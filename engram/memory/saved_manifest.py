@@ -93,7 +93,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], HashL
                 f"comes from another memory"
             )
     if manifest.get("digest") != manifest_digest(manifest):
-        raise ValueError(f"{path} was altered: it does not have the digest it states")
+        raise ValueError(f"{path} was altered: it does not have the digest that is written in it")
     return manifest, layout
 
 

@@ -103,8 +103,8 @@ def read_rows(path: Path, rows: Tensor, expected: str) -> None:
                 target[:] = block
     if digest.hexdigest() != expected:
         raise ValueError(
-            f"{path} does not have the digest its manifest names: it was changed or torn, or belongs to another one; "
-            f"`engram verify {path.parent}` names the block"
+            f"{path} does not have the digest its manifest names: it was changed or torn, or belongs to another "
+            f"manifest; `engram verify {path.parent}` names the block"
         )
 
 
@@ -149,7 +149,7 @@ def bad_blocks(
         on_bytes: called with the number of bytes just read.
 
     Raises:
-        ValueError: every block has its digest, but the file has not.
+        ValueError: every block has its digest, but the file does not.
     """
     blocks = entry.get("blocks") or [entry["xxh3_128"]]
     length = BLOCK if entry.get("blocks") else max(int(entry["bytes"]), 1)
@@ -167,7 +167,7 @@ def bad_blocks(
             if digest.hexdigest() != blocks[number]:
                 bad.append(number)
     if only is None and not bad and all_bytes.hexdigest() != entry["xxh3_128"]:
-        raise ValueError(f"{path}: every block has its digest, but the file has not: the manifest was altered")
+        raise ValueError(f"{path}: every block has its digest, but the file does not: the manifest was altered")
     return bad
 
 
@@ -192,7 +192,7 @@ def put(file: Path, target: Path) -> None:
 
 
 class NotSynced(OSError):
-    """A file or folder is whole and in place, but the disk did not confirm its name."""
+    """A file or folder is complete under its final name, but the disk did not confirm that name."""
 
 
 def sync(path: Path) -> None:
@@ -217,7 +217,7 @@ def sync_name(path: Path) -> None:
     except OSError as error:
         raise NotSynced(
             error.errno,
-            f"{path} is whole and in place, and what it replaced is gone, but the disk did not confirm the new name "
+            f"{path} is complete, and what it replaced is removed, but the disk did not confirm the new name "
             f"({error.strerror or error}): after a power loss it may be missing. Check the disk and write it again",
         ) from error
 

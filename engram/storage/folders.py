@@ -33,7 +33,7 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     removes the leftovers of killed writers. The last reader of a pinned old folder (see pinned_folder) removes it.
 
     Raises:
-        FileExistsError: the target exists, and overwrite is False; raised before the block if it exists by then.
+        FileExistsError: the target exists, and overwrite is False; raised before the block if it exists already.
         NotSynced: the new folder is in place, but the disk did not confirm it.
     """
     target = Path(os.path.realpath(target))  # a link stays a link
@@ -45,7 +45,7 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         try:
             yield partial
-        except NotSynced as error:  # of a file inside: the folder is removed with it, so nothing is in place
+        except NotSynced as error:  # of a file inside: the new folder is removed, so it is not at `target`
             raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
         for folder, _, names in os.walk(partial):
             for path in (*(Path(folder) / name for name in names), Path(folder)):

@@ -74,7 +74,7 @@ def check_digest(path: Path, manifest: dict[str, Any]) -> bool:
     if "digest" not in manifest and manifest.get("format") in (None, 1):
         return False
     if manifest.get("digest") != manifest_digest(manifest):
-        raise ValueError(f"{path} was altered: it does not have the digest it states")
+        raise ValueError(f"{path} was altered: it does not have the digest that is written in it")
     return True
 
 

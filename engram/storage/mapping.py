@@ -62,8 +62,8 @@ def map_file(path: Path, nbytes: int, what: str, writable: bool = True) -> tuple
     if writable and path.is_symlink():
         raise OSError(
             errno.ELOOP,
-            f"{path} is a symbolic link, and rows are written in place: another memory's rows may be behind it. Link "
-            f"their whole folder instead, or give the path of {os.path.realpath(path)} itself",
+            f"{path} is a symbolic link, and rows are written in place: a link may lead to the rows of another "
+            f"memory. Link their whole folder instead, or give the path of {os.path.realpath(path)} itself",
         )
     fresh = not path.exists()
     if not fresh:
@@ -127,9 +127,9 @@ def lock(file: int, path: Path, exclusive: bool) -> None:
     except BlockingIOError as error:
         raise BlockingIOError(
             error.errno,
-            f"{path} is already held by another table, or by its optimizer: two must never share one file"
+            f"{path} is already open in another table, or in its optimizer: two must never share one file"
             if exclusive
-            else f"{path} is held by a table that trains it: close that table, or save it and read the copy",
+            else f"{path} is open in a table that trains it: close that table, or save it and read the copy",
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:

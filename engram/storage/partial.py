@@ -51,7 +51,7 @@ def new_partial(target: Path) -> tuple[Path, int | None]:
 
 
 def remove_partial(home: Path, names: str) -> None:
-    """Remove the partial folders of killed writers in `home`. names: of their targets, a regular expression."""
+    """Remove the partial folders of killed writers in `home`. names: regular expression of their targets' names."""
     pattern = re.compile(rf"\.(?:{names})\.partial-\d+(-\d+)?")
     for leftover in matching(home, pattern):
         try:

@@ -24,8 +24,8 @@ def page_ranges(
     """Return the pages of some rows, as few byte ranges.
 
     Args:
-        row_ids: int64, any shape, each in the table. row_bytes: of one row. nbytes: of the file up to the table's
-            end. offset: of the table in its file.
+        row_ids: int64, any shape, each in the table. row_bytes: bytes per row. nbytes: bytes of the file up to the
+            table's end. offset: first byte of the table in its file.
 
     Returns:
         int64 [ranges, 2], (first byte, bytes), ascending and page-aligned except at the end of the table.
@@ -55,7 +55,7 @@ def in_memory(file: int, address: int, row_ids: np.ndarray, row_bytes: int, offs
 
 
 def _resident_pages(file: int, address: int) -> Callable[[int], bool]:
-    """Return a function that tells if the page of a byte of a mapped file is in memory, by what this user may call."""
+    """Return a function that tells if the page of a byte of a mapped file is in memory, by calls open to this user."""
     owner = os.fstat(file).st_uid
     if os.geteuid() in (
         0,
@@ -131,7 +131,7 @@ def advise(address: int, nbytes: int, advice: int) -> None:
 
 
 def will_read(data: np.ndarray) -> None:
-    """Start to read a contiguous array that may be mapped from a file; it costs nothing for memory."""
+    """Start to read a contiguous array if it is mapped from a file; return at once if it is in memory."""
     if data.nbytes:
         advise(data.ctypes.data, data.nbytes, _WILLNEED)
 

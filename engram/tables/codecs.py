@@ -72,7 +72,7 @@ class Fp8:
     name, code = "fp8", 0
 
     def row_bytes(self, dim: int) -> int:
-        """Bytes of a stored row. Raises ValueError for a width that this codec cannot hold."""
+        """Return the bytes per stored row. Raise ValueError for a width that this codec cannot hold."""
         return dim + _whole_blocks(dim, self.name)
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Fp8:
         return (values * scales[..., None]).flatten(1)
 
     def wrong(self, stored: Tensor, dim: int) -> Tensor:
-        """bool [n]: the stored rows that hold a NaN scale (255) or a NaN value (0x7F, 0xFF)."""
+        """Return bool [n]: True for stored rows that hold a NaN scale (255) or a NaN value (0x7F, 0xFF)."""
         return self.decode(stored, dim).isnan().any(1)
 
     def pack(self, values: Tensor, scales: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Int:
         self.bits, self.name, self.code = bits, f"int{bits}", 1 if bits == 8 else 2
 
     def row_bytes(self, dim: int) -> int:
-        """Bytes of a stored row. Raises ValueError for a width that this codec cannot hold."""
+        """Return the bytes per stored row. Raise ValueError for a width that this codec cannot hold."""
         return dim * self.bits // 8 + 2 * _whole_blocks(dim, self.name)
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Int:
         return (values.view(torch.int8).float().view(len(stored), dim // BLOCK, BLOCK) * scales[..., None]).flatten(1)
 
     def wrong(self, stored: Tensor, dim: int) -> Tensor:
-        """bool [n]: the stored rows with a scale that is negative, infinite or NaN."""
+        """Return bool [n]: True for stored rows with a scale that is negative, infinite or NaN."""
         scales = _sized(stored, dim, self)[:, dim * self.bits // 8 :].contiguous().view(torch.bfloat16)
         return (scales.signbit() | ~scales.isfinite()).any(1)
 
@@ -221,7 +221,7 @@ class PQ:
         return PQ(codebooks)
 
     def row_bytes(self, dim: int) -> int:
-        """Bytes of a stored row. Raises ValueError for a width other than the codebooks'."""
+        """Return the bytes per stored row. Raise ValueError for a width other than the codebooks'."""
         if dim != self.dim:
             raise ValueError(f"these {self.name} codebooks were trained on rows of {self.dim} values, not {dim}")
         return dim // self.width
@@ -245,7 +245,7 @@ class PQ:
         return self.codebooks[torch.arange(stored.shape[1], device="cpu"), stored.long()].flatten(1)
 
     def wrong(self, stored: Tensor, dim: int) -> Tensor:
-        """bool [n], all False: every byte names a centroid."""
+        """Return bool [n], all False: every byte names a centroid."""
         return torch.zeros(len(_sized(stored, dim, self)), dtype=torch.bool, device="cpu")
 
 
@@ -254,7 +254,7 @@ NAMES = ("fp8", "int8", "int4", "pq4", "pq8")
 
 
 def get_codec(name: str, dim: int) -> Codec:
-    """The codec of that name for rows of `dim` values; "pq" is "pq4". A pq codec starts with codebooks of zeros.
+    """Return the codec of this name for rows of `dim` values; "pq" is "pq4". A pq codec starts with codebooks of zeros.
 
     Raises:
         ValueError: an unknown name, or a width that the codec cannot hold.

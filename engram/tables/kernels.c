@@ -103,7 +103,7 @@ typedef struct {
     int64_t bytes; /* of one row */
 } Copy;
 
-/* What a gather can cost at best here, for `engram bench`: prefetch and copy, nothing else. */
+/* The least work of a gather, for `engram bench`: prefetch and copy, nothing else. */
 CLONES
 int64_t engram_copy_rows(const Copy *a, int64_t lo, int64_t hi) {
     copy_rows(a->data, a->ids, lo, hi, hi, a->out, a->bytes);

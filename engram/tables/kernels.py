@@ -6,7 +6,7 @@ still spin on the cores after the operation before, so that threads of another p
 runtime is found in the running process, and the library is built without it.
 
 A pool of Python threads does the work, with the same bits, where torch's threads cannot: in other threads than the main
-one (rows that are fetched ahead must not hold up the model), inside a parallel region, in a forked process, with
+one (rows that are fetched ahead must not delay the model), inside a parallel region, in a forked process, with
 another number of threads than torch's, and where torch was built without OpenMP.
 
 Set ENGRAM_KERNELS=torch to run without the compiled library; every result stays the same bit for bit. Set
@@ -99,7 +99,7 @@ class Call:
     refuses.
 
     Args:
-        name: of the kernel. arguments: numbers, and addresses of memory that the caller keeps alive.
+        name: the kernel's name. arguments: numbers, and addresses of memory that the caller keeps alive.
     """
 
     __slots__ = ("address", "arguments", "function")
@@ -125,7 +125,7 @@ class Threads:
         self.pool = ThreadPoolExecutor(self.count, thread_name_prefix=self.name)
 
     def grow(self, count: int) -> None:
-        """Make it a pool of at least `count` threads. Work that the old pool has begun goes on there."""
+        """Replace the pool by one of at least `count` threads. The old pool completes the work that it has begun."""
         if count > self.count:
             self.count = count
             self._start()
@@ -144,7 +144,7 @@ _fixed = _from_environment()  # what the user has asked for
 _torch_began_with = torch.get_num_threads()
 CORES = _fixed or min(limits.cores(), _torch_began_with if os.environ.get("OMP_NUM_THREADS") else 1 << 16)
 _threads = Threads(max(CORES - 1, 1), "engram-kernel")
-_SHARE = 4  # pieces per core: a core that others keep busy takes fewer of them
+_SHARE = 4  # pieces per core: a core that does other work too takes fewer of them
 _LARGEST = 64  # pieces are at most so many times as large as the smallest: an interrupt ends the call after one piece
 
 
@@ -203,12 +203,12 @@ def set_threads(count: int) -> None:
 
 
 def threads() -> int:
-    """Number of threads that a call spreads its work over."""
+    """Return the number of threads that a call spreads its work over."""
     return _team()[0]
 
 
 def _team() -> tuple[int, bool]:
-    """(threads of a call, True if they are as many as torch has and may be torch's own)."""
+    """Return (threads of a call, True if they are as many as torch has and may be torch's own)."""
     torchs = torch.get_num_threads()
     if _fixed:
         return CORES, _joined and CORES == torchs > 1
@@ -236,8 +236,8 @@ def spread(n: int, smallest: int, work: Callable[[int, int], Any], *held: Any) -
     """Call work(lo, hi) over pieces of range(n) on all cores; return when all are done, raise what a piece raised.
 
     The calling thread starts at once and each thread that is free takes the next piece, so neither a slow wake-up nor a
-    busy core holds up the rest. Pieces are never smaller than `smallest`, below which handing work to a thread costs
-    more than it saves. `work` must not care how range(n) is cut.
+    busy core delays the rest. Pieces are never smaller than `smallest`, below which handing work to a thread costs
+    more than it saves. The result of `work` must not depend on how range(n) is cut.
 
     Whatever ends the call early (an error in a piece, KeyboardInterrupt any number of times), pieces that were not
     begun are dropped, and the call returns only after the others have ended: no thread works on the buffers of a call

@@ -1,7 +1,7 @@
-/* Which of the rows fetched ahead were changed since? Called through ctypes by prefetch.py. */
+/* Find the rows fetched ahead that were changed since. Called through ctypes by prefetch.py. */
 #include <stdint.h>
 
-/* Writes to `positions` the places i with query[i] in touched[0..n), ascending, and returns how many. slots: scratch of
+/* Writes to `positions` the indices i with query[i] in touched[0..n), ascending, and returns how many. slots: scratch of
  * `capacity` (a power of two >= 2 n) int64, filled with -1. */
 int64_t engram_find(const int64_t *touched, int64_t n, int64_t *slots, int64_t capacity, const int64_t *query, int64_t m,
                     int64_t *positions) {

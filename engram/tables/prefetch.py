@@ -77,7 +77,7 @@ class Fetch:
     """The rows of one table for one batch, in a buffer of its own: host memory, and a copy on the device if it has one.
 
     Args:
-        table: of the rows. row_ids: int64 [...] on the CPU. device: where they are used. On a CUDA device
+        table: that has the rows. row_ids: int64 [...] on the CPU. device: where they are used. On a CUDA device
         the buffer is pinned and copied on a stream of its own, so neither the copy nor the gather delays the model.
     """
 

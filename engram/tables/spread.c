@@ -76,7 +76,7 @@ int64_t engram_take(Job *job) {
     return -1;
 }
 
-/* The next piece of the calling thread, which waits for itself in no case; -1 if none is left. */
+/* The next piece of the calling thread, which never waits for itself; -1 if none is left. */
 int64_t engram_take_own(Job *job) {
     const int64_t piece = __atomic_fetch_add(&job->next, 1, __ATOMIC_SEQ_CST);
     return piece < job->pieces ? piece : -1;

@@ -35,7 +35,7 @@ class StoredRows(ABC):
 
     def __init__(self, rows: int, dim: int, dtype: torch.dtype, columns: int, path: Any, mode: str):
         if mode not in ("r+", "r") or (mode == "r" and path is None):
-            raise ValueError(f'mode is "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
+            raise ValueError(f'mode must be "r+", or "r" with the path of an existing file, not {mode!r} with {path!r}')
         self.rows, self.dim, self.dtype, self._columns = rows, dim, dtype, columns
         self.nbytes = rows * columns * dtype.itemsize
         self.path = None if path is None else Path(path)
@@ -204,7 +204,7 @@ class StoredRows(ABC):
         return ids
 
     def info(self) -> dict[str, Any]:
-        """Return facts for logs: rows, dim, dtype, bytes, location, huge pages, and which kernels run.
+        """Return values for logs: rows, dim, dtype, bytes, location, huge pages, and which kernels run.
 
         "huge_pages" is True if most of what is resident now lies on huge pages, None if that cannot be known: before
         any row was written, after close(), or on a system without /proc/self/smaps.
@@ -243,7 +243,7 @@ class StoredRows(ABC):
             self._file = None
 
     def __deepcopy__(self, memo: Any) -> Self:
-        """Return a table of its own in memory; one that was opened read-only shares its mapped rows instead.
+        """Return an independent copy in memory; the copy of a table opened read-only shares its mapped rows.
 
         Raises:
             MemoryError: the written rows do not fit. ValueError: a closed table.

@@ -95,7 +95,7 @@ class HostTable(StoredRows):
         if dtype not in _CODES:
             raise ValueError(f"a HostTable holds torch.float32 or torch.bfloat16 rows, not {dtype}")
         if init not in ("zero", "normal"):
-            raise ValueError(f'init is "zero" or "normal", not {init!r}')
+            raise ValueError(f'init must be "zero" or "normal", not {init!r}')
         super().__init__(rows, dim, dtype, dim, path, mode)
         self.init, self.std, self.seed = init, float(std), as_integer("seed", seed)
         if not (math.isfinite(self.std) and self.std >= 0):

@@ -64,7 +64,7 @@ typedef struct {
     int64_t dim;
 } Touch;
 
-/* What a row-wise update can cost at best here, for `engram bench`: row and state read and written, gradient read. */
+/* The least work of a row-wise update, for `engram bench`: row and state read and written, gradient read. */
 CLONES
 int64_t engram_touch_rows(const Touch *a, int64_t lo, int64_t hi) {
     BY_WIDTH(touch, a->dim, a->data, a->state, a->ids, lo, hi, a->grad)

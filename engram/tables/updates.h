@@ -39,7 +39,7 @@ static INLINE float mean_square(const float *x, int64_t d) {
     return lane[0] / (float)d;
 }
 
-/* Asks for the row, its state and its gradient a few steps before they are used. */
+/* Prefetches the row, its state and its gradient a few steps before they are used. */
 static INLINE void look_ahead(const Table *t, const Gradient *g, int64_t u, int64_t hi, const int64_t d) {
     if (u + AHEAD >= hi) return;
     const int64_t r = g->unique[u + AHEAD] * d;

@@ -82,7 +82,7 @@ def convert(
         source: a saved memory; safetensors of a dialect, a file or a folder; or a GGUF file.
         target: a folder, or with "gguf" a file, that does not exist.
         to: one of FORMATS. A memory whose rules the format cannot express is refused.
-        config: of a source without config.json. token_map: of the model's tokenizer; "engram" and "gguf" need it.
+        config: if the source has no config.json. token_map: that of the model's tokenizer; "engram" and "gguf" need it.
         shards: tensor-parallel ranks of "deepseek-v4.1", or parts of the table of "qwen".
         by: "row", ranks hold equally many rows; or "head", each rank holds complete columns (order-major).
         on_bytes: called with (bytes done, bytes of all), for a progress bar.

@@ -1,4 +1,4 @@
-"""What a GGUF file says of an n-gram memory: its tables, and the keys that say how they are addressed.
+"""The n-gram memory in a GGUF file: its tables, and the keys that give their addresses.
 
 A layer's table is `blk.<layer>.engram_embd.weight`, as llama.cpp, ik_llama.cpp and ds4 name it
 (`blk.<layer>.engram.weight` in older files of ours). The keys `<arch>.engram.*` give its addresses; the architectures

@@ -28,7 +28,7 @@ def inspect_file(path: str | os.PathLike[str], config: EngramConfig | None = Non
     Args:
         path: a saved memory, a run of `engram train`, a checkpoint of one, offloaded rows, safetensors (file or folder)
             or a GGUF file.
-        config: of the memory, if the checkpoint has none of its own.
+        config: that of the memory, if the checkpoint has none of its own.
 
     Returns:
         {"path", "kind", "tensors": [{"name", "dtype", "shape", "bytes", "file"}], "tables": {layer: {"rows", "dim",

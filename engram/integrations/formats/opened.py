@@ -34,13 +34,14 @@ def open_tables(
 ) -> dict[int, Table]:
     """Map the tables of a released checkpoint or GGUF file where they lie: no row is copied or read.
 
-    A table so opened is read-only: it gathers float32 rows and prefetches. `EngramMemory(config, token_map,
+    Such a table is read-only: it gathers float32 rows and prefetches. `EngramMemory(config, token_map,
     hidden_size, streams, tables=...)` takes these tables, and such a memory can be attached, explained and timed, not
     trained or saved: `convert` writes the checkpoint as a saved memory.
 
     Args:
         checkpoint: safetensors of a dialect, a file or a folder with config.json; or a GGUF file.
-        config: of a checkpoint without config.json. token_map: of the model's tokenizer, to check the addresses.
+        config: needed if the checkpoint has no config.json. token_map: that of the model's tokenizer, to check the
+            addresses.
 
     Returns:
         {layer: table}.
@@ -246,7 +247,7 @@ class OpenedTable:
         return asked
 
     def check_writable(self) -> None:
-        """Raise PermissionError: the checkpoint is not ours to change."""
+        """Raise PermissionError: the checkpoint of another program is never changed."""
         raise PermissionError(
             f"{self.name} in {self.path} is opened read-only: write the checkpoint as a saved memory (engram convert) "
             f"to train its rows"

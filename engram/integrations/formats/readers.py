@@ -72,8 +72,9 @@ def open_source(
     """Open a memory: a saved memory, safetensors of a released dialect (a file, or a folder with config.json), or GGUF.
 
     Args:
-        config: for a source without config.json (demo state dicts). token_map: of the model's tokenizer; by default
-            token_map.safetensors or tokenizer.json beside the tensors is read. fusions: False to read only tables.
+        config: needed if the source has no config.json (demo state dicts). token_map: that of the model's
+            tokenizer; by default token_map.safetensors or tokenizer.json beside the tensors is read. fusions: False to
+            read only tables.
 
     Raises:
         FileNotFoundError: the path does not exist. ValueError: a tensor is missing, or has another shape, dtype or

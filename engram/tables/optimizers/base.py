@@ -100,7 +100,7 @@ class RowOptimizer:
         return left if left.numel() else None
 
     def resume(self) -> None:
-        """Go on after an interrupted step without a warning."""
+        """Continue after an interrupted step without a warning."""
         self._unfinished = None
 
     def _update(self, entries: Entries, work: Callable[[int, int], Any], *buffers: Any) -> int:

@@ -804,7 +804,7 @@ def test_the_error_for_attaching_twice_names_what_to_do_next():
     """Imitate a notebook whose cells run twice: the one that attaches, the one that makes the memory, or both."""
     model, memory = attached("llama")
     for again in (FULL, memory, engram.EngramMemory(FULL, IDENTITY, 32)):
-        with pytest.raises(ValueError, match=r"go on with that one, or call engram.detach\(model\) and attach again"):
+        with pytest.raises(ValueError, match=r"continue with it, or call engram.detach\(model\) and attach again"):
             engram.attach(model, again, IDENTITY)
     with pytest.raises(ValueError, match=r"call memory.detach\(\), then attach it again"):
         engram.attach(build("llama"), memory, IDENTITY)

@@ -59,7 +59,7 @@ def paired_bootstrap(
 
 @lru_cache(maxsize=1024)  # the tables of a question and the claims about it compare the same runs
 def _ends(difference: bytes, weights: bytes, seeds: int, samples: int, seed: int) -> tuple[float, float]:
-    """The ends of the bootstrap interval of float64 [seeds, documents] differences."""
+    """Return the ends of the bootstrap interval of float64 [seeds, documents] differences."""
     d, w, means = np.frombuffer(difference).reshape(seeds, -1), np.frombuffer(weights), []
     draws = _kept_draws if samples * len(w) <= _MOST_KEPT else _draws
     for drawn, picked in draws(len(w), seeds, samples, seed):

@@ -98,7 +98,7 @@ class Explanation:
 
 @dataclass
 class _Recorded:
-    """What the hooks of one forward pass recorded."""
+    """Values that the hooks of one forward pass recorded."""
 
     recall: Recall | None = None
     layers: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # gate, added, hidden

@@ -91,7 +91,7 @@ class _Tail(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """The positions start .. stop - 1 of the text, which the recall with this number added."""
+    """Positions start .. stop - 1 of the text, which the recall with this number added."""
 
     number: int
     start: int

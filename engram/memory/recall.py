@@ -24,7 +24,7 @@ _WORTH_A_THREAD = 1 << 16  # values to fetch below which waking a thread costs m
 
 
 class RowSource(Protocol):
-    """What a recall uses of its memory: tables, the hashing call, and the lists for row gradients."""
+    """Parts of a memory that its recalls use: tables, the hashing call, and the lists for row gradients."""
 
     config: EngramConfig
     hasher: Any  # called like an NgramHasher

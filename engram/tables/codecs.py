@@ -76,9 +76,9 @@ class Fp8:
         return dim + _whole_blocks(dim, self.name)
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Rows float32 [n, dim] -> uint8 [n, row_bytes]: per block the smallest scale under which its largest value is
-        at most 448, then round to nearest, ties to even. Raises ValueError for NaN, infinity or a width it cannot hold.
-        """
+        """Encode rows float32 [n, dim] as uint8 [n, row_bytes]: per block the smallest scale under which its largest
+        value is at most 448, then round to nearest, ties to even. Raise ValueError for NaN, infinity or a
+        width it cannot hold."""
         rows = _checked(rows, self)
         blocks = rows.view(len(rows), rows.shape[1] // BLOCK, BLOCK)
         mantissa, exponent = torch.frexp(blocks.abs().amax(2))  # largest = mantissa * 2 ** exponent; 448 = 0.875 * 2**9
@@ -88,7 +88,7 @@ class Fp8:
         return torch.cat([values.flatten(1), (power + 127).to(torch.uint8)], dim=1)
 
     def decode(self, stored: Tensor, dim: int) -> Tensor:
-        """Stored rows uint8 [n, row_bytes] -> float32 [n, dim]. Raises ValueError for rows of another size."""
+        """Decode stored rows uint8 [n, row_bytes] to float32 [n, dim]. Raise ValueError for rows of another size."""
         stored = _sized(stored, dim, self)
         values = stored[:, :dim].contiguous().view(torch.float8_e4m3fn).float().view(len(stored), dim // BLOCK, BLOCK)
         power = stored[:, dim:].to(torch.int32)
@@ -101,8 +101,8 @@ class Fp8:
         return self.decode(stored, dim).isnan().any(1)
 
     def pack(self, values: Tensor, scales: Tensor) -> Tensor:
-        """Rows from the two tensors of a released checkpoint: float8_e4m3fn [n, dim] and float8_e8m0fnu [n, dim / 32]
-        (either may come as uint8) -> uint8 [n, row_bytes].
+        """Pack the two tensors of a released checkpoint: float8_e4m3fn [n, dim] and float8_e8m0fnu [n, dim / 32]
+        (either may come as uint8) as rows uint8 [n, row_bytes].
 
         Raises:
             ValueError: dtypes or shapes that do not match (another block size decodes without any error, to wrong
@@ -137,8 +137,8 @@ class Int:
         return dim * self.bits // 8 + 2 * _whole_blocks(dim, self.name)
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Rows float32 [n, dim] -> uint8 [n, row_bytes]: scale = (largest of the block) / (127 or 7) rounded up to
-        bfloat16, value / scale rounded to nearest, ties to even. Raises ValueError as Fp8.encode."""
+        """Encode rows float32 [n, dim] as uint8 [n, row_bytes]: scale = (largest of the block) / (127 or 7) rounded up
+        to bfloat16, value / scale rounded to nearest, ties to even. Raise ValueError as Fp8.encode."""
         rows = _checked(rows, self)
         blocks, top = rows.view(len(rows), rows.shape[1] // BLOCK, BLOCK), 2 ** (self.bits - 1) - 1
         largest = blocks.abs().amax(2)
@@ -152,7 +152,7 @@ class Int:
         return torch.cat([values.flatten(1), high.to(torch.int16).view(torch.uint8)], dim=1)
 
     def decode(self, stored: Tensor, dim: int) -> Tensor:
-        """Stored rows uint8 [n, row_bytes] -> float32 [n, dim]. Raises ValueError for rows of another size."""
+        """Decode stored rows uint8 [n, row_bytes] to float32 [n, dim]. Raise ValueError for rows of another size."""
         stored = _sized(stored, dim, self)
         size = dim * self.bits // 8
         values = stored[:, :size].contiguous()
@@ -192,7 +192,7 @@ class PQ:
 
     @staticmethod
     def train(rows: Tensor, width: int = 4, seed: int = 0) -> PQ:
-        """Codebooks from a sample of rows float32 [n, dim], by k-means (faiss). 30,000 rows are plenty.
+        """Train codebooks on a sample of rows float32 [n, dim], by k-means (faiss). 30,000 rows are plenty.
 
         Raises:
             ValueError: width not 4 or 8, dim not a multiple of it, values that are not finite.
@@ -227,7 +227,7 @@ class PQ:
         return dim // self.width
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Rows float32 [n, dim] -> uint8 [n, row_bytes], the nearest centroids. Raises ValueError as Fp8.encode."""
+        """Encode rows float32 [n, dim] as uint8 [n, row_bytes], the nearest centroids. Raise as Fp8.encode."""
         rows = _checked(rows, self)
         stored = torch.empty(len(rows), self.row_bytes(self.dim), dtype=torch.uint8, device="cpu")
         books = self.codebooks.double()  # float32 squares overflow from 1.8e19 on
@@ -240,7 +240,7 @@ class PQ:
         return stored
 
     def decode(self, stored: Tensor, dim: int) -> Tensor:
-        """Stored rows uint8 [n, row_bytes] -> float32 [n, dim]. Raises ValueError for rows of another size."""
+        """Decode stored rows uint8 [n, row_bytes] to float32 [n, dim]. Raise ValueError for rows of another size."""
         stored = _sized(stored, dim, self)
         return self.codebooks[torch.arange(stored.shape[1], device="cpu"), stored.long()].flatten(1)
 

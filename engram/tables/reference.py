@@ -22,7 +22,7 @@ def normal_quantiles() -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 read as uint64 (torch shifts arithmetically)."""
+    """Shift int64 right as if it were uint64 (torch shifts arithmetically)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -31,7 +31,7 @@ def _signed(x: int) -> int:
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 tensors, wrapping like uint64."""
+    """Apply the splitmix64 finaliser to int64 tensors, wrapping like uint64."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
@@ -154,5 +154,5 @@ def f32(x: float) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded square root. torch 2.13's own differs in the last bit for one float32 in five on AVX-512."""
+    """Return the correctly rounded square root: torch 2.13's differs in the last bit for 1 float32 in 5 on AVX-512."""
     return torch.from_numpy(np.sqrt(x.numpy()))

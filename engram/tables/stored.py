@@ -104,7 +104,7 @@ class StoredRows(ABC):
 
     @property
     def struct(self) -> Any:
-        """The table for the kernels, a ctypes structure; the caller keeps it while a kernel has its address."""
+        """Table for the kernels, a ctypes structure; the caller keeps it while a kernel has its address."""
         return self._struct if self._struct is not None else self.tensor
 
     def check(self, row_ids: Tensor | np.ndarray) -> Tensor:

@@ -45,7 +45,7 @@ _SAMPLE = 256  # rows per table that are compared one by one
 
 @dataclass(frozen=True)
 class _Target:
-    """What `convert` has to write; see its arguments."""
+    """Target of `convert`; the fields are its arguments."""
 
     path: Path
     to: str

@@ -85,8 +85,8 @@ def attach(
         )
     if any(isinstance(m, EngramMemory) for m in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has a memory already: go on with that one, or call engram.detach(model) and "
-            f"attach again, also where a cell of a notebook runs twice"
+            f"{type(model).__name__} has a memory already: continue with it, or call engram.detach(model) and "
+            f"attach again, also if a cell of a notebook runs twice"
         )
     decoder, layers = find_layers(root)
     token_map = (

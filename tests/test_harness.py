@@ -1,4 +1,4 @@
-"""lm-eval tasks on local files: the same log-likelihoods as a plain loop, own model and transformers alike."""
+"""lm-eval tasks on local files: own models and transformers models get the same log-likelihoods as a plain loop."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ doc_to_target: "{{text}}"
 metric_list:
   - metric: bits_per_byte
 """
-SAY = """
+ANSWER = """
 doc_to_text: "{{question}}"
 doc_to_target: "is"
 generation_kwargs: {until: ["."], max_gen_toks: 6}
@@ -85,13 +85,13 @@ def offline(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with three tasks and their data."""
+    """Return a folder with three tasks and their data."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, FACTS)))
     kinds = {
         "choose": ("multiple_choice", CHOOSE),
         "read": ("loglikelihood_rolling", READ),
-        "say": ("generate_until", SAY),
+        "answer": ("generate_until", ANSWER),
     }
     for name, (kind, rest) in kinds.items():
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind) + rest)
@@ -105,7 +105,7 @@ def bytewise(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own(bytewise):
-    """A small Transformer whose memory has something to say."""
+    """Return a small Transformer whose memory changes its predictions."""
     torch.manual_seed(0)
     memory = EngramMemory(FULL, TokenMap.from_tokenizer(bytewise), 32)
     return Transformer(TransformerConfig(257, 32, layers=2, heads=2, max_length=64), memory).eval()
@@ -113,7 +113,7 @@ def own(bytewise):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, bytewise):
-    """Folders of a Llama and of a memory for it, with which it says something else than without."""
+    """Return the folders of a Llama model and of a memory that changes its predictions."""
     folder, adapter_folder = tmp_path_factory.mktemp("hf") / "llama", tmp_path_factory.mktemp("hf") / "memory"
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<|endoftext|>")
     torch.manual_seed(0)
@@ -130,8 +130,8 @@ def instances(kind: str, *arguments) -> list[Instance]:
 
 
 @torch.no_grad()
-def plainly(logits_of, ids: list[int], scored: int) -> float:
-    """Log-likelihood of the last `scored` ids, one sequence, one position at a time."""
+def plain_loop(logits_of, ids: list[int], scored: int) -> float:
+    """Return the log-likelihood of the last `scored` ids of one sequence, computed one position at a time."""
     logits = logits_of(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
     return sum(float(logits[t - 1, ids[t]]) for t in range(len(ids) - scored, len(ids)))
 
@@ -140,35 +140,35 @@ def pairs() -> list[tuple[str, str]]:
     return [(fact["question"], f" {choice}") for fact in FACTS for choice in fact["choices"]]
 
 
-def test_choices_are_scored_as_a_plain_loop_scores_them(own, bytewise):
+def test_choices_get_the_same_scores_as_from_a_plain_loop(own, bytewise):
     given = [("", "alone"), *pairs()]
     scored = adapter(own, bytewise).loglikelihood(instances("loglikelihood", *given), disable_tqdm=True)
     for (context, continuation), (score, _) in zip(given, scored, strict=True):
         ids = [0, *bytewise.encode(context + continuation).ids]
-        assert score == pytest.approx(plainly(own, ids, len(continuation)), rel=1e-5)
+        assert score == pytest.approx(plain_loop(own, ids, len(continuation)), rel=1e-5)
 
 
 @torch.no_grad()
-def test_a_continuation_is_greedy_where_no_other_token_was_likelier(own, bytewise):
+def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(own, bytewise):
     lm, context = adapter(own, bytewise), [0, 84, 104, 101]
     likeliest = int(own(torch.tensor([context]))[0, -1].argmax())
     given = [(("", ""), context, [token]) for token in (likeliest, (likeliest + 1) % 257)]
     assert [greedy for _, greedy in lm._loglikelihood_tokens(given)] == [True, False]
 
 
-def test_texts_are_scored_as_a_plain_loop_scores_them(own, bytewise):
+def test_texts_get_the_same_scores_as_from_a_plain_loop(own, bytewise):
     texts = [fact["text"] for fact in FACTS]
     scored = adapter(own, bytewise).loglikelihood_rolling(instances("loglikelihood_rolling", *((t,) for t in texts)))
     for text, score in zip(texts, scored, strict=True):
         ids, wanted, begin = [0, *bytewise.encode(text).ids], 0.0, 1
         while begin < len(ids):  # windows of 64, the last one moved back so that it is full
             stop = min(begin + 64, len(ids))
-            wanted += plainly(own, ids[max(0, stop - 65) : stop], stop - begin)
+            wanted += plain_loop(own, ids[max(0, stop - 65) : stop], stop - begin)
             begin = stop
         assert score == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_perplexity_of_short_texts_is_that_of_engram_evaluate(own, bytewise, files):
+def test_the_perplexity_of_short_texts_equals_that_of_engram_evaluate(own, bytewise, files):
     short = Document("b", FACTS[1]["text"], "test")
     mine = evaluate(own, encode(bytewise, [short]))
     (score,) = adapter(own, bytewise).loglikelihood_rolling(instances("loglikelihood_rolling", (short.text,)))
@@ -177,13 +177,13 @@ def test_the_perplexity_of_short_texts_is_that_of_engram_evaluate(own, bytewise,
 
 def test_a_whole_task_gives_accuracy_and_bits_per_byte(own, bytewise, files):
     lm = adapter(own, bytewise)
-    report = run_tasks(lm, load_tasks(["choose", "read", "say"], files))
+    report = run_tasks(lm, load_tasks(["choose", "read", "answer"], files))
     found = {(row["task"], row["metric"]): row for row in report["results"]}
-    assert set(found) == {("choose", "acc"), ("read", "bits_per_byte"), ("say", "exact_match")}
+    assert set(found) == {("choose", "acc"), ("read", "bits_per_byte"), ("answer", "exact_match")}
     best = []
     for fact in FACTS:
         scores = [
-            plainly(own, [0, *bytewise.encode(f"{fact['question']} {c}").ids], len(c) + 1) for c in fact["choices"]
+            plain_loop(own, [0, *bytewise.encode(f"{fact['question']} {c}").ids], len(c) + 1) for c in fact["choices"]
         ]
         best.append(int(np.argmax(scores)) == fact["answer"])
     assert found["choose", "acc"]["value"] == pytest.approx(np.mean(best))
@@ -192,15 +192,15 @@ def test_a_whole_task_gives_accuracy_and_bits_per_byte(own, bytewise, files):
     assert found["read", "bits_per_byte"]["value"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_prompts_of_unequal_length_are_continued_as_each_alone(own, bytewise):
+def test_prompts_of_unequal_length_get_the_same_answers_in_a_batch_as_alone(own, bytewise):
     lm = adapter(own, bytewise)
-    asked = [(fact["question"], {"until": ["."], "max_gen_toks": 6}) for fact in FACTS * 2]
-    together = lm.generate_until(instances("generate_until", *asked))
-    assert together == [lm.generate_until(instances("generate_until", one))[0] for one in asked]
+    requests = [(fact["question"], {"until": ["."], "max_gen_toks": 6}) for fact in FACTS * 2]
+    together = lm.generate_until(instances("generate_until", *requests))
+    assert together == [lm.generate_until(instances("generate_until", one))[0] for one in requests]
     assert len(set(together)) > 1
 
 
-def test_what_the_model_cannot_score_is_refused(own, bytewise):
+def test_requests_that_the_model_cannot_score_or_generate_raise(own, bytewise):
     lm = adapter(own, bytewise)
     with pytest.raises(ValueError, match="adds 70 tokens"):
         lm.loglikelihood(instances("loglikelihood", ("a", "b" * 70)), disable_tqdm=True)
@@ -208,12 +208,12 @@ def test_what_the_model_cannot_score_is_refused(own, bytewise):
         lm.loglikelihood(instances("loglikelihood", ("a", "")), disable_tqdm=True)
     with pytest.raises(ValueError, match="64 new tokens"):
         lm.generate_until(instances("generate_until", ("a", {"until": [], "max_gen_toks": 64})))
-    with pytest.raises(ValueError, match="likeliest ones"):
+    with pytest.raises(ValueError, match="not supported: this adapter generates greedily"):
         lm.generate_until(instances("generate_until", ("a", {"do_sample": True, "temperature": 1.0})))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x"])
-def test_a_model_is_loaded_on_the_device_that_is_named(saved, device):
+def test_a_model_is_loaded_on_the_requested_device(saved, device):
     model, _ = load_pretrained(*map(str, saved), device="cpu")
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"} and not model.training
     with pytest.raises(ValueError, match=f"no device '{device}': torch"):
@@ -221,14 +221,14 @@ def test_a_model_is_loaded_on_the_device_that_is_named(saved, device):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
-def test_a_model_folder_without_a_tokenizer_is_named(kind, tmp_path):
+def test_the_error_for_a_model_folder_without_a_tokenizer_tells_how_to_add_one(kind, tmp_path):
     build(kind).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: .* tokenizer\.save_pretrained"):
         load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_model_of_transformers_with_memory_scores_as_a_plain_loop(saved, batch_size):
+def test_a_transformers_model_with_memory_gets_the_same_scores_as_from_a_plain_loop(saved, batch_size):
     model, tokenizer = load_pretrained(*saved)
     lm = adapter(model, tokenizer, batch_size)
     for (context, continuation), (score, _) in zip(
@@ -236,22 +236,22 @@ def test_a_model_of_transformers_with_memory_scores_as_a_plain_loop(saved, batch
     ):
         ids = tokenizer(context + continuation).input_ids
         assert score == pytest.approx(
-            plainly(lambda x: model(x.to(model.device)).logits.cpu(), ids, len(continuation)), rel=1e-5
+            plain_loop(lambda x: model(x.to(model.device)).logits.cpu(), ids, len(continuation)), rel=1e-5
         )
     texts = [(fact["text"],) for fact in FACTS]
     for (text,), score in zip(texts, lm.loglikelihood_rolling(instances("loglikelihood_rolling", *texts)), strict=True):
         ids = [lm.prefix_token_id, *tokenizer(text).input_ids]
         assert score == pytest.approx(
-            plainly(lambda x: model(x.to(model.device)).logits.cpu(), ids, len(ids) - 1), rel=1e-5
+            plain_loop(lambda x: model(x.to(model.device)).logits.cpu(), ids, len(ids) - 1), rel=1e-5
         )
 
 
-def test_left_padded_prompts_with_memory_are_continued_as_each_alone(saved):
+def test_left_padded_prompts_with_memory_get_the_same_answers_in_a_batch_as_alone(saved):
     model, tokenizer = load_pretrained(*saved)
-    asked = [(fact["question"], {"until": ["."], "max_gen_toks": 6}) for fact in FACTS]
-    together = adapter(model, tokenizer).generate_until(instances("generate_until", *asked), disable_tqdm=True)
+    requests = [(fact["question"], {"until": ["."], "max_gen_toks": 6}) for fact in FACTS]
+    together = adapter(model, tokenizer).generate_until(instances("generate_until", *requests), disable_tqdm=True)
     alone = adapter(model, tokenizer, batch_size=1).generate_until(
-        instances("generate_until", *asked), disable_tqdm=True
+        instances("generate_until", *requests), disable_tqdm=True
     )
     assert together == alone and len(set(together)) > 1
 
@@ -279,14 +279,14 @@ def test_the_command_scores_a_model_with_and_without_its_memory(saved, files, mo
 HUB = "task: far\ndataset_path: nowhere/no-such-data\ntest_split: test\noutput_type: multiple_choice\n" + CHOOSE
 
 
-def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys, tmp_path):
+def test_each_problem_with_a_task_is_reported_in_one_line(saved, files, monkeypatch, capsys, tmp_path):
     (tmp_path / "far.yaml").write_text(HUB)
     (tmp_path / "gone.yaml").write_text(TASK.format(name="gone", kind="multiple_choice") + CHOOSE)
     (tmp_path / "torn.yaml").write_text("task: [")
     for arguments, message in (
-        (("--tasks", "nope", "--task-files", files), "there is choose, read, say"),
+        (("--tasks", "nope", "--task-files", files), "known tasks: answer, choose, read"),
         (("--tasks", "torn", "--task-files", tmp_path), "lm-eval could not read torn.yaml"),
-        (("--tasks", "read", "--task-files", files / "none"), "there is no folder"),
+        (("--tasks", "read", "--task-files", files / "none"), "is not a folder of task files"),
         (("--tasks", "gone", "--task-files", tmp_path), "facts.jsonl"),
         (("--tasks", "far", "--task-files", tmp_path), "is on the Hugging Face hub, which cannot be reached"),
         ((), "give the tasks to score with --tasks"),
@@ -299,12 +299,12 @@ def test_what_is_wrong_with_a_task_is_one_line(saved, files, monkeypatch, capsys
         assert code == 2 and len(lines) == 1 and message in lines[0] and err.endswith(lines[0] + "\n"), err
 
 
-def test_without_lm_eval_the_command_says_what_to_install(saved, monkeypatch, capsys):
+def test_without_lm_eval_the_command_prints_the_install_command(saved, monkeypatch, capsys):
     monkeypatch.setattr("engram.cli.models.find_spec", lambda name: None)
     code, _, err = cli(monkeypatch, capsys, "evaluate", saved[0], "--tasks", "read")
     assert code == 2 and "pip install -e '.[lm-eval]' in the project's folder" in err
 
 
-def test_a_folder_that_is_not_a_model_is_named(monkeypatch, capsys, tmp_path, files):
+def test_the_error_for_a_folder_that_is_not_a_model_names_the_folder(monkeypatch, capsys, tmp_path, files):
     code, _, err = cli(monkeypatch, capsys, "evaluate", tmp_path, "--tasks", "read", "--task-files", files)
     assert code == 2 and "neither run.json" in err and str(tmp_path) in err

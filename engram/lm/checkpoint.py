@@ -91,7 +91,7 @@ def save_checkpoint(
     try:
         manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as it is read again: the digest is of that
     except ValueError as error:
-        raise ValueError(f"facts and settings of a checkpoint are finite JSON values: {error}") from None
+        raise ValueError(f"facts and settings of a checkpoint must be finite JSON values: {error}") from None
     dense_state = {i: values for i, values in state["state"].items() if isinstance(i, int)}
     adam = {
         f"{i}.{k}": torch.as_tensor(v) for i, values in dense_state.items() for k, v in values.items() if k != "rows"
@@ -131,8 +131,8 @@ def read_manifest(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a checkpoint's manifest, after checking that every file exists with its size and digest.
 
     Raises:
-        FileNotFoundError: no checkpoint there. ValueError: an altered manifest; a missing, truncated, changed or
-        foreign file, by name.
+        FileNotFoundError: the folder is not a checkpoint. ValueError: the manifest was altered, or a file (which the
+        message names) is missing, truncated, changed or not of this checkpoint.
     """
     return read_folder(checkpoint, lambda path: _read_manifest(path, Path(checkpoint).name))
 
@@ -143,7 +143,7 @@ def _read_manifest(path: Path, name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no manifest.json")
     manifest = load_manifest(path)
     if manifest.get("format") not in (_FORMAT, _WITHOUT_DIGEST):
-        raise ValueError(f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {_FORMAT}")
+        raise ValueError(f"{path} has checkpoint format {manifest.get('format')!r}, but this version reads {_FORMAT}")
     check_digest(home, manifest)
     try:
         _check_shape(manifest)
@@ -151,7 +151,9 @@ def _read_manifest(path: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"{home} is damaged: {error!r}") from error
     number = re.fullmatch(r"step-([0-9]+)", name)
     if number and int(number[1]) != manifest["step"]:
-        raise ValueError(f"{path} holds step {manifest['step']}, not {int(number[1])}: rename it to what it holds")
+        raise ValueError(
+            f"{path} holds step {manifest['step']}, not {int(number[1])}: rename it to step-{manifest['step']:08d}"
+        )
     for file, entry in manifest["files"].items():
         if file.endswith(".safetensors") and file_digest(path / file) != entry["xxh3_128"]:
             raise ValueError(f"{path / file} does not have the digest its manifest names: it was changed or torn")
@@ -161,15 +163,15 @@ def _read_manifest(path: Path, name: str) -> dict[str, Any]:
 def _check_shape(manifest: dict[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError if the values of a manifest are not of the kinds that are written."""
     if type(manifest["step"]) is not int or manifest["step"] < 0 or not isinstance(manifest["facts"], dict):
-        raise ValueError("step is a number of steps, facts are an object")
+        raise ValueError("step must be an integer of at least 0, and facts must be an object")
     if missing := {"model.safetensors", "optimizer.safetensors"} - set(manifest["files"]):
-        raise ValueError(f"files lack {min(missing)}")
+        raise ValueError(f"files must include {min(missing)}")
     if not all(type(steps) is int for layers in manifest["row_steps"] for steps in layers.values()):
-        raise ValueError("row_steps are numbers of steps")
+        raise ValueError("row_steps must be integers")
     for group in manifest["groups"]:
         numbers = [group["lr"], group["eps"], group["weight_decay"], *group["betas"], *group["params"]]
         if len(group["betas"]) != 2 or not all(type(number) in (int, float) for number in numbers):
-            raise ValueError("lr, eps, weight_decay, betas and params of a group are numbers")
+            raise ValueError("lr, eps, weight_decay, betas (two) and params of a group must be numbers")
 
 
 def load_checkpoint(
@@ -178,7 +180,7 @@ def load_checkpoint(
     """Load a checkpoint's weights, rows and optimizer state into `model` and `optimizer`, and return its manifest.
 
     Raises:
-        FileNotFoundError, ValueError: see read_manifest; also tensors that do not fit the model, named one by one.
+        FileNotFoundError, ValueError: see read_manifest; also if tensors do not fit the model: the message names each.
     """
     return read_folder(checkpoint, lambda path: _load(path, Path(checkpoint), model, optimizer))
 

@@ -37,7 +37,7 @@ def generate(
         top_k: sample among the k likeliest.
         seed: seed of the sampling.
         stop_id: end when every sequence has produced this token (later tokens of a finished one repeat it).
-        prefill: the prompt goes through the model in pieces of this many tokens.
+        prefill: number of prompt tokens per forward pass.
         prefetch: fetch the rows of the next piece while the model works on the current one; the same bits either way.
         on_token: called with the number of tokens added so far, after each.
 
@@ -45,8 +45,8 @@ def generate(
         int64 [B, T + added], on the model's device.
 
     Raises:
-        TypeError: ids that are not integers. ValueError: an empty or padded prompt, more tokens than the model's
-        max_length allows, a number out of its range.
+        TypeError: ids are not integers. ValueError: the prompt is empty or padded, prompt and new tokens exceed the
+        model's max_length, or a number is out of its range.
 
     Example:
         >>> import engram
@@ -55,7 +55,7 @@ def generate(
         torch.Size([1, 8])
     """
     if tokens < 0 or not 0 <= temperature < math.inf or min(prefill, 1 if top_k is None else top_k) < 1:
-        raise ValueError(f"{tokens=} and {temperature=} are 0 or more, {prefill=} and {top_k=} are 1 or more")
+        raise ValueError(f"{tokens=} and {temperature=} must be 0 or more, {prefill=} and {top_k=} must be 1 or more")
     if isinstance(ids, Mapping) and not bool((torch.as_tensor(ids.get("attention_mask", 1)) != 0).all()):
         raise ValueError("the prompts are padded (attention_mask 0): generate() takes prompts of one length")
     ids = token_ids(ids).to(model.embedding.weight.device)
@@ -87,9 +87,7 @@ def generate(
                 on_token(step + 1)
             if (stop_id is not None and finished.all()) or step == tokens - 1:
                 break
-            logits = model(piece, cache=cache)[
-                :, -1
-            ].float()  # the forward pass starts by fetching the new token's rows
+            logits = model(piece, cache=cache)[:, -1].float()  # this starts by fetching the new token's rows
     return ids
 
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (EleutherAI's harness) on our models: log-likelihoods, perplexities and generated answers.
+"""Run tasks of lm-eval (EleutherAI's harness) on our models: log-likelihoods, perplexities and generated answers.
 
 Models of transformers go through lm-eval's own adapter, with or without an attached memory. The Transformer of this
 library has its adapter here.
@@ -35,7 +35,7 @@ class TransformerLM(TemplateLM):
     """Adapter of a Transformer for lm-eval. Every text begins with <|endoftext|>, as the documents of training do.
 
     Sequences of one batch are padded on the right, behind everything that is scored, and prompts to continue are
-    batched with others of their length: no n-gram, convolution or attention ever sees padding.
+    batched with others of their length, so no n-gram, convolution or attention ever reads padding.
 
     Args:
         model: with or without memory. tokenizer: made by engram.lm.tokenizer. batch_tokens: padding included.
@@ -74,18 +74,19 @@ class TransformerLM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(summed log-likelihood of the continuation, whether it is the likeliest) of (text, context, continuation)."""
+        """Return (summed log-likelihood of the continuation, whether it is the likeliest) per request.
+
+        A request is (text, context ids, continuation ids).
+        """
         for text, _context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
-                    f"{text[-1][:80]!r} adds {len(continuation)} tokens to its context, and this model scores 1 to "
-                    f"{self.max_length}: 0 means that it merges with the context, so begin it with a space"
+                    f"{text[-1][:80]!r} adds {len(continuation)} tokens to its context, but this model scores 1 to "
+                    f"{self.max_length} tokens. If it adds 0, it merges with the context: begin it with a space"
                 )
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         windows = [(c + x)[-(self.max_length + 1) :] for _text, c, x in requests]
-        order = sorted(
-            range(len(windows)), key=lambda i: -len(windows[i])
-        )  # similar lengths together, for little padding
+        order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))  # batch similar lengths: little padding
         while order:
             longest = len(windows[order[0]])
             size = max(1, self.batch_tokens // longest)
@@ -104,17 +105,18 @@ class TransformerLM(TemplateLM):
         answers = [""] * len(requests)
         groups: dict[tuple[int, int], list[tuple[int, list[int], list[str]]]] = {}
         for i, request in enumerate(requests):
-            prompt, asked = request.args
-            given = normalize_gen_kwargs(asked, default_max_gen_toks=min(256, self.max_length // 2))
-            until, tokens = given.pop("until"), given.pop("max_gen_toks")
-            if given.pop("do_sample") or given.pop("temperature", 0.0) or given:
+            prompt, generation_kwargs = request.args
+            options = normalize_gen_kwargs(generation_kwargs, default_max_gen_toks=min(256, self.max_length // 2))
+            until, tokens = options.pop("until"), options.pop("max_gen_toks")
+            if options.pop("do_sample") or options.pop("temperature", 0.0) or options:
                 raise ValueError(
-                    f"answers of this model are the likeliest ones, which generation_kwargs {asked} are not"
+                    f"generation_kwargs {generation_kwargs} are not supported: this adapter generates greedily, so set "
+                    f"only until and max_gen_toks"
                 )
             if tokens >= self.max_length:
                 raise ValueError(
-                    f"the task needs {tokens} new tokens, the model has room for {self.max_length} with the prompt: "
-                    f"lower its generation_kwargs.max_gen_toks"
+                    f"the task generates {tokens} new tokens, but prompt and answer must fit in the model's max_length "
+                    f"{self.max_length}: lower the task's generation_kwargs.max_gen_toks"
                 )
             ids = self.tok_encode(prompt)[-(self.max_length - tokens) :]
             groups.setdefault((len(ids), tokens), []).append((i, ids, handle_stop_sequences(until, None)))
@@ -131,13 +133,16 @@ class TransformerLM(TemplateLM):
 
 
 def _score(logits: Tensor, targets: Tensor, count: int) -> tuple[float, bool]:
-    """Log-probabilities of the last `count` of targets [T], from logits [T, vocab]."""
+    """Return the summed log-probability of the last `count` of targets [T], and whether all are the likeliest.
+
+    Logits are [T, vocab].
+    """
     logits, targets = logits[-count:], targets[-count:].to(logits.device)
     return -F.cross_entropy(logits, targets, reduction="sum").item(), bool((logits.argmax(-1) == targets).all())
 
 
 def adapter(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
-    """The lm-eval model of a Transformer, or of a model of transformers (with its attached memory, if it has one)."""
+    """Return the lm-eval model of a Transformer, or of a model of transformers (with its memory if one is attached)."""
     if isinstance(model, Transformer):
         return TransformerLM(model, tokenizer)
     from lm_eval.models.huggingface import HFLM
@@ -153,18 +158,20 @@ def load_tasks(names: list[str], task_files: str | os.PathLike[str] | None = Non
             relative to it. None takes lm-eval's own tasks, whose data comes from the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: no such folder, or a data file that is not there. ValueError: an unknown task, a task file
-        that lm-eval cannot read, data on the hub when it cannot be reached.
+        FileNotFoundError: the folder or a data file does not exist. ValueError: a task is unknown, lm-eval cannot read
+        a task file, or the hub that has the data cannot be reached.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = None if task_files is None else Path(task_files).resolve()
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {task_files} with task files")
+        raise FileNotFoundError(
+            f"{task_files} is not a folder of task files: give an existing folder with the tasks' YAML files"
+        )
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
     for name in names:
         if name not in manager.all_tasks:
             raise ValueError(_unknown(name, folder, manager))
-    found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    task_objects: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with _inside(folder):
         for name in names:
             try:
@@ -176,16 +183,16 @@ def load_tasks(names: list[str], task_files: str | os.PathLike[str] | None = Non
                 ) from error
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"task {name!r}: {_line(error)}") from error
-            except Exception as error:  # whatever a task file makes lm-eval raise
+            except Exception as error:  # lm-eval raises errors of many types for a bad task file
                 problem = f"{type(error).__name__}: {_line(error)}"
                 raise ValueError(f"lm-eval cannot load task {name!r}: {problem}") from error
-            for kind in found:
-                found[kind].update(loaded.get(kind) or {})
-    for task in found["tasks"].values():  # what lm-eval's own command sets where a task file does not
+            for kind in task_objects:
+                task_objects[kind].update(loaded.get(kind) or {})
+    for task in task_objects["tasks"].values():  # what lm-eval's own command sets where a task file does not
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
-    return found
+    return task_objects
 
 
 def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
@@ -201,13 +208,13 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
         lm-eval has none) and documents}.
 
     Raises:
-        ValueError: a continuation that the model cannot score, or generation that it cannot do.
+        ValueError: the model cannot score a continuation, or a task sets generation options that are not supported.
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process for a second of work
-    with contextlib.redirect_stdout(sys.stderr):  # it prints in between
-        found = evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
+    with contextlib.redirect_stdout(sys.stderr):  # lm-eval prints to stdout
+        scores = evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
     results = []
-    for task, figures in found["results"].items():
+    for task, figures in scores["results"].items():
         for key, value in figures.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr"):
@@ -219,7 +226,7 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
                     "metric": metric if filtered == "none" else key,
                     "value": float(value),
                     "stderr": float(error) if isinstance(error, int | float) else None,
-                    "documents": found["n-samples"].get(task, {}).get("effective"),
+                    "documents": scores["n-samples"].get(task, {}).get("effective"),
                 }
             )
     return {"lm_eval": version("lm_eval"), "results": results}
@@ -227,12 +234,12 @@ def run_tasks(lm: Any, tasks: dict[str, Any], limit: int | None = None) -> dict[
 
 def _unknown(name: str, folder: Path | None, manager: TaskManager) -> str:
     if folder is None:
-        return f"lm-eval has no task {name!r}, and no --task-files were given: see `lm-eval ls tasks` for its own"
+        return f"lm-eval has no task {name!r}, and --task-files is not set: `lm-eval ls tasks` lists its tasks"
     read = {entry.yaml_path for entry in manager.task_index.values()}
     unread = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.yaml")) if p not in read]
     known = ", ".join(manager.all_tasks) or "none"
     problem = f"; lm-eval could not read {', '.join(unread)}" if unread else ""
-    return f"no task {name!r} in the YAML files of {folder}: there is {known}{problem}"
+    return f"no task {name!r} in the YAML files of {folder}; known tasks: {known}{problem}"
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         if os.getpid() == key[0]:  # a forked child must not remove its parent's lock
             with suppress(OSError):
                 (home / LOCK).unlink()
-                if new:  # and still empty, else rmdir fails: nothing came of the run
+                if new:  # rmdir fails unless the folder is empty: then the run wrote nothing
                     home.rmdir()
         os.close(handle)
 
@@ -60,11 +60,11 @@ def _lock(home: Path) -> int:
                 pid = os.read(handle, 20).decode("ascii", "replace").strip()
                 who = f"another process (pid {pid})" if pid.isdigit() else "another process"
                 who = "another thread of this process" if pid == str(os.getpid()) else who
-                raise BlockingIOError(f"{who} trains in {home}: wait until it ends, or give another folder")
+                raise BlockingIOError(f"{who} trains in {home}: wait until it ends, or train in another folder")
             if locked is None:
                 warnings.warn(
                     f"{home} is on a file system without locks (flock), so a second process that trains there is not "
-                    f"noticed: start one at a time",
+                    f"detected: train there from one process at a time",
                     stacklevel=5,
                 )
             if _is_at(handle, path):  # else its last holder removed it since it was opened
@@ -85,11 +85,12 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 class StepLog:
-    """FOLDER/log.jsonl: one JSON object per training step, appended as soon as the step is done.
+    """Append one JSON object per training step to FOLDER/log.jsonl, as soon as the step is done.
 
     Args:
-        folder: of the run. step: that the run goes on from; lines of later steps, of a run that was killed after its
-            newest checkpoint, and an incomplete last line are cut, so that each step has one line.
+        folder: folder of the run.
+        step: step of the checkpoint from which the run continues. Lines of later steps (written by a run that was
+            killed after its newest checkpoint) and an incomplete last line are removed, so that each step has one line.
     """
 
     def __init__(self, folder: str | os.PathLike[str], step: int):

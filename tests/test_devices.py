@@ -1,4 +1,4 @@
-"""The same work on every device there is: on a machine without a GPU the CPU stands beside itself."""
+"""Compare each available device with the CPU. Without a GPU, the CPU is compared with itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device(request) -> str:
 
 @pytest.fixture
 def threads(monkeypatch) -> None:
-    """Rows are fetched on the thread of their own (and copied on a stream of its own) even for these small texts."""
+    """Fetch rows on the prefetch thread (and copy them on its own stream) even for these small texts."""
     monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)
 
 
@@ -41,7 +41,7 @@ def trained(device: str, prefetch: bool = True) -> tuple[Transformer, list[float
     return model, [loss for _, loss in log.curve]
 
 
-def test_a_model_is_trained_where_it_lies_and_its_rows_where_they_lie(device, threads):
+def test_a_model_is_trained_on_its_device_and_its_rows_in_host_memory(device, threads):
     (model, losses), (reference, expected) = trained(device), trained("cpu")
     assert next(model.parameters()).device.type == device
     assert losses == pytest.approx(expected, rel=1e-3) and losses[-1] < losses[0]
@@ -50,30 +50,32 @@ def test_a_model_is_trained_where_it_lies_and_its_rows_where_they_lie(device, th
     torch.testing.assert_close(rows, same, rtol=0.05, atol=1e-3)
 
 
-def test_fetching_ahead_reads_the_rows_that_waiting_reads(device, threads):
+def test_training_is_the_same_with_and_without_prefetching(device, threads):
     ahead, waiting = (trained(device, prefetch)[1] for prefetch in (True, False))
     assert ahead == pytest.approx(waiting, rel=1e-4)
 
 
-def test_a_trained_model_reads_writes_and_explains_as_on_the_cpu(device, threads):
+def test_a_trained_model_evaluates_generates_and_explains_as_on_the_cpu(device, threads):
     model, _ = trained("cpu")
     data, prompt = corpus(seed=3), torch.from_numpy(corpus(seed=4).ids[:12]).long()[None]
-    found = []
+    results = []
     for where in ("cpu", device):
         model.to(where)
         score = evaluate(model, data)
-        said = generate(model, prompt.to(where), 8, temperature=0, prefill=5).cpu()
-        why = engram.explain(model, prompt[0])
-        found.append((score.loss, said, why.loss[:-1], why.loss_off[:-1], why.layers[1].rows))
-    (loss, said, nats, off, rows), (loss2, said2, nats2, off2, rows2) = found
-    assert loss2 == pytest.approx(loss, rel=1e-4) and torch.equal(said, said2)
+        tokens = generate(model, prompt.to(where), 8, temperature=0, prefill=5).cpu()
+        explanation = engram.explain(model, prompt[0])
+        results.append(
+            (score.loss, tokens, explanation.loss[:-1], explanation.loss_off[:-1], explanation.layers[1].rows)
+        )
+    (loss, tokens, nats, off, rows), (loss2, tokens2, nats2, off2, rows2) = results
+    assert loss2 == pytest.approx(loss, rel=1e-4) and torch.equal(tokens, tokens2)
     np.testing.assert_allclose(nats2, nats, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(off2, off, rtol=1e-3, atol=1e-4)
     assert np.array_equal(rows, rows2)
 
 
 @pytest.mark.parametrize("codec", [None, "fp8", "pq8"])
-def test_an_attached_memory_follows_its_model(device, codec, threads):
+def test_an_attached_memory_moves_to_the_device_of_its_model(device, codec, threads):
     model, ids = hf_models.build("llama"), hf_models.text()
     memory = engram.attach(model, MEMORY.replace(head_dim=32, table_std=0.5), TokenMap.identity(hf_models.VOCAB))
     if codec is not None:
@@ -92,7 +94,7 @@ def default(device) -> Iterator[str]:
     torch.set_default_device(None)
 
 
-def test_rows_stay_in_host_memory_where_a_device_is_the_default(default, threads):
+def test_rows_stay_in_host_memory_if_another_device_is_the_default(default, threads):
     table = HostTable(100, 8, init="normal", std=1.0)
     ids = torch.tensor([3, 99, 3])
     assert table.tensor.device.type == "cpu" == table.gather(ids).device.type and table.gather(ids).any()

@@ -1,6 +1,6 @@
-"""Ctrl-C at any moment of a call that works on several threads: no crash, rows old or new, everything usable after it.
+"""Ctrl-C at any moment of a call that works on several threads: no crash, each row old or new, all usable afterwards.
 
-The file runs itself in a process of its own, with a thread that sends SIGINT again and again.
+The tests run this file in a separate process, in which a thread sends SIGINT repeatedly.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ ROWS, DIM, N = 20_000, 64, 30_000
 
 
 class Interrupter:
-    """A thread that sends SIGINT, up to three times, at random moments of `attempt`; elsewhere it is ignored."""
+    """Send SIGINT from a thread, up to three times, at random moments of `attempt`. Outside `attempt` it is ignored."""
 
     def __init__(self, seed: int):
         self.random, self.armed, self.hits = random.Random(seed), False, 0
         signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, _: int, frame) -> None:
-        if self.armed and frame.f_code is not Interrupter.attempt.__code__:  # in the library
+        if self.armed and frame.f_code is not Interrupter.attempt.__code__:  # the library's code is running
             self.hits += 1
             raise KeyboardInterrupt
 
-    def attempts(self, wanted: int) -> Iterator[int]:
-        """Until `wanted` calls were interrupted: how many are, depends on what else keeps the cores busy."""
-        until = self.hits + wanted
-        for attempt in range(20 * wanted):
+    def attempts(self, interrupts: int) -> Iterator[int]:
+        """Yield attempt numbers until `interrupts` signals arrived. The load decides how many it takes."""
+        until = self.hits + interrupts
+        for attempt in range(20 * interrupts):
             if self.hits >= until:
                 return
             yield attempt
 
     def attempt(self, call, within: float) -> bool:
-        """Call call() and interrupt it. Return True if it was not cut short."""
+        """Run call() and interrupt it. Return True if it ran to its end."""
         delays = [self.random.random() * within, *(self.random.choice([0, 2e-5, 3e-4]) for _ in range(2))]
 
         def send() -> None:
@@ -81,8 +81,8 @@ def time_of(call) -> float:
     return 1.2 * (time.perf_counter() - began) + 2e-4
 
 
-def reads(interrupter: Interrupter, wanted: int) -> dict[str, int]:
-    """Gather from float and encoded tables and hash ids: the interrupt frees their buffers, which are used again."""
+def reads(interrupter: Interrupter, interrupts: int) -> dict[str, int]:
+    """Gather rows and hash ids under interrupts, which free buffers, and check that nothing writes into freed ones."""
     from engram import HashLayout, NgramHasher, TokenMap
 
     table, encoded = HostTable(ROWS, DIM), EncodedTable(ROWS, DIM, "fp8")
@@ -94,7 +94,7 @@ def reads(interrupter: Interrupter, wanted: int) -> dict[str, int]:
     cut = wrong = 0
     for call in (lambda: table.gather(ids), lambda: encoded.gather(ids), lambda: hasher(text), encoded.validate):
         within = time_of(call)
-        for _ in interrupter.attempts(wanted):
+        for _ in interrupter.attempts(interrupts):
             cut += not interrupter.attempt(call, within)
             again = [torch.full((size,), 7, dtype=torch.uint8) for size in (ids.numel() * DIM * 4, 1 << 20)]
             time.sleep(0.002)
@@ -103,8 +103,8 @@ def reads(interrupter: Interrupter, wanted: int) -> dict[str, int]:
     return {"cut": cut, "wrong": wrong}
 
 
-def writes(interrupter: Interrupter, wanted: int) -> dict[str, int]:
-    """Encoding rows: each stored row is the old or the new one."""
+def writes(interrupter: Interrupter, interrupts: int) -> dict[str, int]:
+    """Encode rows under interrupts, and check that each stored row is the old or the new one."""
     tables = [EncodedTable(ROWS, DIM, "int8") for _ in range(3)]
     ids = torch.arange(ROWS)
     for seed, table in enumerate(tables):
@@ -112,7 +112,7 @@ def writes(interrupter: Interrupter, wanted: int) -> dict[str, int]:
     old, new, subject = tables
     within, cut, wrong = time_of(lambda: new.write(ids, random_rows(ROWS, 1))), 0, 0
     rows = random_rows(ROWS, 1)
-    for _ in interrupter.attempts(wanted):
+    for _ in interrupter.attempts(interrupts):
         subject.tensor.copy_(old.tensor)
         cut += not interrupter.attempt(lambda: subject.write(ids, rows), within)
         same = (subject.tensor == old.tensor).all(1) | (subject.tensor == new.tensor).all(1)
@@ -120,25 +120,27 @@ def writes(interrupter: Interrupter, wanted: int) -> dict[str, int]:
     return {"cut": cut, "wrong": wrong}
 
 
-def steps(interrupter: Interrupter, wanted: int, kind: str) -> dict[str, int]:
-    """Steps of a row optimizer beside the same steps in peace: each row is old or new together with its state, and
-    `interrupted` names the old ones."""
+def steps(interrupter: Interrupter, interrupts: int, kind: str) -> dict[str, int]:
+    """Run steps of a row optimizer under interrupts, and compare with the same steps without.
+
+    Each row must be old or new together with its state, and `interrupted` must list the old ones.
+    """
     tables = [HostTable(ROWS, DIM) for _ in range(2)]
     tables[0].tensor.copy_(random_rows(ROWS, 0))
     tables[1].tensor.copy_(tables[0].tensor)
     subject, peaceful = (KINDS[kind](table, lr=0.01) for table in tables)
-    ids = torch.randint(0, ROWS, (N,), generator=torch.Generator().manual_seed(3))  # many twice
+    ids = torch.randint(0, ROWS, (N,), generator=torch.Generator().manual_seed(3))  # many ids occur twice
     touched, grad = ids.unique(), random_rows(N, 4)
 
     def parts(optimizer) -> list[torch.Tensor]:
         return [t.tensor.view(ROWS, -1)[touched] for t in (optimizer.table, *optimizer.state.values())]
 
     within, cut, wrong, partly = time_of(lambda: [o.step(ids, grad) for o in (subject, peaceful)]) / 2, 0, 0, 0
-    for _ in interrupter.attempts(wanted):
+    for _ in interrupter.attempts(interrupts):
         old = parts(subject)
         cut += not interrupter.attempt(lambda: subject.step(ids, grad), within)
         now, left = parts(subject), subject.interrupted
-        if subject.steps > peaceful.steps:  # begun
+        if subject.steps > peaceful.steps:  # the step began
             peaceful.step(ids, grad)
         new = parts(peaceful)
         is_old, is_new = (
@@ -155,16 +157,16 @@ def steps(interrupter: Interrupter, wanted: int, kind: str) -> dict[str, int]:
     return {"cut": cut, "wrong": wrong, "partly": partly}
 
 
-def campaign(wanted: int, torchs: int, ours: int) -> None:
+def campaign(interrupts: int, torchs: int, ours: int) -> None:
     torch.set_num_threads(torchs)
     kernels.set_threads(ours)
     interrupter, counts = Interrupter(seed=5), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counts["reads"] = reads(interrupter, wanted)
-        counts["writes"] = writes(interrupter, wanted)
+        counts["reads"] = reads(interrupter, interrupts)
+        counts["writes"] = writes(interrupter, interrupts)
         for kind in KINDS:
-            counts[kind] = steps(interrupter, wanted, kind)
+            counts[kind] = steps(interrupter, interrupts, kind)
     done: list[int] = []
     kernels.spread(1000, 10, lambda lo, hi: done.extend(range(lo, hi)))
     counts["pool"] = {"cut": interrupter.hits, "wrong": sorted(done) != list(range(1000))}
@@ -182,13 +184,13 @@ def counts(request):
 
 
 @pytest.mark.parametrize("what", ["reads", "writes", *KINDS, "pool"])
-def test_an_interrupt_at_any_moment_leaves_rows_old_or_new_and_the_threads_usable(counts, what):
+def test_after_an_interrupt_at_any_moment_each_row_is_old_or_new_and_the_threads_work(counts, what):
     assert counts[what]["wrong"] == 0
     assert counts[what]["cut"] > 0  # interrupts did arrive
 
 
 def after_pieces(monkeypatch, count: int) -> None:
-    """Make the next spread call end by KeyboardInterrupt after `count` pieces."""
+    """Make the next call of spread raise KeyboardInterrupt after `count` pieces."""
     real = kernels.spread
 
     def spread(n, smallest, work, *held):
@@ -203,7 +205,7 @@ def after_pieces(monkeypatch, count: int) -> None:
 @pytest.mark.skipif(kernels.native is None, reason="without kernels, a step is stored as a whole")
 @pytest.mark.parametrize("kind", ["rms", "adam", "adagrad"])
 @pytest.mark.parametrize("pieces", [0, 3, 8])
-def test_an_interrupted_step_names_the_rows_that_it_did_not_reach_and_the_next_one_warns(monkeypatch, kind, pieces):
+def test_an_interrupted_step_lists_the_rows_that_it_did_not_update_and_the_next_step_warns(monkeypatch, kind, pieces):
     table = HostTable(100, 4)
     optimizer = KINDS[kind](table, lr=0.1)
     ids, grad = torch.arange(20, 100), torch.ones(80, 4)
@@ -221,7 +223,7 @@ def test_an_interrupted_step_names_the_rows_that_it_did_not_reach_and_the_next_o
     assert optimizer.interrupted is None
 
 
-def test_an_interrupt_without_kernels_leaves_a_step_whole_or_undone(monkeypatch):
+def test_an_interrupted_step_without_kernels_is_complete_or_has_no_effect(monkeypatch):
     monkeypatch.setattr(kernels, "native", None)
     for kind in KINDS.values():
         table = HostTable(50, 4)
@@ -238,13 +240,13 @@ def test_an_interrupt_without_kernels_leaves_a_step_whole_or_undone(monkeypatch)
         assert table.tensor.any(1).all() and optimizer.interrupted is None
 
 
-def test_spread_drops_the_rest_after_an_error_and_waits_for_pieces_that_were_begun():
+def test_after_an_error_spread_skips_the_remaining_pieces_and_waits_for_running_ones():
     running, begun = threading.Event(), []
 
     def work(lo: int, hi: int) -> None:
         begun.append(lo)
         if threading.current_thread() is threading.main_thread():
-            running.wait(5)  # a helper is in its piece
+            running.wait(5)  # a helper thread is running its piece
             raise SystemExit(3)
         running.set()
         time.sleep(0.2)

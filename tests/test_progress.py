@@ -1,4 +1,4 @@
-"""Progress of long commands: plain lines where stderr is not a terminal, bars where it is."""
+"""Progress of long commands: bars if stderr is a terminal, plain lines if not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_task_that_reports_nothing_still_prints_lines():
         wait_for(stream, "preparing the text: 0:00 since it began\n" * 2)
 
 
-def test_lines_name_what_was_updated_last_with_its_counts():
+def test_each_line_shows_the_task_that_was_updated_last_and_its_counts():
     stream = io.StringIO()
     with Progress(stream=stream) as shown:
         steps = shown.task("plain, seed 0", 489, "steps")
@@ -73,7 +73,7 @@ def test_a_short_command_prints_nothing_and_its_thread_ends(monkeypatch):
     assert stream.getvalue() == "" and not shown._printer.is_alive()
 
 
-def test_an_error_ends_the_lines_and_a_closed_pipe_is_not_an_error(monkeypatch):
+def test_lines_stop_after_an_error_and_a_closed_pipe_does_not_raise(monkeypatch):
     stream = io.StringIO()
     with pytest.raises(KeyError), Progress(stream=stream) as shown:
         shown.task("reading")
@@ -83,7 +83,7 @@ def test_an_error_ends_the_lines_and_a_closed_pipe_is_not_an_error(monkeypatch):
     assert not shown._printer.is_alive()
 
 
-def test_a_terminal_gets_bars_and_names_of_files_cannot_command_it():
+def test_a_terminal_shows_bars_and_control_codes_in_file_names_are_removed():
     stream = Terminal()
     with Progress(stream=stream) as shown:
         task = shown.task("re\x1b[2Jading [/x]", 4, "steps")
@@ -94,7 +94,7 @@ def test_a_terminal_gets_bars_and_names_of_files_cannot_command_it():
     assert "\x1b[2J" not in text and "\x1b]0;" not in text
 
 
-def test_lines_on_a_terminal_if_the_work_draws_there_itself():
+def test_a_terminal_shows_lines_if_the_work_prints_its_own_progress():
     stream = Terminal()
     with Progress(live=False, stream=stream) as shown:
         shown.task("scoring sky")

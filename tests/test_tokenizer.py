@@ -36,13 +36,13 @@ def test_any_unicode_text_survives_encoding_and_decoding(tokenizer, text):
     assert tokenizer.decode(ids[1:].tolist(), skip_special_tokens=False) == text
 
 
-def test_text_that_spells_out_the_special_token_is_plain_text(tokenizer):
+def test_text_that_contains_the_special_tokens_name_is_encoded_as_plain_text(tokenizer):
     encoded = encode(tokenizer, [document("a<|endoftext|>b")])
     assert (encoded.ids == 0).sum() == 1 and encoded.ids[0] == 0
     assert tokenizer.decode(encoded.ids[1:].tolist(), skip_special_tokens=False) == "a<|endoftext|>b"
 
 
-def test_the_vocabulary_has_the_size_asked_for_and_endoftext_at_0(tokenizer):
+def test_the_vocabulary_has_the_requested_size_and_endoftext_at_0(tokenizer):
     assert tokenizer.get_vocab_size() == 400
     assert tokenizer.token_to_id("<|endoftext|>") == 0
 
@@ -53,12 +53,12 @@ def test_a_vocabulary_of_257_is_a_plain_byte_tokenizer(tmp_path):
     assert np.array_equal(np.diff(encoded.starts), encoded.bytes + 1)
 
 
-def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path):
+def test_a_vocabulary_that_is_too_small_for_all_bytes_raises(tmp_path):
     with pytest.raises(ValueError, match="vocab_size 256 is too small"):
         train_tokenizer(TEXTS, 256, tmp_path)
 
 
-def test_a_vocabulary_larger_than_the_text_supports_states_the_smaller_size(tmp_path):
+def test_the_warning_for_a_vocabulary_larger_than_the_text_supports_names_the_smaller_size(tmp_path):
     for _ in range(2):  # trained, then cached
         with pytest.warns(UserWarning, match=r"supports a vocabulary of (\d+) entries, not 5000"):
             small = train_tokenizer(["abc abc abd"], 5000, tmp_path)
@@ -84,7 +84,7 @@ def test_a_cached_tokenizer_is_not_trained_again(tokenizer, tmp_path, monkeypatc
     assert encode(again, [document("<|endoftext|>")]).ids.tolist().count(0) == 1
 
 
-def test_another_text_or_size_is_another_cache_entry(tmp_path):
+def test_each_text_and_size_has_its_own_cache_entry(tmp_path):
     for texts, size in ((TEXTS, 300), (TEXTS, 301), (TEXTS[1:], 300), ([TEXTS[0] + TEXTS[1], *TEXTS[2:]], 300)):
         train_tokenizer(texts, size, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
@@ -100,7 +100,7 @@ def test_another_text_or_size_is_another_cache_entry(tmp_path):
     ],
     ids=["truncated", "empty", "altered", "not-utf8"],
 )
-def test_a_damaged_cache_file_is_trained_anew_and_replaced(tokenizer, tmp_path, damage):
+def test_a_tokenizer_with_a_damaged_cache_file_is_trained_again_and_the_file_replaced(tokenizer, tmp_path, damage):
     train_tokenizer(TEXTS, 400, tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -111,7 +111,7 @@ def test_a_damaged_cache_file_is_trained_anew_and_replaced(tokenizer, tmp_path, 
     assert [f.read_bytes() for f in tmp_path.iterdir()] == [whole]
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_half_file(tokenizer, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_gives_a_warning_and_leaves_no_incomplete_file(tokenizer, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
@@ -129,7 +129,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
     assert len(list((tmp_path / "deep" / "cache").iterdir())) == 1
 
 
-def test_documents_are_packed_in_order_each_behind_its_endoftext(tokenizer):
+def test_documents_are_packed_in_order_and_each_begins_with_endoftext(tokenizer):
     texts = [TEXTS[0], "é", "", *TEXTS[1:]]
     packed = encode(tokenizer, [document(text) for text in texts])
     assert packed.ids.dtype == np.int32 and packed.documents.dtype == np.int32
@@ -142,7 +142,7 @@ def test_documents_are_packed_in_order_each_behind_its_endoftext(tokenizer):
         assert tokenizer.decode(packed.ids[piece][1:].tolist(), skip_special_tokens=False) == text
 
 
-def test_a_document_has_the_same_ids_alone_and_in_a_crowd(tokenizer):
+def test_a_document_has_the_same_ids_alone_and_among_many(tokenizer):
     crowd = [document(TEXTS[i % 20][i % 7 : 200]) for i in range(1100)]  # more than one internal batch
     packed = encode(tokenizer, crowd)
     for number in (0, 511, 512, 1024, 1099):
@@ -150,6 +150,6 @@ def test_a_document_has_the_same_ids_alone_and_in_a_crowd(tokenizer):
         assert np.array_equal(alone.ids, packed.ids[packed.starts[number] : packed.starts[number + 1]])
 
 
-def test_encoding_nothing_is_refused(tokenizer):
+def test_encoding_an_empty_list_of_documents_raises(tokenizer):
     with pytest.raises(ValueError, match="no documents"):
         encode(tokenizer, [])

@@ -47,7 +47,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
 
 
-def test_a_fixed_seed_gives_the_same_weights_twice():
+def test_two_runs_with_the_same_seed_give_the_same_weights():
     runs = []
     for _ in range(2):
         m = model()
@@ -57,7 +57,7 @@ def test_a_fixed_seed_gives_the_same_weights_twice():
     assert runs[0][1] == runs[1][1]
 
 
-def test_prefetching_leaves_every_weight_and_row_the_same_bits(monkeypatch):
+def test_weights_and_rows_are_bit_identical_with_and_without_prefetching(monkeypatch):
     monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)
     runs = []
     for prefetch in (True, False):
@@ -78,7 +78,7 @@ def test_memory_learns_bigrams_that_the_plain_model_cannot_in_the_same_steps():
     assert losses[1] < losses[0] - 0.1
 
 
-def test_the_log_accounts_for_every_row_of_the_memory():
+def test_the_log_counts_every_row_of_the_memory():
     from engram.lm.train import memory_traffic
 
     m, data = model(), corpus()
@@ -95,7 +95,7 @@ def test_the_log_accounts_for_every_row_of_the_memory():
     assert 0 < facts["seconds"]["updating"] < facts["seconds"]["training"]
 
 
-def test_every_arm_of_a_seed_sees_the_same_batches_and_another_seed_sees_others():
+def test_all_models_with_the_same_seed_get_the_same_batches_and_another_seed_gives_others():
     data = corpus()
     a, b, other = (Batches(data, 16, 4, seed) for seed in (0, 0, 1))
     for step in (0, 7, 100):
@@ -112,21 +112,21 @@ def test_an_epoch_visits_every_window_once_and_targets_are_the_next_tokens():
     assert torch.equal(ids[:, 1:], targets[:, :-1]) and documents.shape == ids.shape
 
 
-def test_learning_rate_warms_up_stays_and_falls_to_almost_nothing():
+def test_the_learning_rate_rises_stays_constant_and_falls_to_almost_zero():
     config = replace(CONFIG, tokens=100 * 64, warmup_steps=10, decay_share=0.4)
     scales = [learning_rate_scale(step, config) for step in range(100)]
     assert scales[0] == 0.1 and scales[10:60] == [1.0] * 50 and 0 < scales[-1] < 0.03
     assert all(a >= b for a, b in pairwise(scales[60:]))
 
 
-def test_training_leaves_the_allocator_of_the_process_to_its_program(monkeypatch):
+def test_training_does_not_change_the_allocator_settings_of_the_process(monkeypatch):
     calls = []
     monkeypatch.setattr("engram.lm.train.tune_allocator", lambda: calls.append("tuned"))
     train(model(), corpus(), replace(CONFIG, tokens=64))
     assert calls == []
 
 
-def test_a_text_shorter_than_one_batch_is_refused():
+def test_a_text_shorter_than_one_batch_raises():
     with pytest.raises(ValueError, match="one batch needs 4 windows of 16"):
         train(model(), corpus(1, 20), CONFIG)
 
@@ -150,7 +150,7 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights_and_rows(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(model(), corpus(), CONFIG, folder=tmp_path, checkpoint_every=5, on_step=stop)
     assert latest_checkpoint(tmp_path).name == "step-00000015"
-    resumed = model(seed=5)  # whatever it starts with, the checkpoint decides
+    resumed = model(seed=5)  # other initial weights, which the checkpoint replaces
     log = train(resumed, corpus(), CONFIG, folder=tmp_path, checkpoint_every=5)
     assert_same(weights(whole), weights(resumed))
     assert log.tokens == CONFIG.steps * 64 and len(log.curve) == CONFIG.steps
@@ -171,7 +171,7 @@ torch.save(m.state_dict(), folder + "/final.pt")
 
 def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_rows(forked, tmp_path):
     def run(folder, kill_at: int = 99) -> int:  # of 60 steps
-        delay = random.random() * 0.02  # in the middle of a step or of a save
+        delay = random.random() * 0.02  # so that the kill comes during a step or a save
         done = forked(KILLED, folder, kill_at, delay)
         assert done.returncode <= 0, done.stderr
         return done.returncode
@@ -186,7 +186,7 @@ def test_a_run_killed_by_sigkill_at_random_steps_ends_with_the_same_weights_and_
     assert_same(whole, killed)
 
 
-def test_the_newest_checkpoints_stay_and_a_run_goes_on_from_them(tmp_path):
+def test_the_newest_checkpoints_are_kept_and_a_run_resumes_from_them(tmp_path):
     whole = model()
     train(whole, corpus(), CONFIG, folder=tmp_path / "all", checkpoint_every=7)
     train(model(), corpus(), CONFIG, folder=tmp_path / "two", checkpoint_every=7, keep_checkpoints=2)
@@ -212,7 +212,7 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "memory.tables.1.rows"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
+def test_the_error_for_a_damaged_checkpoint_names_the_file(tmp_path, name, damage):
     path = saved(tmp_path) / name
     if damage == "truncate":
         os.truncate(path, path.stat().st_size - 7)
@@ -227,14 +227,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
         load_checkpoint(path.parent, m, build_optimizer(m))
 
 
-def test_what_killed_writers_left_goes_with_the_next_checkpoint(tmp_path):
+def test_the_next_checkpoint_deletes_incomplete_folders_of_killed_writers(tmp_path):
     (tmp_path / ".step-00000007.partial-1-1").mkdir(parents=True)
     (tmp_path / ".step-00000007.partial-1-1" / "tables.1.rows").write_bytes(b"x")
     train(model(), corpus(), CONFIG, folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", f"step-{CONFIG.steps:08d}"]
 
 
-def test_a_damaged_manifest_and_an_empty_folder_are_refused(tmp_path):
+def test_a_damaged_manifest_and_an_empty_folder_raise(tmp_path):
     path = saved(tmp_path)
     (path / "manifest.json").write_text('{"format": 1, "files"')
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
@@ -253,7 +253,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path):
 
 
 def reseal(path: Path, change) -> None:
-    """Alter a checkpoint's manifest, and write it as a version before digests did."""
+    """Alter a checkpoint's manifest, and write it without a digest, as old versions did."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     manifest.pop("digest", None)
@@ -277,7 +277,7 @@ def resume(path: Path) -> dict:
         ('"groups"', '"froups"'),
     ],
 )
-def test_an_altered_manifest_of_a_checkpoint_is_refused_and_found_by_verify(tmp_path, before, after):
+def test_an_altered_manifest_of_a_checkpoint_raises_and_is_reported_by_verify(tmp_path, before, after):
     path = saved(tmp_path)
     text = (path / "manifest.json").read_text()
     assert before in text
@@ -288,7 +288,7 @@ def test_an_altered_manifest_of_a_checkpoint_is_refused_and_found_by_verify(tmp_
     assert any("manifest.json was altered" in str(result["problem"]) for result in verify(tmp_path))
 
 
-def test_no_flipped_bit_of_a_manifest_resumes_with_another_state(tmp_path):
+def test_a_manifest_with_one_flipped_bit_raises_or_has_the_same_values(tmp_path):
     path = saved(tmp_path)
     file, draw = path / "manifest.json", random.Random(0)
     before, manifest = file.read_bytes(), resume(path)
@@ -303,7 +303,7 @@ def test_no_flipped_bit_of_a_manifest_resumes_with_another_state(tmp_path):
             assert str(path) in str(error)
 
 
-def test_checkpoints_from_before_manifests_had_digests_resume_and_verify_notes_it(tmp_path):
+def test_old_checkpoints_without_a_manifest_digest_resume_and_verify_reports_it(tmp_path):
     whole = model()
     train(whole, corpus(), CONFIG)
 
@@ -342,7 +342,7 @@ def test_checkpoints_from_before_manifests_had_digests_resume_and_verify_notes_i
         lambda manifest: manifest["facts"].pop("config"),
     ],
 )
-def test_a_manifest_without_digest_that_lacks_something_is_a_value_error_with_its_name(tmp_path, change):
+def test_an_incomplete_manifest_without_digest_raises_a_value_error_with_its_path(tmp_path, change):
     path = saved(tmp_path)
     reseal(path, change)
     with pytest.raises(ValueError, match="step-00000030"):
@@ -369,16 +369,16 @@ def test_only_folders_named_after_a_step_are_checkpoints_and_steps_are_ordered_a
     assert (tmp_path / "step-best").is_dir() and (tmp_path / "old-step-00000009").is_dir()
 
 
-def test_a_checkpoint_renamed_to_another_step_is_refused(tmp_path):
+def test_a_checkpoint_renamed_to_another_step_raises(tmp_path):
     path = saved(tmp_path)
     shutil.copytree(path, tmp_path / "step-00000031")
     with pytest.raises(ValueError, match="step-00000031 holds step 30, not 31"):
         train(model(), corpus(), CONFIG, folder=tmp_path)
     shutil.copytree(path, tmp_path / "best")
-    assert read_manifest(tmp_path / "best")["step"] == 30  # any other name may be given by hand
+    assert read_manifest(tmp_path / "best")["step"] == 30  # a folder name without a step number is not checked
 
 
-def test_a_checkpoint_of_another_model_or_configuration_is_refused(tmp_path):
+def test_a_checkpoint_of_another_model_or_configuration_raises(tmp_path):
     path = saved(tmp_path)
     plain = model(memory=False)
     with pytest.raises(ValueError, match="saved from another model"):
@@ -406,7 +406,7 @@ def test_each_step_has_one_line_in_the_log_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 18, "tok', b"not JSON\n", b'[]\n{"step": "x"}\n', b"\xff\n"])
-def test_a_resumed_run_has_no_step_twice_in_its_log(tmp_path, torn):
+def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path, torn):
     def stop(step: int, loss: float) -> None:
         if step == 17:
             raise KeyboardInterrupt
@@ -422,7 +422,7 @@ def test_a_resumed_run_has_no_step_twice_in_its_log(tmp_path, torn):
     assert (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)[:15] == first
     for path in checkpoints(tmp_path):
         shutil.rmtree(path)
-    train(model(), corpus(), CONFIG, folder=tmp_path)  # from the start again
+    train(model(), corpus(), CONFIG, folder=tmp_path)  # starts again at step 0
     assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, CONFIG.steps + 1))
 
 
@@ -436,7 +436,7 @@ with alone_in({folder!r}):
 """
 
 
-def test_a_second_trainer_of_a_folder_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_second_process_cannot_train_in_a_folder_until_the_first_ends(tmp_path):
     code = HOLDS.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path))
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -451,7 +451,7 @@ def test_a_second_trainer_of_a_folder_is_refused_until_the_first_is_gone(tmp_pat
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_run_that_does_not_begin_leaves_no_new_folder_and_removes_no_old_one(tmp_path):
+def test_a_run_that_fails_to_start_leaves_no_new_folder_and_deletes_no_existing_one(tmp_path):
     (tmp_path / "old").mkdir()
     for name in ("old", "new"):
         with pytest.raises(ValueError, match="one batch needs 4 windows"):
@@ -459,7 +459,7 @@ def test_a_run_that_does_not_begin_leaves_no_new_folder_and_removes_no_old_one(t
     assert [path.name for path in tmp_path.iterdir()] == ["old"] and not list((tmp_path / "old").iterdir())
 
 
-def test_a_folder_is_free_again_after_an_interrupted_run_and_refused_to_a_second_thread(tmp_path):
+def test_a_second_thread_cannot_train_in_a_folder_during_a_run_and_an_interrupt_frees_it(tmp_path):
     problems = []
 
     def second(step: int, loss: float) -> None:
@@ -485,7 +485,7 @@ def test_a_folder_is_free_again_after_an_interrupted_run_and_refused_to_a_second
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch, code):
+def test_on_a_file_system_without_locks_training_warns_and_continues(tmp_path, monkeypatch, code):
     def flock(handle, how):
         raise OSError(code, os.strerror(code))
 
@@ -496,7 +496,7 @@ def test_a_file_system_without_locks_is_a_warning_and_the_run_goes_on(tmp_path, 
     assert latest_checkpoint(tmp_path).name == "step-00000001"
 
 
-def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_incomplete_checkpoint(tmp_path, monkeypatch):
     m = model()
     optimizer = build_optimizer(m)
     before = save_checkpoint(tmp_path, m, optimizer, 1, {})
@@ -529,7 +529,7 @@ def test_evaluation_scores_every_token_but_the_first_of_each_document_once():
     assert abs(result.bits_per_byte - total / np.log(2) / (7 * 120)) < 1e-9
 
 
-def test_a_loss_that_is_not_finite_is_not_a_score():
+def test_evaluation_raises_if_a_loss_is_not_finite():
     m, data = model(), corpus(documents=3)
     with pytest.raises(ValueError, match="context is 1 to"):
         evaluate(m, data, context=-5)
@@ -539,24 +539,24 @@ def test_a_loss_that_is_not_finite_is_not_a_score():
         evaluate(m, data)
 
 
-def test_batches_of_ones_own_are_asked_for_once_each(tmp_path):
-    asked = []
+def test_a_batches_function_is_called_once_per_step(tmp_path):
+    requested_steps = []
 
     def batches(step: int):
         assert step < CONFIG.steps
-        asked.append(step)
+        requested_steps.append(step)
         return Batches(corpus(), CONFIG.context, CONFIG.batch_size)(step)
 
     train(model(), corpus(), CONFIG, batches=batches, folder=tmp_path)
-    assert asked == list(range(CONFIG.steps))
-    train(model(), corpus(), CONFIG, batches=batches, folder=tmp_path)  # all done
-    assert len(asked) == CONFIG.steps
+    assert requested_steps == list(range(CONFIG.steps))
+    train(model(), corpus(), CONFIG, batches=batches, folder=tmp_path)  # no step is left to train
+    assert len(requested_steps) == CONFIG.steps
 
 
 def test_scored_probabilities_sum_to_one_over_the_vocabulary():
     m, data = model().eval(), corpus(1)
     total = 0.0
-    for token in range(VOCAB):  # the loss of every token that could stand at one place
+    for token in range(VOCAB):  # the loss of every possible token at one position
         ids = data.ids.copy()
         ids[16] = token  # the last target of the first window: nothing before it changes
         total += float(np.exp(-evaluate(m, data._replace(ids=ids)).position_nats[15].astype(np.float64)))
@@ -575,7 +575,7 @@ def test_greedy_generation_equals_taking_the_likeliest_token_without_a_cache():
     assert torch.equal(out, ids)
 
 
-def test_generation_is_the_same_with_and_without_fetching_ahead(monkeypatch):
+def test_generation_is_the_same_with_and_without_prefetching(monkeypatch):
     monkeypatch.setattr("engram.memory.recall._WORTH_A_THREAD", 0)
     m = model()
     train(m, corpus(), CONFIG)
@@ -584,7 +584,7 @@ def test_generation_is_the_same_with_and_without_fetching_ahead(monkeypatch):
     assert torch.equal(*out) and torch.equal(out[0], generate(m, prompt, 6, temperature=0))
 
 
-def test_sampling_repeats_with_its_seed_and_stops_at_the_stop_id():
+def test_sampling_with_the_same_seed_gives_the_same_tokens_and_ends_at_the_stop_id():
     m = model()
     prompt = torch.tensor([[0, 5]])
     a, b, c = (generate(m, prompt, 12, seed=seed, top_k=5) for seed in (1, 1, 2))
@@ -593,7 +593,7 @@ def test_sampling_repeats_with_its_seed_and_stops_at_the_stop_id():
     assert generate(m, prompt, 12, seed=1, top_k=5, stop_id=first).shape == (1, 3)
 
 
-def test_generation_beyond_the_models_length_is_refused():
+def test_generation_beyond_the_models_max_length_raises():
     with pytest.raises(ValueError, match="max_length 16"):
         generate(model(), torch.tensor([[0, 5]]), 15)
     with pytest.raises(ValueError, match="prompt must be"):
@@ -610,12 +610,12 @@ def test_generation_beyond_the_models_length_is_refused():
         ({"temperature": float("nan")}, "temperature=nan"),
     ],
 )
-def test_generation_with_a_number_that_makes_no_sense_is_refused(wrong, named):
+def test_generation_with_a_number_out_of_its_range_raises(wrong, named):
     with pytest.raises(ValueError, match=named):
         generate(model(), torch.tensor([[0, 5]]), **{"tokens": 3, **wrong})
 
 
-def test_tied_embeddings_are_saved_and_come_back_tied(tmp_path):
+def test_tied_embeddings_are_still_tied_after_saving_and_loading(tmp_path):
     shape = TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=1, heads=2, max_length=16, tie_embeddings=True)
     trained, loaded = Transformer(shape), Transformer(shape)
     train(trained, corpus(), CONFIG, folder=tmp_path)
@@ -625,7 +625,7 @@ def test_tied_embeddings_are_saved_and_come_back_tied(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
-def test_a_run_that_was_ended_can_be_repeated_while_its_traceback_lives(tmp_path, ends):
+def test_a_stopped_run_can_be_repeated_while_its_traceback_is_kept(tmp_path, ends):
     config = EngramConfig(layers=(0, 1), heads=2, head_dim=8, rows_per_head=97)
     memory = EngramMemory(config, TokenMap.identity(VOCAB), 32, folder=tmp_path)
     m = Transformer(TransformerConfig(vocab_size=VOCAB, hidden_size=32, layers=2, heads=2, max_length=16), memory)
@@ -636,6 +636,6 @@ def test_a_run_that_was_ended_can_be_repeated_while_its_traceback_lives(tmp_path
 
     with pytest.raises(ends) as kept:
         train(m, corpus(), CONFIG, on_step=end)
-    assert kept.tb is not None  # as a notebook keeps it: with the frames that hold optimizer and state
+    assert kept.tb is not None  # a notebook keeps it too, with the frames that refer to optimizer and state
     train(m, corpus(), CONFIG)
     memory.close()

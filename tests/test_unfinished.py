@@ -1,4 +1,4 @@
-"""Rows in files that are half a copy or half trained are refused by name, and what they can go on from is loaded."""
+"""Row files of an incomplete copy or training run raise an error that names them, until a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def undisturbed() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("last", [1, 4, 11])
 @pytest.mark.parametrize("run", ["run", None])
-def test_rows_of_a_run_cut_before_its_first_checkpoint_are_refused(tmp_path, last, run):
+def test_rows_of_a_run_that_stopped_before_its_first_checkpoint_raise(tmp_path, last, run):
     home = None if run is None else tmp_path / run
     m = model(tmp_path / "rows")
     with pytest.raises(Stop):
@@ -90,7 +90,7 @@ def test_rows_of_a_run_with_checkpoints_are_used_only_after_one_is_loaded(tmp_pa
     model(tmp_path / "rows").memory.recall(torch.zeros(1, 4, dtype=torch.int64))
 
 
-def test_new_rows_go_on_from_the_checkpoint_of_a_cut_run(tmp_path, undisturbed):
+def test_training_with_new_row_files_resumes_from_the_checkpoint_of_a_stopped_run(tmp_path, undisturbed):
     m = model(tmp_path / "rows")
     with pytest.raises(Stop):
         train(m, toy.corpus(), TRAIN, folder=tmp_path / "run", checkpoint_every=3, on_step=stop_at(8))
@@ -103,7 +103,7 @@ def test_new_rows_go_on_from_the_checkpoint_of_a_cut_run(tmp_path, undisturbed):
     assert all(torch.equal(a, b) for a, b in zip(found, undisturbed, strict=True))
 
 
-def test_rows_of_a_run_that_ended_are_gone_on_with(tmp_path):
+def test_training_continues_with_the_rows_of_a_finished_run(tmp_path):
     for folder in (tmp_path / "run", None):
         m = model(tmp_path / "rows")
         train(m, toy.corpus(), TRAIN, folder=folder)
@@ -115,7 +115,7 @@ def test_rows_of_a_run_that_ended_are_gone_on_with(tmp_path):
         again.memory.close()
 
 
-def test_rows_without_a_mark_open_as_before(tmp_path):
+def test_row_files_without_an_unfinished_mark_open_normally(tmp_path):
     m = model(tmp_path)
     facts = m.memory._identity()
     m.memory.close()
@@ -128,7 +128,7 @@ def test_rows_without_a_mark_open_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["tables.0", "tables.1"])
-def test_a_state_that_is_loaded_over_rows_in_files_is_whole_or_marked(tmp_path, key):
+def test_load_state_dict_over_row_files_succeeds_or_leaves_them_marked_unfinished(tmp_path, key):
     state = model().memory.state_dict()
     m = model(tmp_path).memory
     m.load_state_dict(state)
@@ -142,7 +142,7 @@ def test_a_state_that_is_loaded_over_rows_in_files_is_whole_or_marked(tmp_path, 
         model(tmp_path)
 
 
-def test_a_checkpoint_that_turns_out_damaged_leaves_marked_rows(tmp_path):
+def test_loading_a_damaged_checkpoint_leaves_row_files_marked_unfinished(tmp_path):
     m = model(tmp_path / "rows")
     step = save_checkpoint(tmp_path / "run", m, build_optimizer(m), 1, {})
     file = sorted(step.glob("memory.tables.*.rows"))[-1]
@@ -157,13 +157,13 @@ def test_a_checkpoint_that_turns_out_damaged_leaves_marked_rows(tmp_path):
 
 @linux
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_copy_into_files_that_is_killed_is_never_opened(saved, tmp_path, elsewhere, after):  # noqa: F811
+def test_row_files_of_a_killed_copy_cannot_be_opened(saved, tmp_path, elsewhere, after):  # noqa: F811
     code = """
 import engram.memory.saved
 folder, count = Path(sys.argv[2]), int(sys.argv[3])
 EngramMemory.load(sys.argv[1], rows_in=folder).close()
 for rows in folder.glob("*.rows"):
-    rows.unlink()  # and rows.json stays
+    rows.unlink()  # rows.json stays
 read_rows = engram.memory.saved.read_rows
 def killed(*args):
     global count
@@ -189,7 +189,7 @@ EngramMemory.load(sys.argv[1], rows_in=folder)
 
 
 @linux
-def test_the_same_command_after_a_kill_ends_the_same_or_is_refused(tmp_path, undisturbed, elsewhere):  # noqa: F811
+def test_repeating_a_command_after_a_kill_gives_the_same_rows_or_raises(tmp_path, undisturbed, elsewhere):  # noqa: F811
     code = """
 import test_unfinished
 from test_unfinished import *

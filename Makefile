@@ -38,7 +38,7 @@ test-compat: .venv-oldest/.installed  ## the tests of attach, formats, lm-eval a
 	  for i in 1 2 3 4 5 6; do echo '########################################################################'; done; }
 
 .PHONY: test-newest
-test-newest:  # always installed anew: what is newest changes every day
+test-newest:  # always a new environment: what is newest changes every day
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install -q -c constraints.in -e '.[dev]'
@@ -46,7 +46,7 @@ test-newest:  # always installed anew: what is newest changes every day
 	.venv-newest/bin/python -m pip list | grep -E '^(accelerate|numpy|peft|safetensors|tokenizers|torch|transformers) '
 	HF_HUB_OFFLINE=1 ENGRAM_EVERY_ARCHITECTURE=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(COMPAT_TESTS) $(ARGS)
 
-constraints: $(UV)  ## pin every package anew: constraints.txt (newest) and constraints-oldest.txt (lower ends of pyproject.toml)
+constraints: $(UV)  ## pin every package again: constraints.txt (newest) and constraints-oldest.txt (lower ends of pyproject.toml)
 	$(UV) pip compile -q --universal --upgrade $(COMPILE) --extra dev --extra docs -o constraints.txt
 	$(UV) pip compile -q --universal --upgrade --resolution lowest-direct $(COMPILE) --extra dev -o constraints-oldest.txt
 

@@ -72,7 +72,7 @@ def finished(setting, tmp_path_factory):
 
 @pytest.fixture
 def children(forked, monkeypatch):
-    """Fork the runs of a sweep and the processes that make its texts, instead of starting them anew."""
+    """Fork the runs of a sweep and the processes that make its texts, instead of starting new processes."""
 
     def run(command, input, env=None, **_):
         _, _, module, *arguments = command

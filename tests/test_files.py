@@ -61,7 +61,7 @@ def elsewhere(forked):
 
 
 def alter(folder: Path, change) -> None:
-    """Change a manifest and write its digest anew, so that the digest does not reveal the change."""
+    """Change a manifest and write its new digest, so that the digest does not reveal the change."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     manifest["digest"] = manifest_digest(manifest)

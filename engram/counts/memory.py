@@ -277,7 +277,7 @@ class CountMemory:
         if vocab_size not in (None, counts.vocab_size):
             raise ValueError(
                 f"{folder} counts ids of a vocabulary of {counts.vocab_size:,}, not {vocab_size:,}: the ids of another "
-                f"tokenizer mean other tokens; count the text anew"
+                f"tokenizer mean other tokens; count the text again"
             )
         counts.levels, counts.positions = levels, facts["positions"]
         counts.pruned, counts.texts = facts["pruned"], facts["texts"]

@@ -106,8 +106,8 @@ class Recall:
         self._process = os.getpid()
 
     def _own(self) -> threading.Lock:
-        """Return the lock. A forked process starts anew: it inherits a lock that another thread may hold, and rows that
-        this thread may be patching."""
+        """Return the lock. A forked process makes a new lock: it inherits one that another thread may hold, and rows
+        that this thread may be patching."""
         if self._process != os.getpid():
             self._begin()
         return self._lock

@@ -113,7 +113,7 @@ class Call:
 
 
 class Threads:
-    """A pool of `count` threads. A forked process makes it anew, because no thread of its parent lives on there."""
+    """A pool of `count` threads. A forked process makes a new one, because no thread of its parent lives on there."""
 
     def __init__(self, count: int, name: str):
         self.count, self.name = count, name

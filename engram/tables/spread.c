@@ -63,7 +63,7 @@ static void run_pieces(void *shared) {
 int32_t engram_parallel(Job *job, void *kernel, const void *arguments, int64_t n, int64_t threads) {
     if (!openmp.parallel || openmp.in_parallel() || openmp.max_threads() != threads) return -1;
     Region region = {job, (Kernel)kernel, arguments, n, now() + PATIENCE};
-    openmp.parallel(run_pieces, &region, 0, 0); /* 0: as many as torch uses, or threads would end and begin anew */
+    openmp.parallel(run_pieces, &region, 0, 0); /* 0: as many as torch uses, or threads would end and start again */
     return __atomic_load_n(&job->next, __ATOMIC_RELAXED) < job->pieces;
 }
 

@@ -113,7 +113,7 @@ def read_documents(home: Path, key: str, names: Iterable[str] | None = None) -> 
 @lru_cache(maxsize=16)  # of all questions: claims go from one to another
 def _opened(file: Path, *version: int) -> np.lib.npyio.NpzFile:
     """Open the archive of one version of the file. Reading its list of members takes longer than the arrays of a run,
-    so it stays open; a file that was replaced is opened anew."""
+    so it stays open; a file that was replaced is opened again."""
     return np.load(file)
 
 

@@ -8,7 +8,7 @@ filler. One document:
 
 Behind the bar each value is replaced by a blank. The model predicts the value at the key. If answers could be read,
 they would tell which values are left, and a model that excludes those is right far more often than 1 in `pairs` without
-reading any key. Keys, values and filler are drawn anew for every document from separate vocabularies, keys and values
+reading any key. Keys, values and filler are drawn again for every document from separate vocabularies, keys and values
 without repeats, so that only the text before the bar tells which value belongs to which key.
 """
 
@@ -114,7 +114,7 @@ def _encoded(documents: np.ndarray, answers_each: int) -> Encoded:
 
 def train(run: Run, model: Any, data: Data, on_step: Any = None) -> TrainLog:
     """Train with engram.lm.train.train on the loss at the answers alone. One window is one document, and none comes
-    twice: a memory would learn repeated answers by heart, while this task measures recall within the text.
+    twice: a memory would memorise repeated answers, while this task measures recall within the text.
 
     Raises:
         ValueError: windows of another length than the documents; more steps than documents.

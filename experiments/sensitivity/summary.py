@@ -62,7 +62,7 @@ def learned_retention(name: str) -> Callable[[Any], float | None]:
 
 def retention_gap(runs: dict[int, Record]) -> Interval | None:
     """Return what is left of what teaching facts added, minus the same of prose that was repeated as often, over seeds.
-    Below 0, facts depend on the memory more than other text that is known by heart."""
+    Below 0, facts depend on the memory more than other memorised text."""
     return paired(runs, runs, learned_retention("taught_top1"), learned_retention("prose_top1"))
 
 

@@ -52,7 +52,7 @@ def engram(forked):
     return lambda *arguments, **env: forked(RUN, *arguments, env={**os.environ, "HF_HUB_OFFLINE": "1", **env})
 
 
-def anew(*arguments, **env):
+def new_process(*arguments, **env):
     """The command, in a process that imports the library itself."""
     command = [sys.executable, "-c", RUN, *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
@@ -100,7 +100,7 @@ def test_ablate_writes_its_report_and_repeats_its_numbers_exactly(engram, text_f
         buckets = [bucket for bucket in full["seen"][order].values() if bucket[0]]
         assert 0 < sum(tokens for tokens, _ in buckets) < report["corpus"]["validation_tokens"]
         assert all(0 < loss < 20 for _, loss in buckets)  # a position that predicts nothing would make this NaN
-    again = small_report(anew, text_folder, tmp_path, "b")  # with another order of hashes
+    again = small_report(new_process, text_folder, tmp_path, "b")  # with another order of hashes
     assert [run["loss"] for run in again["runs"]] == [run["loss"] for run in report["runs"]]
     assert again["summary"] == report["summary"]
 
@@ -194,7 +194,7 @@ def test_an_empty_corpus_and_one_too_short_exit_with_2_and_write_nothing(engram,
 
 def test_every_command_has_help():
     for command in ("ablate", "train", "evaluate", "generate", "bench"):
-        done = anew(command, "--help")
+        done = new_process(command, "--help")
         assert done.returncode == 0 and "Usage" in done.stdout
 
 

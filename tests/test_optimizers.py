@@ -177,7 +177,7 @@ def test_a_fresh_state_holds_no_tensors_and_makes_another_fresh(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_of_a_mapped_table_lies_beside_its_file_and_a_new_optimizer_begins_anew(kind, tmp_path):
+def test_the_state_of_a_mapped_table_lies_beside_its_file_and_a_new_optimizer_starts_from_zero(kind, tmp_path):
     table = HostTable(20, 8, path=tmp_path / "rows")
     optimizer = KINDS[kind](table)
     assert {path.name for path in tmp_path.iterdir()} == {"rows", *(f"rows.{name}" for name in optimizer.state)}
